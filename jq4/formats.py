@@ -1,0 +1,73 @@
+"""What a code means. A format maps an unsigned code of `bits` bits to a level; a weight is level * scale.
+
+Integer formats have the levels `code - 2**(bits-1)`, that is -8..7 at 4 bits; where a weight carries integer zero
+points, its levels are `code - zero_point` instead. Codebook formats list their levels, sorted or not, by code:
+
+    nf4   quantiles of a normal distribution, scaled to [-1, 1] (Dettmers et al. 2023, QLoRA; bitsandbytes' table)
+    fp4   e2m1: a sign bit, two bits of exponent, one of mantissa (OCP Microscaling 1.0): 0 .5 1 1.5 2 3 4 6
+"""
+
+import dataclasses
+
+from jq4.errors import JQ4Error
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A number format of packed codes.
+
+    Attributes:
+      name: what recipes and checkpoints call it.
+      bits: bits of a code.
+      levels: the level of each code for a codebook format; None for integers.
+    """
+
+    name: str
+    bits: int
+    levels: tuple[float, ...] | None = None
+
+    @property
+    def is_integer(self) -> bool:
+        return self.levels is None
+
+    @property
+    def center(self) -> int:
+        """The code whose level is zero where there are no zero points (integer formats)."""
+        return 2 ** (self.bits - 1)
+
+    @property
+    def max_code(self) -> int:
+        return 2**self.bits - 1
+
+    @property
+    def max_level(self) -> float:
+        """The largest magnitude that is representable on both sides: 7 for int4, 1 for nf4, 6 for fp4."""
+        return float(self.center - 1) if self.levels is None else float(max(self.levels))
+
+
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format("int2", 2),
+        Format("int3", 3),
+        Format("int4", 4),
+        Format("int8", 8),
+        Format("nf4", 4, _NF4),
+        Format("fp4", 4, _E2M1 + tuple(-level for level in _E2M1)),
+    )
+}
+
+
+def get_format(name: str) -> Format:
+    """The format called `name`; an error that lists the known ones if there is none."""
+    if name not in FORMATS:
+        raise JQ4Error(f"unknown format {name!r}: wanted one of {', '.join(FORMATS)}")
+    return FORMATS[name]

@@ -1,0 +1,1 @@
+"""Packed-integer kernels for JAX: arrays in, arrays out."""
