@@ -1,0 +1,199 @@
+"""Products with a packed weight: `matmul`, `dot_general` and `ragged_dot`, in terms of the kernels of floor 1.
+
+Every contraction is brought to the one batched form that the kernels have,
+
+    x[*B, M, K] @ W[*B, K, N] -> [*B, M, N]       W as [K, N] or as [N, K], whichever needs no transpose
+
+by moving and merging whole axes of codes and scales (jq4.qarray_ops), never by unpacking. Several contracted axes
+merge into one K where groups stay whole (a DenseGeneral's [H, D, O] grouped along D, D a multiple of the group);
+where they do not, the outer ones become a batch whose products are summed. A contraction that is not along the
+grouped axis has no packed form: `NoPackedForm` says so.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jq4 import qarray_ops
+from jq4.qarray import NEUTRAL, QArray, is_qarray
+from jq4.qarray_ops import NoPackedForm as NoPackedForm
+from pallas_kernels.int4_matmul import PackedSpec, int4_matmul
+
+DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+
+
+def matmul(x: jax.Array, q: Any) -> jax.Array:
+    """x[..., K] @ q[..., K, N], as jnp.matmul: leading axes of a stacked q are batch axes. A dense q is accepted.
+
+    The result has the dtype that jnp.matmul gives for q's dtype.
+
+    Raises:
+      NoPackedForm: q is not grouped along K, its axis -2.
+    """
+    if not is_qarray(q):
+        return jnp.matmul(x, q)
+    if q.axis != -2:
+        raise NoPackedForm(f"matmul(x, q) contracts axis -2 of q, but {q!r} is grouped along axis {q.axis}")
+    wanted = jax.eval_shape(jnp.matmul, x, jax.ShapeDtypeStruct(q.shape, q.dtype))
+    rows = jnp.atleast_2d(x)  # [..., M, K]
+    batch = q.shape[:-2]
+    if batch:
+        rows = jnp.broadcast_to(rows, (*jnp.broadcast_shapes(rows.shape[:-2], batch), *rows.shape[-2:]))
+        if rows.shape[:-2] != batch:
+            raise NoPackedForm(f"x of shape {x.shape} has more batch axes than the weight of shape {q.shape}")
+    lead = tuple(range(len(batch)))
+    numbers = (((rows.ndim - 1,), (q.ndim - 2,)), (lead, lead))
+    out = dot_general(rows.astype(wanted.dtype), qarray_ops.astype(q, wanted.dtype), numbers, weight_side="rhs")
+    return out.reshape(wanted.shape)
+
+
+def dot_general(
+    x: jax.Array,
+    q: QArray,
+    dimension_numbers: DimensionNumbers,
+    *,
+    weight_side: str,
+    preferred_element_type: Any = None,
+    precision: Any = None,
+    implementation: Any = None,
+) -> jax.Array:
+    """`lax.dot_general` with one dense and one packed operand; the weight is never unpacked as a whole.
+
+    Args:
+      x: the dense operand.
+      q: the packed operand.
+      dimension_numbers: as lax.dot_general's, for the operands in their order (lhs, rhs).
+      weight_side: "lhs" if q is the left operand, "rhs" if the right one.
+      preferred_element_type: as lax.dot_general's.
+      precision: as lax.dot_general's.
+      implementation: as pallas_kernels.int4_matmul's: None, a name, or several.
+
+    Returns:
+      What lax.dot_general would: batch axes, free axes of lhs, free axes of rhs; its dtype for q.dtype.
+
+    Raises:
+      NoPackedForm: the grouped axis is not contracted.
+    """
+    wanted = _result_of(x, q, dimension_numbers, weight_side, preferred_element_type)
+    contract, batch = dimension_numbers
+    if weight_side == "lhs":
+        contract, batch = contract[::-1], batch[::-1]
+    (x_contract, w_contract), (x_batch, w_batch) = (_positive(contract, x, q), _positive(batch, x, q))
+    if q.axis % q.ndim not in w_contract:
+        raise NoPackedForm(f"the product contracts axes {w_contract} of {q!r}, which is grouped along axis {q.axis}")
+    x, q = _in_packed_order(x, q, x_contract, w_contract, w_batch)
+    x_contract, w_contract = _grouped_last(x_contract, w_contract, q)
+    x_free = [axis for axis in range(x.ndim) if axis not in (*x_contract, *x_batch)]
+    w_free = [axis for axis in range(q.ndim) if axis not in (*w_contract, *w_batch)]
+    batch_shape, m_shape, n_shape = (
+        [x.shape[a] for a in x_batch], [x.shape[a] for a in x_free], [q.shape[a] for a in w_free]
+    )  # fmt: skip
+    rows = lax.transpose(x, (*x_batch, *x_free, *x_contract))  # [*B, *M, *K]
+    weight = _canonical(q, w_batch, w_contract, w_free)  # [*B, *C, K, N] or [*B, *C, N, K]
+    summed = weight.ndim - 2 - len(batch_shape)  # contracted axes that did not merge into K
+    rows = rows.reshape(*batch_shape, math.prod(m_shape), *weight.shape[len(batch_shape) :][:summed], -1)
+    rows = jnp.moveaxis(rows, len(batch_shape), -2)  # [*B, *C, M, K]
+    out = packed_matmul(rows, weight, _accumulator(wanted.dtype, summed), precision, implementation)
+    if summed:
+        out = jnp.sum(out, axis=tuple(range(len(batch_shape), len(batch_shape) + summed)))
+    out = out.astype(wanted.dtype).reshape(*batch_shape, *m_shape, *n_shape)
+    if weight_side == "lhs":
+        b, m = len(batch_shape), len(m_shape)
+        out = lax.transpose(out, (*range(b), *range(b + m, out.ndim), *range(b, b + m)))
+    return out
+
+
+def packed_matmul(x: jax.Array, q: QArray, dtype: Any, precision: Any = None, implementation: Any = None) -> jax.Array:
+    """x[*B, M, K] @ W[*B, K, N] for q of logical shape [*B, K, N] (axis -2) or [*B, N, K] (axis -1)."""
+    q = qarray_ops.plain_scales(q)
+    return int4_matmul(
+        x, q.codes, q.scale, q.zero_point, q.offset,
+        spec=spec_of(q), preferred_element_type=dtype, precision=precision, implementation=implementation,
+    )  # fmt: skip
+
+
+def spec_of(q: QArray) -> PackedSpec:
+    """The static half of a weight [*B, K, N] or [*B, N, K], as floor 1 wants it."""
+    orientation = {"tpu": "kn", "gpu": "nk"}.get(q.layout, "kn" if q.axis == -2 else "nk")
+    return PackedSpec(
+        length=q.shape[q.axis], bits=q.bits, levels=q.number_format.levels, group_size=q.group_size,
+        orientation=orientation, layout=q.layout,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _result_of(x: jax.Array, q: QArray, numbers: Any, weight_side: str, preferred: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype (and the errors) of lax.dot_general on the dense weight."""
+    operands = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(q.shape, q.dtype))
+    if weight_side not in ("lhs", "rhs"):
+        raise ValueError(f"weight_side is {weight_side!r}, wanted 'lhs' or 'rhs'")
+    operands = operands[::-1] if weight_side == "lhs" else operands
+    return jax.eval_shape(
+        lambda lhs, rhs: lax.dot_general(lhs, rhs, numbers, preferred_element_type=preferred), *operands
+    )
+
+
+def _positive(pair: Any, x: jax.Array, q: QArray) -> tuple[list[int], list[int]]:
+    return [int(a) % x.ndim for a in pair[0]], [int(a) % q.ndim for a in pair[1]]
+
+
+def _accumulator(dtype: Any, summed: int) -> Any:
+    return jnp.promote_types(dtype, jnp.float32) if summed and jnp.dtype(dtype).itemsize < 4 else dtype
+
+
+def _in_packed_order(
+    x: jax.Array, q: QArray, x_contract: list[int], w_contract: list[int], w_batch: list[int]
+) -> tuple[jax.Array, QArray]:
+    """x with its columns gathered as an activation-ordered weight holds its rows; such a weight loses its order."""
+    import dataclasses
+
+    if q.permutation is None:
+        return x, q
+    column = x_contract[w_contract.index(q.axis % q.ndim)]
+    if q.permutation.ndim > 1:
+        raise NoPackedForm("a batched product with stacked activation-ordered weights")
+    return jnp.take(x, q.permutation, axis=column), dataclasses.replace(q, permutation=None)
+
+
+def _grouped_last(x_contract: list[int], w_contract: list[int], q: QArray) -> tuple[list[int], list[int]]:
+    """Contracted axes in the weight's own order, the grouped one last, so that they can merge into K."""
+    grouped = q.axis % q.ndim
+    pairs = sorted(zip(w_contract, x_contract, strict=True), key=lambda pair: (pair[0] == grouped, pair[0]))
+    return [x for _, x in pairs], [w for w, _ in pairs]
+
+
+def _canonical(q: QArray, batch: list[int], contract: list[int], free: list[int]) -> QArray:
+    """[*B, *C, K, N] or [*B, *C, N, K]: contracted axes merged into K where groups stay whole, else left in C."""
+    free_first = bool(free) and free[-1] < contract[-1]
+    lead, outer = len(batch), len(contract) - 1
+    prepared = q.layout != NEUTRAL
+    if prepared and not (outer == 0 and len(free) == 1 and sorted(batch) == list(range(lead)) and lead == q.ndim - 2):
+        q = qarray_ops.neutral(q, "dot_general")
+        prepared = False
+    order = [*batch, *contract[:-1], *free, contract[-1]] if free_first else [*batch, *contract, *free]
+    q = qarray_ops.transpose(q, order)
+    if prepared:
+        return q
+    columns = math.prod(q.shape[lead + outer : -1] if free_first else q.shape[lead + outer + 1 :])
+    k, batch_shape, outer_shape = q.shape[q.axis], q.shape[:lead], q.shape[lead : lead + outer]
+    if outer and not free_first:
+        try:
+            return qarray_ops.reshape(q, (*batch_shape, math.prod(outer_shape) * k, columns))
+        except NoPackedForm:
+            pass
+    elif outer:
+        swapped = qarray_ops.transpose(
+            q, [*range(lead), *range(lead + outer, q.ndim - 1), *range(lead, lead + outer), q.ndim - 1]
+        )
+        try:
+            return qarray_ops.reshape(swapped, (*batch_shape, columns, math.prod(outer_shape) * k))
+        except NoPackedForm:
+            pass
+    tail = (columns, k) if free_first else (k, columns)
+    return qarray_ops.reshape(q, (*batch_shape, *outer_shape, *tail))
