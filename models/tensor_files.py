@@ -1,0 +1,176 @@
+"""Safetensors files: read tensor by tensor through a memory map, written tensor by tensor.
+
+A file is 8 bytes (the header's length, u64 little-endian), that many bytes of JSON, and the data. The JSON maps a
+tensor's name to its dtype, its shape and where its row-major little-endian bytes lie in the data; `__metadata__` maps
+strings to strings. The tensors cover the data exactly, in any order, without gaps or overlaps. A file that
+does not keep to this is refused before any of it is used: a header is not to be believed because it parses.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jq4.errors import JQ4Error
+
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file: its dtype by safetensors' name, its shape, and its bytes' place in the file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def read(self) -> np.ndarray:
+        """The tensor as a view of the file, which is read as the view is used."""
+        if self.stop == self.start:
+            return np.zeros(self.shape, DTYPES[self.dtype])
+        return (
+            np.memmap(self.file, np.uint8, "r", self.start, (self.stop - self.start,))
+            .view(DTYPES[self.dtype])
+            .reshape(self.shape)
+        )
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, by name. Raises JQ4Error naming the file, the tensor and the remedy."""
+    size = _size(file)
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise _damaged(file, f"it has {size} bytes", "at least 8, the length of the header")
+        length = int.from_bytes(prefix, "little")
+        if length > min(size - 8, _LONGEST_HEADER):
+            raise _damaged(file, f"its header claims {length} bytes", f"at most {min(size - 8, _LONGEST_HEADER)}")
+        text = stream.read(length)
+    entries = _parse(file, text)
+    data = size - 8 - length
+    tensors = {name: _tensor(file, name, entry, 8 + length, data) for name, entry in entries.items()}
+    _check_cover(file, tensors.values(), 8 + length, size)
+    return tensors
+
+
+def write(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]) -> None:
+    """Writes a safetensors file atomically.
+
+    tensors: name -> (safetensors' name of the dtype, shape, what makes the array when its turn comes).
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape, _) in tensors.items():
+        stop = offset + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    temporary = file.with_name(file.name + ".partial")
+    with temporary.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, (dtype, shape, make) in tensors.items():
+            array = np.ascontiguousarray(make(), DTYPES[dtype])
+            if array.shape != shape:
+                raise JQ4Error(f"{name}: found shape {array.shape}, wanted {shape}; nothing was written to {file}.")
+            stream.write(array.reshape(-1).view(np.uint8).data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise JQ4Error(f"{file}: cannot be read ({error.strerror}). Download it again or check the path.") from error
+
+
+def _damaged(file: Path, found: str, wanted: str) -> JQ4Error:
+    return JQ4Error(
+        f"{file}: not a sound safetensors file: {found}, wanted {wanted}. "
+        "It is truncated or damaged; download it again."
+    )
+
+
+def _parse(file: Path, text: bytes) -> dict[str, Any]:
+    def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise _damaged(file, f"its header names {key!r} {count} times", "each tensor once")
+        return dict(pairs)
+
+    try:
+        header = json.loads(text, object_pairs_hook=refuse_twins)
+    except JQ4Error:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, f"its header does not parse ({error})", "JSON") from error
+    if not isinstance(header, dict):
+        raise _damaged(file, f"its header is a {type(header).__name__}", "a JSON object")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _tensor(file: Path, name: str, entry: Any, base: int, data: int) -> StoredTensor:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(file, f"tensor {name!r} is described by {entry!r}", "dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise JQ4Error(
+            f"{file}: tensor {name!r} has dtype {dtype!r}, wanted one of {', '.join(DTYPES)}. "
+            "Save the checkpoint again in bfloat16 or float32."
+        )
+    if not _whole_numbers(shape):
+        raise _damaged(file, f"tensor {name!r} has shape {shape!r}", "a list of whole numbers")
+    if not _whole_numbers(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data:
+        raise _damaged(file, f"tensor {name!r} lies at {offsets!r}", f"an ascending pair within {data} bytes of data")
+    needed = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != needed:
+        raise _damaged(
+            file, f"tensor {name!r} has {offsets[1] - offsets[0]} bytes", f"{needed} for {dtype}{list(shape)}"
+        )
+    return StoredTensor(file, name, dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(one) is int and one >= 0 for one in values)
+
+
+def _check_cover(file: Path, tensors: Iterable[StoredTensor], start: int, stop: int) -> None:
+    reached, last = start, "the header"
+    for tensor in sorted(tensors, key=lambda one: (one.start, one.stop)):
+        if tensor.start != reached:
+            found = "overlap" if tensor.start < reached else f"leave {tensor.start - reached} bytes between"
+            raise _damaged(file, f"tensor {tensor.name!r} and {last} {found}", "tensors that follow each other")
+        reached, last = tensor.stop, f"tensor {tensor.name!r}"
+    if reached != stop:
+        raise _damaged(file, f"{stop - reached} bytes follow {last}", "none")
