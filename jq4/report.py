@@ -1,0 +1,108 @@
+"""What the command line prints, made from the same plain data that --json prints. Numbers are worded here alone."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+_BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_COUNT_UNITS = ("", "K", "M", "B", "T")
+
+
+def format_bytes(count: float) -> str:
+    """Bytes with three figures and a decimal unit: 746752 -> "747 kB", 580969883648 -> "581 GB"."""
+    return _scaled(count, _BYTE_UNITS, " ")
+
+
+def format_count(count: float) -> str:
+    """A number of parameters or tokens: 70553706496 -> "70.6B"."""
+    return _scaled(count, _COUNT_UNITS, "")
+
+
+def _scaled(value: float, units: Sequence[str], space: str) -> str:
+    power = 0
+    while abs(value) >= 999.5 and power < len(units) - 1:
+        value, power = value / 1000, power + 1
+    digits = f"{value:.0f}" if power == 0 or abs(value) >= 99.95 else f"{value:.3g}"
+    return f"{digits}{space}{units[power]}".strip()
+
+
+def format_figure(value: Any) -> str:
+    """A measured number, or "-" where there is none."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def make_table(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table whose first column is text, and the others numbers, set to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+_EVALUATION_LABELS = {
+    "perplexity": "perplexity",
+    "reference_perplexity": "perplexity of the reference",
+    "kld_mean": "KLD to the reference, mean (nats a token)",
+    "kld_p50": "KLD, median",
+    "kld_p90": "KLD, 90th percentile",
+    "kld_p99": "KLD, 99th percentile",
+    "kld_max": "KLD, largest",
+    "top1_agreement": "top-1 agreement",
+    "tokens": "tokens predicted",
+    "context": "context (tokens a row)",
+    "seconds": "seconds",
+}
+
+
+def evaluation_table(data: Mapping[str, Any]) -> Table:
+    rows = [(label, format_figure(data[key])) for key, label in _EVALUATION_LABELS.items() if key in data]
+    return make_table(f"{data['model']}", ("figure", "value"), rows)
+
+
+def inventory_table(data: Mapping[str, Any]) -> Table:
+    """The leaves of a model: see jq4.inventory."""
+    with_error = any(leaf.get("sqnr_db") is not None for leaf in data["leaves"])
+    columns = ["leaf", "shape", "format", "group", "bytes", "bits/weight"] + ["SQNR dB"] * with_error
+    rows = []
+    for leaf in data["leaves"]:
+        group = "-" if leaf["group_size"] is None else str(leaf["group_size"])
+        shape = " ".join(map(str, leaf["shape"])) or "scalar"
+        row = [leaf["path"], shape, leaf["format"], group, format_bytes(leaf["bytes"])]
+        row.append(f"{leaf['bits_per_weight']:.2f}")
+        rows.append(row + [_decibels(leaf.get("sqnr_db"))] * with_error)
+    return make_table(str(data["model"]), columns, rows)
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def plan_table(data: Mapping[str, Any]) -> Table:
+    """Bytes of each scheme: see jq4.plan."""
+    memory = data["memory"]
+    columns = ["linear layers in", "bits/weight", "weights", "KV cache", "total", "read a token"]
+    if memory:
+        columns += [f"fits {format_bytes(memory)}", "longest context", "devices"]
+    rows = []
+    for each in data["schemes"]:
+        row = [each["name"], f"{each['bits_per_weight']:.2f}"]
+        row += [format_bytes(each[key]) for key in ("weights", "kv_cache", "total", "read_per_token")]
+        if memory:
+            longest = f"{each['longest_context']:,}" if each["longest_context"] else "-"
+            row += ["yes" if each["fits"] else "no", longest, str(each["devices"])]
+        rows.append(row)
+    active = (
+        "" if data["active_parameters"] == data["parameters"] else f", {format_count(data['active_parameters'])} active"
+    )
+    title = (
+        f"{data['model_type']}: {format_count(data['parameters'])} parameters{active}; "
+        f"context {data['context']:,}, batch {data['batch']}" + (" (an estimate)" if data["estimate"] else "")
+    )
+    return make_table(title, columns, rows)
