@@ -10,7 +10,6 @@ A method is a row of the table below; it says which options it takes and whether
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from jq4.errors import JQ4Error
 from jq4.methods import rtn

@@ -1,0 +1,63 @@
+"""Recipes by name: METHOD-wBITSgGROUP[-asym], with `gc` for one scale per output channel and `gt` for one per tensor.
+
+    rtn-w4g32   hqq-w4g64-asym   rtn-w8gc   nf4 (groups of 64, as bitsandbytes)   fp4 (of 32, as OCP's)   nf4-g128
+
+They leave norms, biases, embeddings and the output head dense, by their names, unless asked.
+"""
+
+import re
+
+from jq4.errors import JQ4Error
+from jq4.methods import METHODS
+from jq4.recipe import Recipe
+from jq4.rule import Rule
+from jq4.targets import EMBEDDINGS, HEADS, NORMS
+
+_INTEGER = re.compile(r"(?P<method>[a-z]+)-w(?P<bits>[0-9]+)g(?P<group>[0-9]+|c|t)(?P<asym>-asym)?")
+_CODEBOOK = re.compile(r"(?:(?P<method>[a-z]+)-)?(?P<type>nf|fp)4(?:-?g(?P<group>[0-9]+|c|t))?")
+_DEFAULT_GROUP = {"nf": "64", "fp": "32"}
+_TYPE = {"nf": "nf", "fp": "float"}
+
+
+def preset(name: str, *, embeddings: bool = False, head: bool = False) -> Recipe:
+    """See `Recipe.preset`."""
+    rule = _rule(name, ("Linear", "Embedding") if embeddings else ("Linear",))
+    ignore = [NORMS]
+    ignore += [] if embeddings else [EMBEDDINGS]
+    ignore += [] if head else [HEADS]
+    return Recipe((rule,), tuple(ignore), name)
+
+
+def _rule(name: str, targets: tuple[str, ...]) -> Rule:
+    if found := _INTEGER.fullmatch(name):
+        return _make(name, targets, found["method"], found["group"], int(found["bits"]), "int", not found["asym"])
+    if found := _CODEBOOK.fullmatch(name):
+        group = found["group"] or _DEFAULT_GROUP[found["type"]]
+        return _make(name, targets, found["method"] or "rtn", group, 4, _TYPE[found["type"]], True)
+    raise JQ4Error(f"unknown preset {name!r}: wanted {_known()}")
+
+
+def _make(name: str, targets: tuple[str, ...], method: str, group: str, bits: int, type: str, symmetric: bool) -> Rule:
+    if method not in METHODS:
+        raise JQ4Error(f"preset {name!r} wants the method {method!r}, which jq4 does not have: wanted {_known()}")
+    strategy = {"c": "channel", "t": "tensor"}.get(group, "group")
+    size = int(group) if strategy == "group" else None
+    try:
+        return Rule(
+            targets,
+            num_bits=bits,
+            type=type,
+            symmetric=symmetric,
+            strategy=strategy,
+            group_size=size,
+            method=method,
+        )
+    except JQ4Error as error:
+        raise JQ4Error(f"preset {name!r}: {str(error).removeprefix('rule: ')}") from None
+
+
+def _known() -> str:
+    return (
+        f"METHOD-wBITSgGROUP[-asym] with METHOD one of {', '.join(METHODS)}; BITS 2, 3, 4 or 8; GROUP a number, "
+        "c (channel) or t (tensor); or nf4, fp4"
+    )

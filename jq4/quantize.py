@@ -1,0 +1,237 @@
+"""A tree of dense weights to a tree with QArray leaves, one leaf at a time, and back.
+
+    for each leaf:  rule = the first of the recipe's that means its path       (jq4.recipe, jq4.targets)
+                    axis = axes[path], or stats.axes[path], or rule.axis, or what the leaf's name says
+                    leaf = method(leaf, stats[path], rule.encoding(axis))      (jq4.methods)
+
+Nothing but the leaf in hand is in memory twice, and of a stacked leaf [L, K, N] the work space is a few slices' worth.
+With `donate` the dense leaf is freed as soon as its codes exist. The functions trace: under `jit` and `jax.eval_shape`
+they do the same and leave out only the checks of values.
+
+Which axis is grouped? That which the weight's function contracts, and a tree does not tell it. `axes` (of
+jq4.contraction_axes) or `stats` (of jq4.observe) do. Without them names decide: Flax `kernel` and `w` along -2 (right
+for Dense, Conv [*spatial, Cin, Cout], scanned and expert stacks; the kernels of DenseGeneral and of attention, with
+three axes, want `axes`), `weight` of Equinox and torch along -1, `embedding` along -1. A leaf without an axis stays
+dense, and is listed.
+"""
+
+import functools
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq4.errors import JQ4Error
+from jq4.methods import get_method
+from jq4.paths import leaf_path
+from jq4.qarray import QArray, is_qarray
+from jq4.quantize_report import LeafReport, QuantizeReport, sqnr
+from jq4.recipe import Recipe
+from jq4.rounding import Encoding
+from jq4.rule import Rule
+from jq4.targets import axis_by_name
+
+_WORK_ELEMENTS = 2**24  # weights of a stacked leaf that are worked on at a time
+
+
+class IdleRuleWarning(UserWarning):
+    """A rule of the recipe quantized no leaf."""
+
+
+def quantize(
+    params: Any,
+    recipe: Recipe | Rule | str,
+    stats: Any = None,
+    axes: Mapping[str, int] | None = None,
+    *,
+    report: QuantizeReport | None = None,
+    progress: Callable[[LeafReport], None] | None = None,
+    donate: bool = False,
+) -> Any:
+    """The same tree with the leaves that the recipe means as QArrays; pure, unless `donate`.
+
+    Args:
+      params: any tree: Linen's {"params": ...}, an NNX State or module, an Equinox module, dicts, lists, tuples. Leaves
+        that are no float arrays pass through, as do leaves that are packed already just as the recipe says.
+      recipe: a Recipe, a single Rule, or a preset's name such as "hqq-w4g64-asym".
+      stats: of jq4.observe, for the methods that need them; they also tell the contraction axes.
+      axes: of jq4.contraction_axes: path -> negative axis; wins over `stats`, the rule's axis and the leaf's name.
+      report: a QuantizeReport to fill with what became of each leaf, SQNR included.
+      progress: called with the LeafReport of each leaf, packed or not, as soon as it is done.
+      donate: delete each dense jax.Array once its QArray exists; `params` must not be used afterwards.
+
+    Raises:
+      JQ4Error: for a NaN, an Inf, an empty leaf, one packed already in another way, or an impossible rule; it names
+        the leaf.
+
+    Warns:
+      IdleRuleWarning: for a rule that quantized no leaf, saying why.
+    """
+    report = QuantizeReport() if report is None else report
+    measured = report.measure
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)
+    uses = Counter(id(leaf) for _, leaf in keyed)
+    plan = quantize_report(params, recipe, stats, axes)
+    out = []
+    for (_, leaf), entry in zip(keyed, plan.leaves, strict=True):
+        result = leaf
+        if entry.is_planned:
+            result = _quantize_named(leaf, entry, stats)
+            entry = entry.packed_as(result, sqnr(leaf, result) if measured else None)
+            uses[id(leaf)] -= 1
+            if donate and not uses[id(leaf)]:
+                _delete(leaf, result)
+        out.append(result)
+        report.leaves.append(entry)
+        if progress is not None:
+            progress(entry)
+    report.recipe = plan.recipe
+    _warn_of_idle_rules(report)
+    return jax.tree_util.tree_unflatten(treedef, out)
+
+
+def quantize_report(
+    params: Any, recipe: Recipe | Rule | str, stats: Any = None, axes: Mapping[str, int] | None = None
+) -> QuantizeReport:
+    """What `quantize` would do, leaf by leaf, from shapes and dtypes alone: ShapeDtypeStructs are enough."""
+    recipe = Recipe.of(recipe)
+    keyed = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qarray)
+    report = QuantizeReport(recipe)
+    report.leaves.extend(_plan_leaf(leaf_path(keys), leaf, recipe, stats, axes) for keys, leaf in keyed)
+    return report
+
+
+def dequantize(params: Any, dtype: Any = None) -> Any:
+    """The tree with every QArray dense again, in `dtype` or the dtype it had before it was quantized."""
+    return jax.tree.map(lambda leaf: leaf.dequantize(dtype) if is_qarray(leaf) else leaf, params, is_leaf=is_qarray)
+
+
+def contraction_axis(path: str, ndim: int, rule: Rule, stats: Any, axes: Mapping[str, int] | None) -> int | None:
+    """The negative axis that a leaf is grouped along, or None if nothing tells it."""
+    known = (axes or {}).get(path)
+    known = getattr(stats, "axes", {}).get(path) if known is None else known
+    known = rule.axis if known is None else known
+    known = axis_by_name(path) if known is None else known
+    if known is None:
+        return None
+    if not -ndim <= known < 0:
+        raise JQ4Error(f"{path}: contraction axis {known} of a {ndim}-d weight, wanted one of -{ndim}..-1")
+    return known
+
+
+def _plan_leaf(path: str, leaf: Any, recipe: Recipe, stats: Any, axes: Mapping[str, int] | None) -> LeafReport:
+    if not (is_qarray(leaf) or (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))):
+        return LeafReport(path, status="not an array")
+    entry = LeafReport.of(path, leaf)
+    if recipe.ignores(path):
+        return entry.with_status("ignored")
+    index = recipe.index_of_rule(path)
+    if index is None:
+        return entry.with_status("packed already" if is_qarray(leaf) else "no rule")
+    rule = recipe.rules[index]
+    entry = entry.with_rule(index, rule)
+    if is_qarray(leaf):
+        return _plan_packed(leaf, entry, rule, contraction_axis(path, leaf.ndim, rule, stats, axes))
+    if rule.is_dense:
+        return entry.with_status("dense by rule")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return entry.with_status(f"not a float array ({leaf.dtype})")
+    if len(leaf.shape) < 2:
+        return entry.with_status("fewer than two axes")
+    axis = contraction_axis(path, len(leaf.shape), rule, stats, axes)
+    if axis is None:
+        return entry.with_status("contraction axis unknown: pass axes, stats, or the rule's axis")
+    if 0 in leaf.shape:
+        raise JQ4Error(
+            f"{path}: the leaf is empty, shape {tuple(leaf.shape)}: ignore it in the recipe, or leave it out"
+        )
+    return entry.planned(axis)
+
+
+def _plan_packed(leaf: QArray, entry: LeafReport, rule: Rule, axis: int | None) -> LeafReport:
+    if rule.is_dense:
+        return entry.with_status("packed already")
+    length = leaf.shape[leaf.axis]
+    wanted = (rule.format, min(rule.group_size or length, length), leaf.axis if axis is None else axis)
+    found = (leaf.format, min(leaf.group_size, length), leaf.axis)
+    if wanted == found:
+        return entry.with_status("packed already")
+    raise JQ4Error(
+        f"{entry.path}: packed already as {found[0]} in groups of {found[1]} along axis {found[2]}, and the recipe "
+        f"wants {wanted[0]} in groups of {wanted[1]} along axis {wanted[2]}: quantize the dense weights, or "
+        "jq4.dequantize first"
+    )
+
+
+def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> QArray:
+    rule, axis = entry.rule, entry.axis
+    assert rule is not None and axis is not None
+    method = get_method(rule.method)
+    statistics = None
+    if method.needs_statistics:
+        if stats is None or entry.path not in stats:
+            raise JQ4Error(f"{entry.path}: method {rule.method} needs statistics: pass stats=jq4.observe(...)")
+        statistics = stats[entry.path]
+    _check_values(entry.path, leaf)
+    try:
+        return _quantize_leaf(leaf, statistics, rule.method, rule.encoding(axis), tuple(rule.method_options.items()))
+    except JQ4Error as error:
+        raise JQ4Error(f"{entry.path}: {error}") from None
+
+
+def _check_values(path: str, leaf: Any) -> None:
+    """Raises JQ4Error for a NaN or an Inf; a tracer has no values to look at."""
+    if isinstance(leaf, jax.core.Tracer) or bool(_all_finite(leaf)):
+        return
+    values = np.asarray(leaf).astype(np.float32)
+    bad = ~np.isfinite(values)
+    first = tuple(int(i) for i in np.argwhere(bad)[0])
+    raise JQ4Error(
+        f"{path}: {int(bad.sum())} of {bad.size} weights are not finite, the first {values[first]} at {first}: "
+        "wanted finite weights; repair the checkpoint, or ignore the leaf in the recipe"
+    )
+
+
+@jax.jit
+def _all_finite(leaf: Any) -> jax.Array:
+    return jnp.all(jnp.isfinite(leaf))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "encoding", "options"))
+def _quantize_leaf(
+    weight: jax.Array, statistics: Any, method: str, encoding: Encoding, options: tuple[tuple[str, Any], ...]
+) -> QArray:
+    """One leaf [*B, K, N], its stacked slices a few at a time where there are no statistics."""
+
+    def run(weight: jax.Array) -> QArray:
+        return get_method(method).quantize(weight, statistics, encoding, **dict(options))
+
+    leading = weight.shape[: weight.ndim + min(encoding.axis, -2)]
+    slices = math.prod(leading)
+    at_once = max(1, _WORK_ELEMENTS * slices // weight.size)
+    if statistics is not None or at_once >= slices:
+        return run(weight)
+    flat = weight.reshape(slices, *weight.shape[len(leading) :])
+    packed = jax.lax.map(run, flat, batch_size=at_once if at_once > 1 else None)
+    return jax.tree.map(lambda part: part.reshape(*leading, *part.shape[1:]), packed)
+
+
+def _delete(leaf: Any, result: QArray) -> None:
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        jax.block_until_ready(result.codes)
+        leaf.delete()
+
+
+def _warn_of_idle_rules(report: QuantizeReport) -> None:
+    for index, why in report.idle_rules():
+        rule = report.recipe.rules[index]
+        warnings.warn(
+            f"rule {index} of the recipe, for targets {list(rule.targets)}, quantized no leaf: {why}",
+            IdleRuleWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,133 @@
+"""What became of each leaf when a tree was quantized: by which rule, to what, at how many bytes and what error."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jq4.qarray import QArray, is_qarray, leaf_nbytes
+from jq4.recipe import Recipe
+from jq4.rule import Rule
+
+_PLANNED = "to be packed"
+_PACKED = "packed"
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafReport:
+    """One leaf.
+
+    Attributes:
+      path, shape, dtype: of the dense leaf; shape and dtype are None for a leaf that is no array.
+      status: "packed", or why it was not: "no rule", "ignored", "dense by rule", "packed already", ...
+      rule_index, rule: the rule that matched, if one did.
+      format, group_size, axis: of the packed leaf.
+      dense_nbytes, nbytes: bytes held before and after (equal where nothing was packed).
+      noise: f32[] on the device, see `sqnr_db`; None where it was not measured.
+    """
+
+    path: str
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+    status: str = _PLANNED
+    rule_index: int | None = None
+    rule: Rule | None = None
+    format: str | None = None
+    group_size: int | None = None
+    axis: int | None = None
+    dense_nbytes: int = 0
+    nbytes: int = 0
+    noise: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, path: str, leaf: Any) -> "LeafReport":
+        nbytes = leaf.nbytes if is_qarray(leaf) else leaf_nbytes(leaf) if _has_bytes(leaf.dtype) else 0
+        return cls(path, tuple(leaf.shape), str(leaf.dtype), dense_nbytes=nbytes, nbytes=nbytes)
+
+    @property
+    def is_planned(self) -> bool:
+        return self.status == _PLANNED
+
+    @property
+    def is_packed(self) -> bool:
+        return self.status == _PACKED
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """10 log10(sum w**2 / sum (w - dequantized)**2) in decibels, fetched from the device when first asked for."""
+        return None if self.noise is None else float(self.noise)
+
+    def with_status(self, status: str) -> "LeafReport":
+        return dataclasses.replace(self, status=status)
+
+    def with_rule(self, index: int, rule: Rule) -> "LeafReport":
+        return dataclasses.replace(self, rule_index=index, rule=rule)
+
+    def planned(self, axis: int) -> "LeafReport":
+        assert self.rule is not None and self.shape is not None
+        group_size = min(self.rule.group_size or self.shape[axis], self.shape[axis])
+        return dataclasses.replace(self, axis=axis, format=self.rule.format, group_size=group_size)
+
+    def packed_as(self, q: QArray, noise: Any) -> "LeafReport":
+        return dataclasses.replace(self, status=_PACKED, nbytes=q.nbytes, noise=noise)
+
+
+@dataclasses.dataclass
+class QuantizeReport:
+    """What became of a tree; `jq4.quantize(..., report=QuantizeReport())` fills it.
+
+    Attributes:
+      recipe: the recipe that was followed.
+      leaves: one LeafReport a leaf, in tree order.
+      measure: whether `quantize` shall compute each packed leaf's SQNR.
+    """
+
+    recipe: Recipe | None = None
+    leaves: list[LeafReport] = dataclasses.field(default_factory=list)
+    measure: bool = True
+
+    @property
+    def packed(self) -> list[LeafReport]:
+        return [leaf for leaf in self.leaves if leaf.is_packed or leaf.is_planned]
+
+    @property
+    def unmatched(self) -> list[LeafReport]:
+        """The arrays that no rule quantized, each with its reason."""
+        return [leaf for leaf in self.leaves if leaf.shape is not None and not (leaf.is_packed or leaf.is_planned)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in self.leaves)
+
+    @property
+    def dense_nbytes(self) -> int:
+        return sum(leaf.dense_nbytes for leaf in self.leaves)
+
+    def idle_rules(self) -> list[tuple[int, str]]:
+        """The rules that quantized no leaf, by index, and why."""
+        if self.recipe is None:
+            return []
+        idle = []
+        for index, rule in enumerate(self.recipe.rules):
+            mine = [leaf for leaf in self.leaves if leaf.rule_index == index]
+            if rule.is_dense and mine:
+                continue
+            if not any(leaf.is_packed or leaf.is_planned or leaf.status == "packed already" for leaf in mine):
+                reasons = Counter(leaf.status for leaf in mine)
+                told = "; ".join(f"{count} of {len(mine)}: {reason}" for reason, count in reasons.most_common())
+                idle.append((index, told or "it matched none"))
+        return idle
+
+
+@jax.jit
+def sqnr(weight: Any, q: QArray) -> jax.Array:
+    """10 log10(sum w**2 / sum (w - dequantized)**2), f32[] in decibels; inf where nothing was lost."""
+    weight = jnp.asarray(weight).astype(jnp.float32)
+    noise = jnp.sum(jnp.square(weight - q.dequantize(jnp.float32)))
+    return 10 * jnp.log10(jnp.sum(jnp.square(weight)) / noise)
+
+
+def _has_bytes(dtype: Any) -> bool:
+    return not jax.dtypes.issubdtype(dtype, jax.dtypes.extended)  # a PRNG key's bytes are its own affair

@@ -1,0 +1,136 @@
+"""Recipe: an ordered list of rules that says how each leaf of a tree is quantized; the first rule that matches wins.
+
+The keys are compressed-tensors' where it has them, so that exporting a `quantization_config` renames nothing:
+
+    ignore: [lm_head]                   # leaves that stay dense, before any rule is asked
+    rules:
+      - targets: ["re:mlp.*down_proj"]  # patterns on the leaf's path, see jq4.targets
+        num_bits: 8
+        strategy: channel
+      - targets: [Linear]
+        num_bits: 4                     # 2, 3, 4, 8; 16 leaves the leaf dense
+        type: int                       # int, float (fp4, e2m1) or nf (nf4)
+        symmetric: false
+        strategy: group                 # group, channel (one scale per output channel) or tensor
+        group_size: 64
+        zero_point: float               # integer, or float for an offset; where symmetric is false
+        method: hqq                     # see jq4.methods
+        scale_dtype: bfloat16
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jq4 import targets as patterns
+from jq4.errors import JQ4Error
+from jq4.rule import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How each leaf of a tree is quantized. Immutable and hashable; equal recipes give equal bytes.
+
+    Attributes:
+      rules: asked in order, the first that matches wins.
+      ignore: patterns of leaves that stay dense whatever the rules say.
+      name: the preset's, if it was made from one; of no consequence for equality.
+    """
+
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ()
+    name: str | None = dataclasses.field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "ignore", patterns.as_patterns(self.ignore, "recipe", "ignore"))
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise JQ4Error(f"recipe: rules holds {rule!r}, wanted a jq4.Rule")
+        if not self.rules:
+            raise JQ4Error("recipe: rules is empty, wanted one rule or more")
+
+    @classmethod
+    def preset(cls, name: str, *, embeddings: bool = False, head: bool = False) -> "Recipe":
+        """A recipe by name: METHOD-wBITSgGROUP[-asym], with `gc` per output channel, `gt` per tensor; nf4; fp4.
+
+        Args:
+          name: such as "rtn-w4g32", "hqq-w4g64-asym", "rtn-w8gc", "nf4", "nf4-g128".
+          embeddings: quantize embedding tables as well.
+          head: quantize the output head as well.
+
+        Raises:
+          JQ4Error: for a name that is no preset, or one whose method is not there (yet); it lists what is.
+        """
+        from jq4.presets import preset
+
+        return preset(name, embeddings=embeddings, head=head)
+
+    @classmethod
+    def of(cls, value: "Recipe | Rule | str") -> "Recipe":
+        """A recipe from a recipe, a single rule, or a preset's name."""
+        if isinstance(value, str):
+            return cls.preset(value)
+        return cls((value,)) if isinstance(value, Rule) else value
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """Reads a YAML or JSON file; a JQ4Error names the file, the key, what it holds and what is wanted."""
+        path = Path(path)
+        try:
+            value = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        except FileNotFoundError:
+            raise JQ4Error(f"{path}: no such recipe file") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise JQ4Error(f"{path}: not a readable YAML or JSON file: {error}") from error
+        return cls.from_dict(value, str(path))
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str = "recipe") -> "Recipe":
+        """The recipe of `to_dict`'s dict; `source` is what errors call it."""
+        if isinstance(value, list):
+            value = {"rules": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("rules"), list):
+            raise JQ4Error(f"{source}: wanted a mapping with a list called 'rules', found {_shortened(value)}")
+        unknown = set(value) - {"rules", "ignore", "name"}
+        if unknown:
+            raise JQ4Error(f"{source}: unknown key {sorted(unknown, key=str)[0]!r}, wanted rules, ignore or name")
+        rules = tuple(Rule.from_dict(rule, f"{source}: rules[{i}]") for i, rule in enumerate(value["rules"]))
+        ignore = patterns.as_patterns(value.get("ignore", ()), source, "ignore")
+        try:
+            return cls(rules, ignore, value.get("name"))
+        except JQ4Error as error:
+            raise JQ4Error(f"{source}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers, ready for YAML and JSON; `from_dict` gives the same recipe back."""
+        named = {} if self.name is None else {"name": self.name}
+        ignored = {"ignore": list(self.ignore)} if self.ignore else {}
+        return named | ignored | {"rules": [rule.to_dict() for rule in self.rules]}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the recipe as JSON if the file is called *.json, as YAML otherwise."""
+        path = Path(path)
+        value = self.to_dict()
+        as_json = path.suffix == ".json"
+        path.write_text(
+            json.dumps(value, indent=2) + "\n" if as_json else yaml.safe_dump(value, sort_keys=False), encoding="utf-8"
+        )
+
+    def ignores(self, path: str) -> bool:
+        return any(patterns.matches(pattern, path) for pattern in self.ignore)
+
+    def index_of_rule(self, path: str) -> int | None:
+        """The index of the first rule that means the leaf at `path`, or None if none does or it is ignored."""
+        if self.ignores(path):
+            return None
+        return next((i for i, rule in enumerate(self.rules) if rule.matches(path)), None)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,179 @@
+"""Rule: one line of a recipe, the leaves it means and what becomes of them. Keys as compressed-tensors spells them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jq4 import targets as patterns
+from jq4.errors import JQ4Error
+from jq4.formats import get_format
+from jq4.methods import get_method
+from jq4.rounding import OBSERVERS, SCALE_DTYPES, Encoding, check_encoding
+
+DENSE_BITS = 16
+_OBSERVER_OPTIONS = ("percentile", "norm", "steps", "max_shrink")
+_FORMATS = {("int", bits): f"int{bits}" for bits in (2, 3, 4, 8)} | {("float", 4): "fp4", ("nf", 4): "nf4"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which leaves, and how they are quantized.
+
+    Attributes:
+      targets: patterns on the leaf's path (jq4.targets); any of them.
+      ignore: patterns of leaves that this rule leaves to those after it.
+      num_bits: 2, 3, 4 or 8; 16 leaves the leaf dense.
+      type: "int", "float" (4 bits: fp4, e2m1) or "nf" (4 bits: nf4).
+      symmetric: no zero points.
+      strategy: "group", "channel" or "tensor"; by default "group" where there is a group_size and else "channel".
+      group_size: weights along the contraction axis that share a scale; for strategy "group" alone.
+      zero_point: "integer" or "float" where symmetric is false; by default what the method is best at.
+      method: a key of jq4.methods.METHODS.
+      observer: how the range is found, one of jq4.rounding.OBSERVERS; by default "absmax" or, asymmetric, "minmax".
+      scale_dtype: dtype of scales and offsets.
+      axis: the contraction axis, negative; by default what the function (`axes`, `stats`) or the leaf's name says.
+      options: the method's and the observer's own, as a mapping; kept as sorted pairs, so that rules can be hashed.
+    """
+
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...] = ()
+    num_bits: int = 4
+    type: str = "int"
+    symmetric: bool = True
+    strategy: str | None = None
+    group_size: int | None = None
+    zero_point: str | None = None
+    method: str = "rtn"
+    observer: str | None = None
+    scale_dtype: str = "bfloat16"
+    axis: int | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        self._set("targets", patterns.as_patterns(self.targets, "rule", "targets"))
+        self._set("ignore", patterns.as_patterns(self.ignore, "rule", "ignore"))
+        if not self.targets:
+            raise JQ4Error("rule: targets is empty, wanted one pattern or more")
+        self._check_types()
+        self._check_numbers()
+        self._fill_in()
+        if not self.is_dense:
+            check_encoding(self.encoding(-2), ndim=2)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the rule says that its leaves stay as they are."""
+        return self.num_bits == DENSE_BITS
+
+    @property
+    def format(self) -> str:
+        """The number format, a key of jq4.formats.FORMATS."""
+        return _FORMATS[self.type, self.num_bits]
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        return {key: value for key, value in self.options if key not in _OBSERVER_OPTIONS}
+
+    def matches(self, path: str) -> bool:
+        return any(patterns.matches(p, path) for p in self.targets) and not any(
+            patterns.matches(p, path) for p in self.ignore
+        )
+
+    def encoding(self, axis: int) -> Encoding:
+        """How the codes of a weight with this contraction axis are made."""
+        return Encoding(
+            format=self.format,
+            axis=axis,
+            group_size=self.group_size,
+            per_tensor=self.strategy == "tensor",
+            symmetric=self.symmetric,
+            zero_point=self.zero_point or "integer",
+            observer=str(self.observer),
+            scale_dtype=self.scale_dtype,
+            **{key: value for key, value in self.options if key in _OBSERVER_OPTIONS},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers; what is None or empty is left out."""
+        value = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        value |= {"targets": list(self.targets), "ignore": list(self.ignore), "options": dict(self.options)}
+        return {key: item for key, item in value.items() if item is not None and item not in ([], {})}
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str = "rule") -> "Rule":
+        """The rule of `to_dict`'s dict; a JQ4Error names the key, what it holds and what is wanted."""
+        if not isinstance(value, Mapping):
+            raise JQ4Error(f"{source}: found {value!r}, wanted a mapping with at least 'targets'")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in value:
+            if key not in known:
+                raise JQ4Error(f"{source}: unknown key {key!r}, wanted one of {', '.join(known)}")
+        if "targets" not in value:
+            raise JQ4Error(f"{source}: no 'targets', wanted a list of patterns such as [Linear]")
+        try:
+            return cls(**value)
+        except JQ4Error as error:
+            raise JQ4Error(f"{source}: {str(error).removeprefix('rule: ')}") from None
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_types(self) -> None:
+        optional = (int, type(None))
+        wanted = {"num_bits": int, "symmetric": bool, "group_size": optional, "axis": optional}
+        for name, kinds in wanted.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (kinds is not bool and isinstance(value, bool)):
+                raise JQ4Error(
+                    f"rule: {name} is {value!r}, wanted {'true or false' if kinds is bool else 'an integer'}"
+                )
+        for name, choices in (
+            ("type", ("int", "float", "nf")),
+            ("strategy", ("group", "channel", "tensor", None)),
+            ("zero_point", ("integer", "float", None)),
+            ("observer", (*OBSERVERS, None)),
+            ("scale_dtype", SCALE_DTYPES),
+        ):
+            if getattr(self, name) not in choices:
+                listed = ", ".join(choice for choice in choices if choice)
+                raise JQ4Error(f"rule: {name} is {getattr(self, name)!r}, wanted one of {listed}")
+
+    def _check_numbers(self) -> None:
+        if not self.is_dense and (self.type, self.num_bits) not in _FORMATS:
+            listed = ", ".join(f"{kind} {bits}" for kind, bits in _FORMATS)
+            raise JQ4Error(f"rule: type {self.type} with num_bits {self.num_bits}, wanted one of {listed} (16: dense)")
+        if self.axis is not None and self.axis >= 0:
+            raise JQ4Error(
+                f"rule: axis is {self.axis}, wanted a negative one, so that stacked leaves keep their meaning"
+            )
+        if self.strategy in ("channel", "tensor") and self.group_size is not None:
+            raise JQ4Error(f"rule: group_size is {self.group_size} with strategy {self.strategy}, wanted none")
+        if self.strategy == "group" and self.group_size is None:
+            raise JQ4Error("rule: strategy is group without a group_size, wanted one such as 32, 64 or 128")
+        if self.group_size is not None and self.group_size < 1:
+            raise JQ4Error(f"rule: group_size is {self.group_size}, wanted 1 or more (channel: leave it out)")
+
+    def _fill_in(self) -> None:
+        method = get_method(self.method)
+        self._set("strategy", self.strategy or ("channel" if self.group_size is None else "group"))
+        self._set("observer", self.observer or ("absmax" if self.symmetric else "minmax"))
+        if self.symmetric and self.zero_point is not None:
+            raise JQ4Error(f"rule: zero_point is {self.zero_point} with symmetric true, wanted none")
+        if not self.symmetric:
+            self._set("zero_point", self.zero_point or method.asymmetric_zero_point)
+        if not isinstance(self.options, Mapping | tuple | list):
+            raise JQ4Error(f"rule: options is {self.options!r}, wanted a mapping")
+        options = dict(self.options)
+        known = (*_OBSERVER_OPTIONS, *method.options)
+        for key in options:
+            if key not in known:
+                raise JQ4Error(
+                    f"rule: unknown option {key!r} of method {self.method}, wanted one of {', '.join(known)}"
+                )
+        self._set("options", tuple(sorted(options.items())))
+
+
+def describe_format(rule: Rule) -> str:
+    """A few words for reports: "int4 g32 rtn", "nf4 channel rtn"."""
+    groups = f"g{rule.group_size}" if rule.strategy == "group" else str(rule.strategy)
+    return "dense" if rule.is_dense else f"{get_format(rule.format).name} {groups} {rule.method}"
