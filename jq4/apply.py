@@ -1,0 +1,208 @@
+"""`quantized(f)`: the function that takes packed weights where `f` takes dense ones.
+
+`f` is traced once with dense shapes standing in for its packed leaves, so that every shape check of a model passes,
+and the jaxpr is evaluated with the packed values (jq4.interpret). An equation that meets a packed leaf has a rule
+that keeps it packed (RULES below), or the leaf is dequantized there and then, which is recorded, warned of, and with
+`strict=True` refused.
+
+What was rejected, having been measured: intercepting Flax's methods or `dot_general` (fails under Linen's `nn.scan`),
+a leaf with `__jax_array__` (Linen's shape check refuses it), hijax types (their API changes between versions),
+dequantizing the tree before the call (with stacked layers the whole dense model appears at once).
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jq4 import jax_compat, rules_product, rules_structure
+from jq4.errors import DensifiedError
+from jq4.interpret import Interpreter, Values
+from jq4.packed_leaf import PackedLeaf, is_packed
+from jq4.paths import leaf_path
+from jq4.qarray import QArray, is_qarray
+from jq4.qarray_ops import NoPackedForm
+from jq4.record import DENSE, DensifiedWarning, Record, recording
+
+RULES: dict[str, Callable[[Any, Values], Values]] = {
+    "dot_general": rules_product.dot_general,
+    "convert_element_type": rules_structure.convert_element_type,
+    "transpose": rules_structure.transpose,
+    "reshape": rules_structure.reshape,
+    "broadcast_in_dim": rules_structure.broadcast_in_dim,
+    "squeeze": rules_structure.squeeze,
+    "slice": rules_structure.slice_,
+    "dynamic_slice": rules_structure.dynamic_slice,
+    "split": rules_structure.split,
+    "gather": rules_structure.gather,
+    "concatenate": rules_structure.concatenate,
+    "mul": rules_structure.scale_by_scalar,
+    "div": rules_structure.scale_by_scalar,
+    "neg": rules_structure.negate,
+    "copy": rules_structure.identity,
+    "copy_p": rules_structure.identity,
+    "name": rules_structure.identity,
+    "stop_gradient": rules_structure.identity,
+    "pvary": rules_structure.on_every_part,
+    "pcast": rules_structure.on_every_part,
+    "optimization_barrier": rules_structure.on_every_part,
+}
+
+
+class PackedInterpreter(Interpreter):
+    """Evaluates a jaxpr with PackedLeafs among its values."""
+
+    def __init__(self, record: Record, strict: bool = False) -> None:
+        self.record = record
+        self.strict = strict
+
+    def is_special(self, value: Any) -> bool:
+        return is_packed(value)
+
+    def rule(self, eqn: Any, values: Values) -> Values | None:
+        apply = RULES.get(eqn.primitive.name)
+        if apply is None:
+            return None
+        path = next(value.path for value in values if is_packed(value))
+        try:
+            with recording(self.record, path, eqn.primitive.name):
+                return apply(eqn, values)
+        except NoPackedForm as error:
+            return jax_compat.bind(eqn, self.dense(values, eqn, str(error)))
+
+    def densify(self, value: PackedLeaf, eqn: Any, reason: str = "") -> jax.Array:
+        primitive = eqn.primitive.name
+        reason = reason or f"{primitive} has no packed rule"
+        nbytes = int(np.prod(value.shape)) * np.dtype(value.dtype).itemsize
+        first = self.record.note(DENSE, value.path, primitive, reason, nbytes)
+        if self.strict:
+            raise DensifiedError(_refusal(value, primitive, reason, nbytes))
+        if first:
+            warnings.warn(f"{value.path} went dense at {primitive} ({nbytes} bytes): {reason}", DensifiedWarning, 2)
+        return value.dequantize()
+
+
+def _refusal(value: PackedLeaf, primitive: str, reason: str, nbytes: int) -> str:
+    return (
+        f"{value.path}: {primitive} would dequantize this {value.q.format} weight of shape {value.shape} "
+        f"({nbytes} bytes): {reason}. Keep this leaf dense (add it to the recipe's `ignore`), quantize it along the "
+        "axis that the function contracts (jq4.contraction_axes tells it), or call jq4.quantized without strict=True"
+    )
+
+
+class Quantized:
+    """What `quantized(f)` returns: calls `f` on packed weights. `record` holds what went dense in the last trace."""
+
+    def __init__(self, function: Callable[..., Any], strict: bool) -> None:
+        functools.update_wrapper(self, function, updated=())
+        self.function = function
+        self.strict = strict
+        self.record = Record()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_qarray)
+        if not any(map(is_qarray, leaves)):
+            return self.function(*args, **kwargs)
+        self.record.clear()
+        values = _name_packed(args, kwargs, leaves)
+        dynamic = [place for place, value in enumerate(values) if is_packed(value) or _is_array(value)]
+        outputs = _Outputs()
+
+        def flat_function(*arrays: Any) -> list[Any]:
+            merged = list(leaves)
+            for place, array in zip(dynamic, arrays, strict=True):
+                merged[place] = array
+            args, kwargs = jax.tree.unflatten(structure, merged)
+            return outputs.arrays_of(self.function(*args, **kwargs))
+
+        interpreter = PackedInterpreter(self.record, self.strict)
+        inputs = [values[place] for place in dynamic]
+        jaxpr, _ = jax_compat.trace(flat_function, *map(interpreter.aval, inputs))
+        return outputs.rebuild([_unwrap(value) for value in interpreter.evaluate(jaxpr, inputs)])
+
+    def __repr__(self) -> str:
+        return f"jq4.quantized({self.function!r})"
+
+
+def quantized(function: Callable[..., Any], strict: bool = False) -> Quantized:
+    """A function like `function` that also takes packed weights (QArray leaves) in its arguments.
+
+    Arrays and QArrays are traced; every other leaf (numbers, strings, functions) is passed as it is. It composes
+    with jit, grad, vmap, checkpoint, scan, shard_map, eval_shape and export; gradients reach every float array.
+
+    Args:
+      function: any traceable function of pytrees: a Flax `apply`, an Equinox model's call, bare JAX.
+      strict: raise where a packed leaf would be dequantized, instead of warning.
+
+    Returns:
+      The function. Its `record` lists the leaves that went dense in the last trace, where, why and at what cost.
+
+    Raises:
+      DensifiedError: `strict`, and an operation has no packed form.
+    """
+    return Quantized(function, strict)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Record:
+    """The record of `quantized(function)(*args, **kwargs)` without computing anything; arrays may be shapes only."""
+    transformed = function if isinstance(function, Quantized) else Quantized(function, strict=False)
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    dynamic = [place for place, leaf in enumerate(leaves) if _is_array(leaf)]
+
+    def call(arrays: list[Any]) -> list[Any]:
+        merged = list(leaves)
+        for place, array in zip(dynamic, arrays, strict=True):
+            merged[place] = array
+        args, kwargs = jax.tree.unflatten(structure, merged)
+        return [leaf for leaf in jax.tree.leaves(transformed(*args, **kwargs)) if _is_array(leaf)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DensifiedWarning)
+        jax.eval_shape(call, [leaves[place] for place in dynamic])
+    return transformed.record
+
+
+class _Outputs:
+    """The tree of a function's outputs, and those of its leaves that are no arrays, kept aside during the trace."""
+
+    def arrays_of(self, tree: Any) -> list[Any]:
+        self.leaves, self.structure = jax.tree.flatten(tree)
+        self.dynamic = [place for place, leaf in enumerate(self.leaves) if _is_array(leaf)]
+        arrays = [self.leaves[place] for place in self.dynamic]
+        self.leaves = [None if place in self.dynamic else leaf for place, leaf in enumerate(self.leaves)]
+        return arrays
+
+    def rebuild(self, arrays: list[Any]) -> Any:
+        leaves = list(self.leaves)
+        for place, array in zip(self.dynamic, arrays, strict=True):
+            leaves[place] = array
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+
+
+def _unwrap(value: Any) -> Any:
+    return value.settle() if is_packed(value) else value
+
+
+def _name_packed(args: Any, kwargs: Any, leaves: list[Any]) -> list[Any]:
+    """The leaves, each QArray wrapped with its path in its argument (and the argument's name, if several have some)."""
+    arguments = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
+    holders = [
+        name for name, value in arguments.items() if any(map(is_qarray, jax.tree.leaves(value, is_leaf=is_qarray)))
+    ]
+    keyed, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_qarray)
+    named = []
+    for (keys, _), leaf in zip(keyed, leaves, strict=True):
+        if not isinstance(leaf, QArray):
+            named.append(leaf)
+            continue
+        which = list(arguments)[keys[1].idx] if keys[0].idx == 0 else keys[1].key  # type: ignore[attr-defined]
+        path = leaf_path(keys[2:])
+        named.append(PackedLeaf(leaf, path if path and len(holders) == 1 else "/".join(filter(None, (which, path)))))
+    return named

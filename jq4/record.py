@@ -1,0 +1,118 @@
+"""The record of what a function could not do on packed weights: which leaf, where, why, and how many bytes it cost.
+
+    dense    the leaf was dequantized at an operation that has no packed rule
+    relaid   the leaf stayed packed but is re-packed into another layout at every call (`jq4.prepare` does it once)
+
+`jq4.quantized` opens a record for each trace; operations below it (jq4.qarray_ops, jq4.matmul) reach the running one
+through `note_relay`, which does nothing where none is running.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+DENSE = "dense"
+RELAID = "relaid"
+
+
+class DensifiedWarning(UserWarning):
+    """A packed leaf was dequantized because an operation has no packed rule."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One leaf at one primitive.
+
+    Attributes:
+      kind: "dense" or "relaid".
+      path: the leaf's path in its argument.
+      primitive: the JAX primitive that met it.
+      reason: why it could not stay as it was.
+      nbytes: bytes of the dense (or re-laid) array, once.
+      times: how many equations of the trace did this; a scan's body counts once.
+    """
+
+    kind: str
+    path: str
+    primitive: str
+    reason: str
+    nbytes: int
+    times: int = 1
+
+
+class Record:
+    """Entries of one trace, in the order they were met. True if a leaf went dense."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, str, str, str], Entry] = {}
+
+    @property
+    def entries(self) -> list[Entry]:
+        return list(self._entries.values())
+
+    @property
+    def dense(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.kind == DENSE]
+
+    @property
+    def relaid(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.kind == RELAID]
+
+    def note(self, kind: str, path: str, primitive: str, reason: str, nbytes: int) -> bool:
+        """Adds one event; True if it is the first of its kind, leaf and primitive."""
+        first = not any((kind, path, primitive) == known[:3] for known in self._entries)
+        key = (kind, path, primitive, reason)
+        before = self._entries.get(key)
+        times = before.times + 1 if before else 1
+        self._entries[key] = Entry(kind, path, primitive, reason, max(nbytes, before.nbytes if before else 0), times)
+        return first
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    def __bool__(self) -> bool:
+        return bool(self.dense)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def to_json(self) -> str:
+        """A JSON array of the entries."""
+        return json.dumps([dataclasses.asdict(entry) for entry in self.entries], indent=1)
+
+    def report(self) -> str:
+        """The entries as a readable table."""
+        if not self._entries:
+            return "every packed leaf stayed packed"
+        rows = [("kind", "leaf", "primitive", "MiB", "times", "why")]
+        rows += [
+            (entry.kind, entry.path, entry.primitive, f"{entry.nbytes / 2**20:.2f}", str(entry.times), entry.reason)
+            for entry in self.entries
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        return "\n".join("  ".join([*map(str.ljust, row[:5], widths), row[5]]) for row in rows)
+
+    __repr__ = report
+
+
+_running: contextvars.ContextVar[tuple[Record, str, str] | None] = contextvars.ContextVar("jq4_record", default=None)
+
+
+@contextlib.contextmanager
+def recording(record: Record, path: str, primitive: str) -> Iterator[None]:
+    """Whatever is noted inside belongs to this leaf at this primitive."""
+    token = _running.set((record, path, primitive))
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def note_relay(q: Any, reason: str) -> None:
+    """Notes that the weight `q` is re-laid at every call, if a transform is running."""
+    if (running := _running.get()) is not None:
+        record, path, primitive = running
+        record.note(RELAID, path, primitive, reason, q.nbytes)

@@ -1,0 +1,192 @@
+"""Packed rules for what moves a weight's axes about: cast, transpose, reshape, slice, gather, and the identities.
+
+A rule takes an equation and its input values, of which at least one is a PackedLeaf, and gives the outputs. Where
+this equation has no packed form it raises `NoPackedForm`, and the leaf goes dense there.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jq4 import jax_compat, qarray_ops
+from jq4.packed_leaf import PackedLeaf, is_packed
+from jq4.qarray import QArray
+from jq4.qarray_ops import NoPackedForm
+
+Values = list[Any]
+
+
+def convert_element_type(eqn: Any, values: Values) -> Values:
+    dtype = eqn.params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise NoPackedForm(f"a cast to {dtype}, which is not a float")
+    leaf = values[0]
+    return [dataclasses.replace(leaf, q=qarray_ops.astype(leaf.q, dtype))]
+
+
+def transpose(eqn: Any, values: Values) -> Values:
+    return [values[0].transposed(eqn.params["permutation"])]
+
+
+def reshape(eqn: Any, values: Values) -> Values:
+    if eqn.params["dimensions"] is not None:
+        raise NoPackedForm("a reshape that also transposes")
+    return [_reshaped(values[0], eqn.outvars[0].aval.shape)]
+
+
+def broadcast_in_dim(eqn: Any, values: Values) -> Values:
+    """Only what adds axes of one: the weight's own axes stay in their order, so it is a reshape."""
+    leaf, shape = values[0], eqn.params["shape"]
+    if math.prod(shape) != math.prod(leaf.shape):
+        raise NoPackedForm(f"a broadcast of {leaf.shape} to {tuple(shape)}")
+    return [_reshaped(leaf, shape)]
+
+
+def squeeze(eqn: Any, values: Values) -> Values:
+    return [_reshaped(values[0], eqn.outvars[0].aval.shape)]
+
+
+def slice_(eqn: Any, values: Values) -> Values:
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(starts)
+    leaf = values[0]
+    for axis, bounds in enumerate(zip(starts, limits, strides, strict=True)):
+        if bounds != (0, leaf.shape[axis], 1):
+            leaf = _along(leaf, axis, lambda q, at, bounds=bounds: qarray_ops.slice_in_dim(q, *bounds, axis=at))
+    return [leaf]
+
+
+def dynamic_slice(eqn: Any, values: Values) -> Values:
+    leaf, starts, sizes = values[0], values[1:], eqn.params["slice_sizes"]
+    for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        if size != leaf.shape[axis]:
+            leaf = _along(leaf, axis, lambda q, at, s=start, n=size: qarray_ops.dynamic_slice_in_dim(q, s, n, axis=at))
+    return [leaf]
+
+
+def split(eqn: Any, values: Values) -> Values:
+    leaf, axis, pieces, start = values[0], eqn.params["axis"], [], 0
+    for size in eqn.params["sizes"]:
+        bounds = (start, start + size, 1)
+        pieces.append(_along(leaf, axis, lambda q, at, bounds=bounds: qarray_ops.slice_in_dim(q, *bounds, axis=at)))
+        start += size
+    return pieces
+
+
+def gather(eqn: Any, values: Values) -> Values:
+    """Whole slices along one axis, as `jnp.take` and `w[i]` spell them. Rows are dequantized, matrices stay packed."""
+    leaf, indices = values
+    if not is_packed(leaf):
+        raise NoPackedForm("a packed array of indices")
+    numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], leaf.shape
+    indexed = [axis for axis in range(leaf.ndim) if sizes[axis] != shape[axis] or axis in numbers.start_index_map]
+    if len(indexed) != 1 or numbers.operand_batching_dims or numbers.start_index_map != tuple(indexed):
+        raise NoPackedForm("a gather along several axes")
+    axis = indexed[0]
+    if sizes[axis] != 1 or indices.shape[-1] != 1:
+        raise NoPackedForm("a gather of windows")
+    if eqn.params["fill_value"] is not None:
+        raise NoPackedForm("a gather with a fill value of its own")
+    rows, collapsed = lax.squeeze(indices, (indices.ndim - 1,)), numbers.collapsed_slice_dims
+    # jnp.take puts the indices' axes where the indexed axis was; the equation may want them elsewhere.
+    taken = qarray_ops.take_rows(leaf.settle(), rows, axis=axis, mode=_take_mode(eqn.params["mode"]))
+    kept = rows.ndim if collapsed else rows.ndim + 1
+    if not collapsed:
+        taken = qarray_ops.reshape(taken, (*taken.shape[: axis + rows.ndim], 1, *taken.shape[axis + rows.ndim :]))
+    del kept
+    slices = [at for at in range(taken.ndim) if not axis <= at < axis + rows.ndim]
+    places = iter(slices), iter(range(axis, axis + rows.ndim))
+    order = [next(places[0] if at in numbers.offset_dims else places[1]) for at in range(taken.ndim)]
+    result = PackedLeaf(taken, leaf.path).transposed(order)
+    return [result if _is_matrix(result, numbers.offset_dims) else result.dequantize()]
+
+
+def concatenate(eqn: Any, values: Values) -> Values:
+    """Packed weights of one format beside one another along an axis that is not the grouped one (fused projections)."""
+    axis = eqn.params["dimension"]
+    if not all(map(is_packed, values)):
+        raise NoPackedForm("a concatenation with a dense array")
+    weights = [qarray_ops.plain_scales(qarray_ops.neutral(leaf.settle(), "concatenate")) for leaf in values]
+    first = weights[0]
+    structures = {jax.tree.structure(q) for q in weights}
+    if axis == first.axis % first.ndim or len(structures) > 1 or first.permutation is not None:
+        raise NoPackedForm("a concatenation along the grouped axis, or of different formats")
+
+    def join(name: str) -> Any:
+        parts = [getattr(q, name) for q in weights]
+        if parts[0] is None:
+            return None
+        spread = [_spelled_out(part, q, axis) for part, q in zip(parts, weights, strict=True)]
+        return lax.concatenate(spread, axis)
+
+    names = ("codes", "scale", "zero_point", "offset")
+    path = " + ".join(dict.fromkeys(leaf.path for leaf in values))
+    return [PackedLeaf(dataclasses.replace(first, **{name: join(name) for name in names}), path)]
+
+
+def scale_by_scalar(eqn: Any, values: Values) -> Values:
+    """Times, or divided by, one number: the scales take it."""
+    leaf, number = values if is_packed(values[0]) else reversed(values)
+    divided = eqn.primitive.name == "div"
+    if is_packed(number) or jnp.ndim(number) != 0 or (divided and not is_packed(values[0])):
+        raise NoPackedForm("a product with an array")
+    number = jnp.asarray(number, jnp.float32)
+    return [_rescaled(leaf, 1 / number if divided else number)]
+
+
+def negate(eqn: Any, values: Values) -> Values:
+    return [_rescaled(values[0], jnp.float32(-1))]
+
+
+def identity(eqn: Any, values: Values) -> Values:
+    return [values[0]]
+
+
+def on_every_part(eqn: Any, values: Values) -> Values:
+    """Operations that are the same for any array: pvary, pcast, copy, optimization_barrier."""
+    leaves, structure = jax.tree.flatten(values)
+    if eqn.primitive.multiple_results:
+        return jax.tree.unflatten(structure, jax_compat.bind(eqn, leaves))
+    return jax.tree.unflatten(structure, [jax_compat.bind(eqn, [leaf])[0] for leaf in leaves])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _reshaped(leaf: PackedLeaf, shape: Any) -> PackedLeaf:
+    if tuple(shape) == leaf.shape:
+        return leaf
+    return leaf.holding(qarray_ops.reshape(leaf.settle(), shape))
+
+
+def _along(leaf: PackedLeaf, axis: int, function: Any) -> PackedLeaf:
+    """`function` on the QArray at the axis that stands for `axis`; a pending transpose stays pending."""
+    return dataclasses.replace(leaf, q=function(leaf.q, leaf.axes[axis]))
+
+
+def _is_matrix(leaf: PackedLeaf, slice_axes: Any) -> bool:
+    return len([axis for axis in slice_axes if leaf.shape[axis] > 1]) > 1
+
+
+def _take_mode(mode: Any) -> str:
+    name = str(mode).lower()
+    return "fill" if "fill" in name else "clip"
+
+
+def _spelled_out(part: jax.Array, q: QArray, axis: int) -> jax.Array:
+    shape = list(part.shape)
+    shape[axis] = q.shape[axis]
+    return jnp.broadcast_to(part, shape)
+
+
+def _rescaled(leaf: PackedLeaf, factor: jax.Array) -> PackedLeaf:
+    q = qarray_ops.plain_scales(leaf.q)
+
+    def scaled(part: Any) -> Any:
+        return None if part is None else (part.astype(jnp.float32) * factor).astype(part.dtype)
+
+    return dataclasses.replace(leaf, q=dataclasses.replace(q, scale=scaled(q.scale), offset=scaled(q.offset)))
