@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jq4.errors import JQ4Error
 from jq4.methods import get_method
@@ -186,7 +187,7 @@ def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> QArray:
 
 def _check_values(path: str, leaf: Any) -> None:
     """Raises JQ4Error for a NaN or an Inf; a tracer has no values to look at."""
-    if isinstance(leaf, jax.core.Tracer) or bool(_all_finite(leaf)):
+    if _is_traced(leaf) or bool(_all_finite(leaf)):
         return
     values = np.asarray(leaf).astype(np.float32)
     bad = ~np.isfinite(values)
@@ -221,15 +222,18 @@ def _quantize_leaf(
     return jax.tree.map(lambda part: part.reshape(*leading, *part.shape[1:]), packed)
 
 
+def _is_traced(leaf: Any) -> bool:
+    return isinstance(leaf, Tracer)
+
+
 def _delete(leaf: Any, result: QArray) -> None:
-    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, jax.Array) and not _is_traced(leaf):
         jax.block_until_ready(result.codes)
         leaf.delete()
 
 
 def _warn_of_idle_rules(report: QuantizeReport) -> None:
-    for index, why in report.idle_rules():
-        rule = report.recipe.rules[index]
+    for index, rule, why in report.idle_rules():
         warnings.warn(
             f"rule {index} of the recipe, for targets {list(rule.targets)}, quantized no leaf: {why}",
             IdleRuleWarning,

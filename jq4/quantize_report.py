@@ -105,8 +105,8 @@ class QuantizeReport:
     def dense_nbytes(self) -> int:
         return sum(leaf.dense_nbytes for leaf in self.leaves)
 
-    def idle_rules(self) -> list[tuple[int, str]]:
-        """The rules that quantized no leaf, by index, and why."""
+    def idle_rules(self) -> list[tuple[int, Rule, str]]:
+        """The rules that quantized no leaf: index, rule, and why."""
         if self.recipe is None:
             return []
         idle = []
@@ -117,7 +117,7 @@ class QuantizeReport:
             if not any(leaf.is_packed or leaf.is_planned or leaf.status == "packed already" for leaf in mine):
                 reasons = Counter(leaf.status for leaf in mine)
                 told = "; ".join(f"{count} of {len(mine)}: {reason}" for reason, count in reasons.most_common())
-                idle.append((index, told or "it matched none"))
+                idle.append((index, rule, told or "it matched none"))
         return idle
 
 
@@ -130,4 +130,4 @@ def sqnr(weight: Any, q: QArray) -> jax.Array:
 
 
 def _has_bytes(dtype: Any) -> bool:
-    return not jax.dtypes.issubdtype(dtype, jax.dtypes.extended)  # a PRNG key's bytes are its own affair
+    return not jnp.issubdtype(dtype, jax.dtypes.extended)  # a PRNG key's bytes are its own affair
