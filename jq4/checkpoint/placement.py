@@ -1,0 +1,157 @@
+"""Where a packed weight's parts go: the sharding of a weight, turned into shardings of codes, scale and zero point.
+
+Every axis but the grouped one is sharded alike in all parts (an axis on which a part has size 1 is replicated). Along
+the grouped axis a shard must be a QArray of its own: whole groups, whole bytes, no padding and no permutation. Where
+one group spans the whole axis its scale is replicated, and only the codes are split.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from jq4.checkpoint.structure import Keys, describe, path_of
+from jq4.errors import CheckpointError
+from jq4.qarray import QArray, is_qarray
+
+Shardings = Sharding | Callable[[str, tuple[int, ...]], Sharding | None] | Any
+
+
+def default_sharding() -> Sharding:
+    """Where JAX puts a new array that nobody placed."""
+    return jax.device_put(0).sharding
+
+
+def chooser(shardings: Shardings) -> Callable[[Keys, tuple[int, ...]], Any]:
+    """A function (keys, shape) -> Sharding, QArray of shardings or None, from what `restore` takes.
+
+    `shardings` is None, one Sharding for all, a callable (path, shape) -> Sharding or None, or a tree of these
+    (a prefix of the checkpoint's tree: an inner node speaks for all below it).
+    """
+    if shardings is None or isinstance(shardings, Sharding):
+        return lambda keys, shape: shardings
+    if callable(shardings) and not is_qarray(shardings):
+        return lambda keys, shape: shardings(path_of(keys), shape)
+    _, leaves = describe(shardings)
+    by_keys = dict(leaves)
+    for keys, value in leaves:
+        if not (isinstance(value, Sharding) or is_qarray(value)):
+            raise CheckpointError(
+                f"shardings: at {path_of(keys)!r} found {type(value).__name__}, wanted a Sharding or None"
+            )
+
+    def choose(keys: Keys, shape: tuple[int, ...]) -> Any:
+        found = [by_keys[keys[:length]] for length in range(len(keys) + 1) if keys[:length] in by_keys]
+        return found[0] if found else None
+
+    return choose
+
+
+def check_used(shardings: Any, leaf_keys: list[Keys]) -> None:
+    """Raises CheckpointError for an entry of a tree of shardings that stands above no leaf of the checkpoint."""
+    if shardings is None or isinstance(shardings, Sharding) or (callable(shardings) and not is_qarray(shardings)):
+        return
+    prefixes = {keys[:length] for keys in leaf_keys for length in range(len(keys) + 1)}
+    idle = [path_of(keys) for keys, _ in describe(shardings)[1] if keys not in prefixes]
+    if idle:
+        known = ", ".join(path_of(keys) for keys in leaf_keys[:5])
+        raise CheckpointError(f"shardings: {idle[0]!r} is no path of the checkpoint, whose leaves are {known}, ...")
+
+
+def check_array(path: str, shape: tuple[int, ...], sharding: Sharding) -> Sharding:
+    """`sharding` itself if it splits `shape` evenly; otherwise CheckpointError naming the axis and its sizes."""
+    if isinstance(sharding, NamedSharding):
+        spec = _full_spec(path, len(shape), sharding)
+        for axis, (size, names) in enumerate(zip(shape, spec, strict=True)):
+            if size % _ways(sharding, names):
+                raise CheckpointError(
+                    f"{path}: axis {axis} of {shape} has {size} elements, which {_ways(sharding, names)} shards over "
+                    f"mesh axis {names!r} do not divide; shard another axis or replicate this one"
+                )
+    return sharding
+
+
+def qarray_shardings(path: str, weight: QArray, sharding: Any) -> QArray:
+    """The shardings of a packed weight's parts, as a QArray that holds them in place of arrays.
+
+    `weight` may hold ShapeDtypeStructs. `sharding` is that of the dense weight, or a QArray of shardings already.
+    """
+    if is_qarray(sharding):
+        return sharding
+    if not isinstance(sharding, NamedSharding):
+        if not sharding.is_fully_replicated:
+            raise CheckpointError(
+                f"{path}: found a {type(sharding).__name__}, wanted a NamedSharding for a packed weight"
+            )
+        return jax.tree.map(lambda _: sharding, weight)
+    check_array(path, weight.shape, sharding)
+    spec = _full_spec(path, weight.ndim, sharding)
+    grouped = weight.axis % weight.ndim
+    _check_grouped_axis(path, weight, _ways(sharding, spec[grouped]))
+
+    def shrunk(part: Any) -> NamedSharding:
+        kept = (names if size > 1 else None for names, size in zip(spec, part.shape, strict=True))
+        return NamedSharding(sharding.mesh, PartitionSpec(*kept), memory_kind=sharding.memory_kind)
+
+    def place(name: str, part: Any) -> Any:
+        if part is None:
+            return None
+        if name == "permutation":
+            batch = (*spec[: part.ndim - 1], None)
+            return NamedSharding(sharding.mesh, PartitionSpec(*batch), memory_kind=sharding.memory_kind)
+        if is_qarray(part):
+            return qarray_shardings(f"{path}/{name}", part, shrunk(part))
+        return check_array(f"{path}/{name}", part.shape, shrunk(part))
+
+    names = ("codes", "scale", "zero_point", "offset", "permutation")
+    return _replace_parts(weight, {name: place(name, getattr(weight, name)) for name in names})
+
+
+def _check_grouped_axis(path: str, weight: QArray, ways: int) -> None:
+    if ways == 1:
+        return
+    length = weight.shape[weight.axis]
+    groups, rest = weight.num_groups, length // ways
+    whole_groups = groups == 1 or rest % weight.group_size == 0
+    whole_bytes = weight.padding == 0 and rest * weight.bits % 8 == 0 and weight.codes.shape[weight.axis] % ways == 0
+    if whole_groups and whole_bytes and weight.permutation is None:
+        return
+    reason = (
+        "its rows are permuted (act-order)"
+        if weight.permutation is not None
+        else f"a shard must hold whole groups of {weight.group_size} and whole bytes of {weight.bits}-bit codes"
+    )
+    raise CheckpointError(
+        f"{path}: axis {weight.axis} is the grouped one, its {length} elements in {groups} groups give shards of "
+        f"{rest} over {ways} devices, but {reason}; shard another axis, or over fewer devices"
+    )
+
+
+def _replace_parts(weight: QArray, parts: Mapping[str, Any]) -> QArray:
+    return QArray(
+        **parts,
+        format=weight.format,
+        group_size=weight.group_size,
+        axis=weight.axis,
+        padding=weight.padding,
+        dtype=weight.dtype,
+        layout=weight.layout,
+    )
+
+
+def _full_spec(path: str, ndim: int, sharding: NamedSharding) -> tuple[Any, ...]:
+    spec = tuple(sharding.spec)
+    if len(spec) > ndim:
+        raise CheckpointError(f"{path}: found the partition {sharding.spec} for an array of {ndim} axes")
+    return (*spec, *(None,) * (ndim - len(spec)))
+
+
+def _ways(sharding: NamedSharding, names: Any) -> int:
+    """Over how many devices the mesh axes `names` (None, a name or a tuple of names) split one axis."""
+    if names is None or names is PartitionSpec.UNCONSTRAINED:
+        return 1
+    ways = 1
+    for name in names if isinstance(names, tuple) else (names,):
+        ways *= sharding.mesh.shape[name]
+    return ways
