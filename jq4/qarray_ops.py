@@ -91,7 +91,7 @@ def index(q: QArray, i: Any, axis: int = 0) -> QArray:
     """Row `i` (an int or a traced scalar) of an axis that is not the grouped one; the axis goes."""
     row = dynamic_slice_in_dim(q, i, 1, axis)
     kept = [size for at, size in enumerate(row.shape) if at != axis % q.ndim]
-    if row.layout != NEUTRAL or row.permutation is not None and axis % q.ndim < _permutation_batch(row):
+    if row.layout != NEUTRAL or (row.permutation is not None and axis % q.ndim < _permutation_batch(row)):
         return _drop_leading(row, axis)
     return reshape(row, kept)
 

@@ -1,15 +1,159 @@
-"""The public function (first form: the reference alone)."""
+"""The public function: shapes to the one form the backends have, the backend for the platform, and the gradient.
 
+The platform is that of the lowering (`jax.lax.platform_dependent`), not of the process: a program exported or compiled
+for a TPU on a CPU machine holds the TPU's form. Everything is under one `jax.jit`, so that a model with hundreds of
+equal layers traces each distinct product once and an eager call compiles once.
+"""
+
+import functools
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-from pallas_kernels.int4_matmul.reference import int4_matmul_reference
+from pallas_kernels.int4_matmul import gradients, tiles, xla
+from pallas_kernels.int4_matmul.registry import BACKENDS, Implementation, by_platform
 from pallas_kernels.int4_matmul.spec import PackedSpec
+from pallas_kernels.int4_matmul.tiles import Packed
 
 
 def int4_matmul(
-    x, codes, scale, zero_point=None, offset=None, *, spec: PackedSpec, implementation=None,
-    preferred_element_type=None, precision=None,
-):  # fmt: skip
-    """x[*B, M, K] @ dequantize(codes, scale, zero_point, offset)[*B, K, N] -> [*B, M, N]."""
-    out = int4_matmul_reference(x, codes, scale, zero_point, offset, spec=spec, precision=precision)
-    return out.astype(preferred_element_type or jnp.result_type(x))
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    *,
+    spec: PackedSpec,
+    implementation: Implementation = None,
+    preferred_element_type: Any = None,
+    precision: Any = None,
+) -> jax.Array:
+    """x[*B, M, K] @ dequantize(codes, scale, zero_point, offset)[*B, K, N] -> [*B, M, N].
+
+    Args:
+      x: float[*B, M, K].
+      codes: the packed weight, see spec.py; its own leading axes are x's batch axes *B. Without any, all of x's
+        leading axes are rows.
+      scale, zero_point, offset: see spec.py; leading axes as codes'.
+      spec: how codes and scales are to be read.
+      implementation: None picks what is fastest and always works; a name is that implementation or an error; of a
+        sequence of names the first that takes the weight on the platform is used.
+      preferred_element_type: dtype of the result; None is x's. Sums are float32 in any case.
+      precision: of the products, as lax.dot_general's.
+
+    Raises:
+      UnsupportedError: no such implementation, or none of those named takes this spec.
+      ValueError: shapes that do not fit the spec.
+    """
+    w = Packed(codes, scale, zero_point, offset)
+    _check(x, w, spec)
+    names = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
+    by_platform(names, spec)  # raises for unknown or unfit names, before any tracing
+    dtype = jnp.dtype(preferred_element_type or x.dtype)
+    return _int4_matmul(x, w, spec, names, dtype, _hashable(precision))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _int4_matmul(x, w: Packed, spec: PackedSpec, implementation, dtype, precision) -> jax.Array:
+    batch = w.codes.shape[:-2]
+    rows = x if batch else x.reshape(-1, x.shape[-1])
+    out = _product(rows, w, spec, implementation, precision)
+    return out.reshape(*x.shape[:-1], out.shape[-1]).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product(x, w: Packed, spec: PackedSpec, implementation, precision) -> jax.Array:
+    """f32[*B, M, N] from x[*B, M, K] and codes [*B, ...]."""
+    chosen = by_platform(implementation, spec)
+
+    def on(platform: str):
+        run = functools.partial(BACKENDS[chosen[platform]].run, spec=spec, platform=platform, precision=precision)
+        return lambda x, w: _batched(lambda x, w: run(x, w), platform)(x, w).astype(xla.accumulator(x.dtype))
+
+    return _by_platform({platform: on(platform) for platform in chosen}, x, w)
+
+
+def _forward(x, w, spec, implementation, precision):
+    return _product(x, w, spec, implementation, precision), (x, w)
+
+
+def _backward(spec, implementation, precision, residuals, dy):
+    x, w = residuals
+    flat = tiles.flat_scales(w, spec)
+
+    def to_input(platform: str):
+        compute = xla.accumulator(x.dtype) if platform == "cpu" else x.dtype
+        one = lambda dy, w: gradients.input_cotangent(dy, w, spec, compute, precision)
+        return lambda dy, w: _batched(one, platform)(dy, w).astype(x.dtype)
+
+    dx = _by_platform({platform: to_input(platform) for platform in ("cpu", "tpu", "gpu")}, dy, flat)
+    batched = functools.partial(_batched, platform="cpu")
+    dscale = batched(lambda both, w: gradients.scale_cotangent(*both, w, spec))((x, dy), flat)
+    doffset = None
+    if w.offset is not None:
+        doffset = batched(lambda both, w: gradients.offset_cotangent(*both, spec))((x, dy), flat)
+        doffset = gradients.like(doffset, w.offset)
+    zeros = lambda part: None if part is None else np.zeros(part.shape, jax.dtypes.float0)
+    return dx, Packed(zeros(w.codes), gradients.like(dscale, w.scale), zeros(w.zero_point), doffset)
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _by_platform(forms: dict[str, Any], *args: Any) -> jax.Array:
+    """The form of the platform being lowered for; "gpu" is cuda and rocm. Others take the CPU's, where there is one."""
+    per = {}
+    if "tpu" in forms:
+        per["tpu"] = forms["tpu"]
+    if "gpu" in forms:
+        per["cuda"] = per["rocm"] = forms["gpu"]
+    if "cpu" in forms:
+        return lax.platform_dependent(*args, **per, default=forms["cpu"])
+    return lax.platform_dependent(*args, **per)
+
+
+def _batched(one: Any, platform: str) -> Any:
+    """`one` over leading axes of the codes: one after the other on a CPU (bounded memory), together elsewhere."""
+
+    def run(x: Any, w: Packed) -> jax.Array:
+        batch = w.codes.shape[:-2]
+        if not batch:
+            return one(x, w)
+        if platform != "cpu":
+            mapped = one
+            for _ in batch:
+                mapped = jax.vmap(mapped)
+            return mapped(x, w)
+        flat = jax.tree.map(lambda part: part.reshape(-1, *part.shape[len(batch) :]), (x, w))
+        out = lax.map(lambda pair: one(*pair), flat)
+        return out.reshape(*batch, *out.shape[1:])
+
+    return run
+
+
+def _hashable(precision: Any) -> Any:
+    return tuple(precision) if isinstance(precision, list) else precision
+
+
+def _check(x: jax.Array, w: Packed, spec: PackedSpec) -> None:
+    have, want = w.codes.shape[spec.k_axis], spec.packed_length
+    if have != want:
+        raise ValueError(f"codes of shape {w.codes.shape} hold {have} along K, wanted {want} for {spec}")
+    if x.shape[-1] != spec.length:
+        raise ValueError(f"x has shape {x.shape}, wanted [..., {spec.length}] for a weight of {spec.length} rows")
+    batch = w.codes.shape[:-2]
+    if batch and x.shape[:-2] != batch:
+        raise ValueError(f"x has shape {x.shape}, wanted batch axes {batch} as the codes of shape {w.codes.shape} have")
+    k, n = (spec.num_groups, spec.columns(w.codes.shape))
+    wanted = (k, n) if spec.orientation == "kn" else (n, k)
+    for name, part in zip(("scale", "zero_point", "offset"), w[1:], strict=True):
+        if part is None:
+            continue
+        shape = (*part.shape[:-2], part.shape[-1]) if spec.layout == "tpu" else part.shape
+        tail = shape[-2:]
+        columns_fit = tail[spec.k_axis] == k and tail[-3 - spec.k_axis] in (1, n)
+        if len(tail) != 2 or not columns_fit:
+            raise ValueError(f"{name} has shape {part.shape}, wanted [..., {wanted[0]}, {wanted[1]}] for {spec}")

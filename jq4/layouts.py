@@ -1,0 +1,112 @@
+"""What a backend's kernel wants to find in memory: `prepare` re-packs once, losslessly; `to_neutral` undoes it.
+
+    layout    codes                   scale, zero_point, offset   for
+    neutral   u8 bytes along `axis`   the weight's own axes       what is saved and compared; also the CPU's own
+    tpu       int4[*B, K, N]          [*B, G, 1, N]               rows of scales that a kernel can address one by one
+    gpu       int4[*B, N, K]          [*B, N, G]                  K contiguous, as the tensor cores read it
+
+int4 elements hold code - 8; zero points stay u8, counted in unsigned codes. `axis` of a prepared QArray tells which
+of its two last logical axes is K: -2 for [..., K, N], -1 for [..., N, K]. The order in memory is the layout's, so that
+transposing a prepared weight moves nothing.
+
+A CPU reads neutral bytes as fast as any other order (benchmarks/cpu_matmul.py: even and odd codes are multiplied by
+the even and odd columns of x), so "cpu" leaves them alone. What a backend has no layout for stays neutral: other bits,
+codebooks, activation-ordered weights, weights grouped along neither of their last two axes, and embedding tables
+(leaves called "embedding"), whose rows are gathered.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from jq4.errors import JQ4Error
+from jq4.qarray import NEUTRAL, QArray, is_qarray
+from jq4.qarray_ops import plain_scales
+from pallas_kernels import packing
+from pallas_kernels.int4_matmul.spec import GPU, TPU, PackedSpec
+from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.xla import as_int4
+
+_GPUS = ("H200", "H100", "H20", "H800", "GH200", "A100", "A800", "A30", "A10", "L40", "L4", "B200", "B300", "GB200")
+DEVICE_LAYOUTS: dict[str, str] = {
+    "cpu": NEUTRAL,
+    **dict.fromkeys(
+        ("TPU v4", "TPU v4 lite", "TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e", "TPU7x"), TPU
+    ),
+    **{f"NVIDIA {name}": GPU for name in _GPUS},
+}
+
+
+def layout_of_device(device_kind: str) -> str:
+    """The layout for a device kind as JAX spells it; a GPU's may carry a suffix ("NVIDIA H100 80GB HBM3")."""
+    if device_kind in DEVICE_LAYOUTS:
+        return DEVICE_LAYOUTS[device_kind]
+    family = device_kind.replace("-", " ").split(" ")[:2]
+    if family[0] == "NVIDIA" and (layout := DEVICE_LAYOUTS.get(" ".join(family))):
+        return layout
+    raise JQ4Error(
+        f"no layout is known for device kind {device_kind!r}: wanted one of {', '.join(sorted(DEVICE_LAYOUTS))} "
+        "(jax.devices()[0].device_kind says what this machine has; the neutral layout runs anywhere without prepare)"
+    )
+
+
+def prepare(tree: Any, device_kind: str) -> Any:
+    """The tree with every QArray in the layout that the kernels of `device_kind` read; nothing is rounded.
+
+    Args:
+      tree: any pytree; leaves that are not QArrays are returned as they are.
+      device_kind: "cpu", "TPU v6 lite", "NVIDIA H200", ...: what `jax.devices()[0].device_kind` says.
+
+    Raises:
+      JQ4Error: an unknown device kind; the message lists the known ones.
+    """
+    layout = layout_of_device(device_kind)
+
+    def one(path: Any, leaf: Any) -> Any:
+        if not is_qarray(leaf) or leaf.layout == layout:
+            return leaf
+        neutral = to_neutral(leaf)
+        return _relaid(neutral, layout) if layout != NEUTRAL and _has_layout(neutral, path) else neutral
+
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_qarray)
+
+
+def to_neutral(q: QArray) -> QArray:
+    """The same weight in the neutral layout: codes, scales and zero points equal bit for bit."""
+    return q if q.layout == NEUTRAL else _neutral(q)
+
+
+def logical_shape(q: QArray) -> tuple[int, ...]:
+    """The shape of the dense weight of a prepared QArray."""
+    *batch, rows, columns = q.codes.shape
+    stored_axis = -2 if q.layout == TPU else -1
+    return (*batch, rows, columns) if q.axis == stored_axis else (*batch, columns, rows)
+
+
+def _has_layout(q: QArray, path: Any) -> bool:
+    named_embedding = any(str(getattr(key, "key", getattr(key, "name", ""))) == "embedding" for key in path)
+    return q.format == "int4" and q.axis in (-1, -2) and q.ndim >= 2 and q.permutation is None and not named_embedding
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _relaid(q: QArray, layout: str) -> QArray:
+    q = plain_scales(q)
+    spec = PackedSpec(q.shape[q.axis], group_size=q.group_size, orientation="kn" if q.axis == -2 else "nk")
+    packed, _ = as_int4(Packed(q.codes, q.scale, q.zero_point, q.offset), spec, layout)
+    return dataclasses.replace(q, **packed._asdict(), padding=0, layout=layout)
+
+
+@jax.jit
+def _neutral(q: QArray) -> QArray:
+    stored_axis = -2 if q.layout == TPU else -1
+    codes = (q.codes.astype("int8") + 8).astype("uint8")
+    parts = {"scale": q.scale, "zero_point": q.zero_point, "offset": q.offset}
+    if q.layout == TPU:
+        parts = {name: None if part is None else part.squeeze(-2) for name, part in parts.items()}
+    if q.axis != stored_axis:
+        codes = codes.swapaxes(-1, -2)
+        parts = {name: None if part is None else part.swapaxes(-1, -2) for name, part in parts.items()}
+    padding = packing.padding_of(codes.shape[q.axis], q.bits)
+    return dataclasses.replace(q, codes=packing.pack(codes, q.bits, q.axis), padding=padding, layout=NEUTRAL, **parts)

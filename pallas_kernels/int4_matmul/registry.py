@@ -1,0 +1,84 @@
+"""Which implementations of int4_matmul there are, and which one serves a platform. A new backend is one file and one entry.
+
+    name         platforms   what
+    reference    all         the oracle of reference.py: the dense weight appears
+    xla          all         xla.py: a form for each platform
+
+A backend is a function (x[M, K], Packed, spec, *, platform, precision) -> f32[M, N] and a function that says why it
+cannot take a spec, or None. `choose` goes through names in order; an implementation of None stands for PREFERRED,
+which ends with "xla", and "xla" takes everything.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from pallas_kernels.int4_matmul.reference import int4_matmul_reference
+from pallas_kernels.int4_matmul.spec import PackedSpec
+from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.xla import int4_matmul_xla
+
+PLATFORMS = ("cpu", "tpu", "gpu")
+Implementation = str | Sequence[str] | None
+
+
+class UnsupportedError(ValueError):
+    """No implementation that was asked for takes this weight on this platform; the message says why for each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One implementation: its function, where it runs, and why it refuses a spec (None: it does not)."""
+
+    run: Callable[..., jax.Array]
+    platforms: tuple[str, ...] = PLATFORMS
+    refusal: Callable[[PackedSpec], str | None] = lambda spec: None
+
+
+def _reference(x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str, precision: Any = None) -> jax.Array:
+    return int4_matmul_reference(x, *w, spec=spec, precision=precision)
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(_reference),
+    "xla": Backend(int4_matmul_xla),
+}
+
+PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("xla",)}
+
+
+def choose(implementation: Implementation, platform: str, spec: PackedSpec) -> str | None:
+    """The first name that takes `spec` on `platform`, or None. Unknown names are an error."""
+    names = PREFERRED[platform] if implementation is None else _names(implementation)
+    return next((name for name in names if refusal(name, platform, spec) is None), None)
+
+
+def refusal(name: str, platform: str, spec: PackedSpec) -> str | None:
+    """Why the implementation `name` cannot serve, or None."""
+    backend = BACKENDS[name]
+    if platform not in backend.platforms:
+        return f"{name} runs on {', '.join(backend.platforms)}, not on {platform}"
+    return backend.refusal(spec)
+
+
+def _names(implementation: str | Sequence[str]) -> tuple[str, ...]:
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    for name in names:
+        if name not in BACKENDS:
+            raise UnsupportedError(
+                f"unknown implementation {name!r} of int4_matmul: wanted one of {', '.join(BACKENDS)}"
+            )
+    return names
+
+
+def by_platform(implementation: Implementation, spec: PackedSpec) -> dict[str, str]:
+    """The chosen name for every platform that has one; raises where none has."""
+    chosen = {platform: name for platform in PLATFORMS if (name := choose(implementation, platform, spec))}
+    if not chosen:
+        reasons = {
+            f"{refusal(name, platform, spec)}" for platform in PLATFORMS for name in _names(implementation or ("xla",))
+        }
+        raise UnsupportedError(f"no implementation of {implementation!r} takes {spec}: {'; '.join(sorted(reasons))}")
+    return chosen

@@ -1,0 +1,217 @@
+"""A packed weight cut into tiles, and a tile turned into floats: what every XLA form and gradient is made of.
+
+    N tiles   columns(w, start, size)   all of K, some columns: a product's output tile
+    K blocks  rows(w, block, ...)       all of N, whole groups: a gradient's output block
+
+A tile is a packed weight of its own, with its own spec. Its floats are not put into the order of K: with `unit`
+codes to a packing unit, field i holds rows i, i + unit, i + 2 unit, ..., and
+
+    x @ W = sum_i x[:, i::unit] @ field_i            x padded with zeros to whole units
+
+so nothing is interleaved (interleaving costs eight times the product itself on a CPU), and padding codes meet zeros.
+A field's floats are exactly what dequantizing gives: (code - zero_point) * scale + offset, computed in float32.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import packing
+from pallas_kernels.int4_matmul.spec import NEUTRAL, TPU, PackedSpec
+
+# Floats of one tile. 4 MiB stays in a CPU's cache and is large enough for a matrix product to run at full speed.
+TILE_ELEMENTS = 2**20
+
+
+class Packed(NamedTuple):
+    """The arrays of a packed weight; shapes in spec.py."""
+
+    codes: Any
+    scale: Any
+    zero_point: Any = None
+    offset: Any = None
+
+
+def unit_of(spec: PackedSpec) -> int:
+    """Codes to a packing unit; 1 where codes are elements."""
+    return packing.codes_per_unit(spec.bits) if spec.layout == NEUTRAL else 1
+
+
+def flat_scales(w: Packed, spec: PackedSpec) -> Packed:
+    """Scales [G, 1, N] of the tpu layout as [G, N]; others as they are."""
+    if spec.layout != TPU:
+        return w
+    return Packed(w.codes, *(None if part is None else jnp.squeeze(part, -2) for part in w[1:]))
+
+
+# --- cutting ---------------------------------------------------------------------------------------------------
+
+
+def columns(w: Packed, spec: PackedSpec, start: Any, size: int) -> Packed:
+    """The packed weight of columns [start, start + size). `w` has flat scales."""
+    axis = w.codes.ndim - 3 - spec.k_axis  # of two axes, the one that K is not
+    n = w.codes.shape[axis]
+
+    def cut(part):
+        if part is None or part.shape[axis] != n or size == n:
+            return part
+        return lax.dynamic_slice_in_dim(part, start, size, axis)
+
+    return Packed(*map(cut, w))
+
+
+def column_tile(spec: PackedSpec, n: int) -> int:
+    """How many columns a tile has."""
+    return min(n, max(32, TILE_ELEMENTS // max(spec.length, 1) // 32 * 32))
+
+
+def row_block(spec: PackedSpec, n: int) -> int:
+    """How many rows a block has: whole units, and whole groups or an equal part of one."""
+    unit, target = unit_of(spec), max(32, TILE_ELEMENTS // max(n, 1))
+    if spec.num_groups == 1:
+        step = unit
+    elif (step := math.lcm(spec.group_size, unit)) > target and spec.group_size % unit == 0:
+        parts = spec.group_size // unit
+        return unit * max(d for d in range(1, parts + 1) if parts % d == 0 and (d == 1 or unit * d <= target))
+    return min(spec.length, max(1, target // step) * step)
+
+
+def rows(w: Packed, spec: PackedSpec, block: Any, size: int, length: int) -> tuple[Packed, PackedSpec]:
+    """The packed weight of rows [block * size, block * size + length), for `size` from `row_block`, length <= size."""
+    if length == spec.length:
+        return w, spec
+    unit = unit_of(spec)
+    sub = dataclasses.replace(spec, length=length)
+    stored = sub.packed_length
+    per_block = size // unit * (w.codes.shape[spec.k_axis] // -(-spec.length // unit))
+    codes = lax.dynamic_slice_in_dim(w.codes, block * per_block, stored, w.codes.ndim + spec.k_axis)
+    groups = -(-length // spec.group_size)
+
+    def cut(part):
+        if part is None or part.shape[spec.k_axis] == 1:
+            return part
+        first = block * size // spec.group_size
+        return lax.dynamic_slice_in_dim(part, first, groups, part.ndim + spec.k_axis)
+
+    return Packed(codes, *map(cut, w[1:])), sub
+
+
+def over_tiles(length: int, tile: int, function: Callable[[Any, int], jax.Array], axis: int) -> jax.Array:
+    """Concatenates function(tile_index, size) along `axis`: whole tiles in one loop, the rest after it."""
+    whole = length // tile
+    parts = []
+    if whole == 1:
+        parts.append(function(0, tile))
+    elif whole:
+        stacked = lax.map(lambda i: function(i, tile), jnp.arange(whole))  # [tiles, ..., tile, ...]
+        moved = jnp.moveaxis(stacked, 0, axis % (stacked.ndim - 1))
+        at = axis % (stacked.ndim - 1)
+        parts.append(moved.reshape(*moved.shape[:at], whole * tile, *moved.shape[at + 2 :]))
+    if length % tile:
+        parts.append(function(whole, length % tile))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+
+
+# --- to floats -------------------------------------------------------------------------------------------------
+
+
+def weight_fields(w: Packed, spec: PackedSpec, dtype: Any) -> list[jax.Array]:
+    """Field i, `dtype`[rows, N] (or [N, rows]): rows i, i + unit, ... of the dense weight. Scales are flat."""
+    fields = level_fields(w, spec)
+    weights = []
+    for i, levels in enumerate(fields):
+        weight = levels * _of_field(w.scale, i, spec, levels)
+        if w.offset is not None:
+            weight = weight + _of_field(w.offset, i, spec, levels)
+        weights.append(weight.astype(dtype))
+    return weights
+
+
+def level_fields(w: Packed, spec: PackedSpec) -> list[jax.Array]:
+    """Field i of the levels, f32: the weight before its scale."""
+    raw = [w.codes] if spec.layout != NEUTRAL else packing.unpack_fields(w.codes, spec.bits, spec.k_axis)
+    levels = [_levels(field, spec) for field in raw]
+    if w.zero_point is None:
+        return levels
+    shift = w.zero_point.astype(jnp.float32) - float(spec.center)
+    return [field - _of_field(shift, i, spec, field) for i, field in enumerate(levels)]
+
+
+def split_columns(x: jax.Array, spec: PackedSpec) -> list[jax.Array]:
+    """x[M, K] as the fields of K: x[:, i::unit] with zeros for the padding."""
+    unit = unit_of(spec)
+    if unit == 1:
+        return [x]
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[-1] % unit)))
+    return [x[:, i::unit] for i in range(unit)]
+
+
+def join_columns(parts: list[jax.Array], length: int) -> jax.Array:
+    """Undoes `split_columns`."""
+    if len(parts) == 1:
+        return parts[0]
+    return jnp.stack(parts, -1).reshape(parts[0].shape[0], -1)[:, :length]
+
+
+def spread_to_fields(values: jax.Array, spec: PackedSpec, i: int, count: int) -> jax.Array:
+    """One value a group to one a row of field i (`count` rows) along K; one group stays one."""
+    axis = values.ndim + spec.k_axis
+    groups, unit = values.shape[axis], unit_of(spec)
+    if groups == 1:
+        return values
+    if spec.group_size % unit:
+        group_of_row = np.minimum((np.arange(count) * unit + i) // spec.group_size, groups - 1)
+        return jnp.take(values, jnp.asarray(group_of_row), axis=axis)
+    times = spec.group_size // unit
+    shape = (*values.shape[: axis + 1], times, *values.shape[axis + 1 :])
+    wide = jnp.broadcast_to(jnp.expand_dims(values, axis + 1), shape)
+    wide = wide.reshape(*values.shape[:axis], groups * times, *values.shape[axis + 1 :])
+    return lax.slice_in_dim(wide, 0, count, axis=axis)
+
+
+def sum_over_groups(field: jax.Array, spec: PackedSpec, i: int) -> jax.Array:
+    """Rows of field i summed group by group: the transpose of `spread_to_fields`, [rows, N] -> [G, N]."""
+    axis, unit = field.ndim + spec.k_axis, unit_of(spec)
+    count = field.shape[axis]
+    if spec.num_groups == 1:
+        return jnp.sum(field, axis=axis, keepdims=True)
+    if spec.group_size % unit:
+        group_of_row = np.minimum((np.arange(count) * unit + i) // spec.group_size, spec.num_groups - 1)
+        moved = jax.ops.segment_sum(jnp.moveaxis(field, axis, 0), jnp.asarray(group_of_row), spec.num_groups)
+        return jnp.moveaxis(moved, 0, axis)
+    times = spec.group_size // unit
+    padding = [(0, 0)] * field.ndim
+    padding[axis] = (0, spec.num_groups * times - count)
+    field = jnp.pad(field, padding)
+    shape = (*field.shape[:axis], spec.num_groups, times, *field.shape[axis + 1 :])
+    return jnp.sum(field.reshape(shape), axis=axis + 1)
+
+
+def _of_field(values: jax.Array, i: int, spec: PackedSpec, field: jax.Array) -> jax.Array:
+    return spread_to_fields(values.astype(jnp.float32), spec, i, field.shape[spec.k_axis])
+
+
+def _levels(field: jax.Array, spec: PackedSpec) -> jax.Array:
+    """Levels f32 of codes without zero points (stored int4 elements are levels already)."""
+    if spec.layout != NEUTRAL:
+        return field.astype(jnp.float32)
+    if spec.levels is not None:
+        return _select(field, spec.levels, 0, len(spec.levels))
+    if spec.bits == 8:
+        return field.astype(jnp.float32) - float(spec.center)
+    return (field.astype(jnp.int8) - jnp.int8(spec.center)).astype(jnp.float32)  # exact, and vectorises best
+
+
+def _select(codes: jax.Array, levels: tuple[float, ...], low: int, high: int) -> jax.Array:
+    """levels[codes] as a tree of selects: vectors everywhere, where a gather would go element by element."""
+    if high - low == 1:
+        return jnp.full(codes.shape, levels[low], jnp.float32)
+    middle = (low + high) // 2
+    below, above = _select(codes, levels, low, middle), _select(codes, levels, middle, high)
+    return jnp.where(codes < jnp.uint8(middle), below, above)

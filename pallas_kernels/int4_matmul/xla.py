@@ -1,0 +1,142 @@
+"""x[M, K] @ W[K, N] by XLA alone, in the form that each platform's compiler keeps packed.
+
+A plain `x @ dequantize(W)` makes every XLA backend write the dense weight to memory first (on a CPU at M = 1 that is
+ten times slower than a float product, on a TPU it doubles the bytes of the bf16 one). What does not:
+
+    cpu   N tiles of a few hundred columns, unpacked to f32 in the cache and multiplied there. At M = 1 it runs
+          at the speed of an f32 product of the dense weight, with an eighth of its memory (benchmarks/cpu_matmul.py).
+    tpu   int4 [K, N]. Few rows: one dot a group, whose convert the compiler fuses, and the partial sums scaled.
+          Many rows: N tiles of scaled bf16 weights, so that each is one deep dot.
+    gpu   int4 [N, K]. Few rows: as on a TPU. Many: scaled weights and one dot, which Triton fuses in this order.
+
+A neutral weight on a TPU or GPU is first re-laid to int4 inside the program, at every call: `jq4.prepare` does it once.
+What has no int4 form (other bits, codebooks) goes by N tiles everywhere. All sums are float32.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import packing
+from pallas_kernels.int4_matmul import tiles
+from pallas_kernels.int4_matmul.spec import GPU, NEUTRAL, TPU, PackedSpec
+from pallas_kernels.int4_matmul.tiles import Packed
+
+# Up to so many rows the partial sums of the groups are scaled; above, the weights are. KERNELS: the crossing lies
+# between 16 and 64 on the TPUs whose schedules were counted; one f32 sum a group and row must stay below the weight.
+DECODE_ROWS = 32
+
+
+def int4_matmul_xla(x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str, precision: Any = None) -> jax.Array:
+    """f32[M, N] = x[M, K] @ W[K, N] for lowering on `platform` ("cpu", "tpu" or "gpu")."""
+    if platform == "cpu":
+        return by_column_tiles(x.astype(accumulator(x.dtype)), w, spec, precision)
+    if has_int4_form(spec):
+        w, spec = as_int4(w, spec, TPU if platform == "tpu" else GPU)
+    w = tiles.flat_scales(w, spec)
+    if spec.layout == NEUTRAL:
+        return by_column_tiles(x, w, spec, precision)
+    if x.shape[0] <= DECODE_ROWS:
+        return by_groups(x, w, spec, precision)
+    if platform == "gpu":
+        return _product(x, tiles.weight_fields(w, spec, x.dtype), spec, precision)
+    return by_column_tiles(x, w, spec, precision)
+
+
+def has_int4_form(spec: PackedSpec) -> bool:
+    return spec.layout != NEUTRAL or (spec.bits == 4 and spec.levels is None)
+
+
+def as_int4(w: Packed, spec: PackedSpec, layout: str) -> tuple[Packed, PackedSpec]:
+    """A 4-bit integer weight in the tpu or gpu layout; batch axes in front are kept. Lossless."""
+    if spec.layout == layout:
+        return w, spec
+    w = tiles.flat_scales(w, spec)
+    codes = w.codes
+    if spec.layout == NEUTRAL:
+        codes = packing.unpack(codes, spec.bits, spec.k_axis, spec.length).astype(jnp.int8) - jnp.int8(spec.center)
+        codes = codes.astype(jnp.int4)
+    orientation = "kn" if layout == TPU else "nk"
+    scales = w[1:]
+    if orientation != spec.orientation:
+        codes, *scales = (None if part is None else jnp.swapaxes(part, -1, -2) for part in (codes, *scales))
+    if layout == TPU:
+        scales = [None if part is None else jnp.expand_dims(part, -2) for part in scales]
+    return Packed(codes, *scales), dataclasses.replace(spec, orientation=orientation, layout=layout)
+
+
+def accumulator(dtype: Any) -> Any:
+    """float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def by_column_tiles(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) -> jax.Array:
+    """Tiles of columns, each unpacked to x's dtype and multiplied: at most one tile is ever dense."""
+    w = tiles.flat_scales(w, spec)
+    n = spec.columns(w.codes.shape)
+    tile = tiles.column_tile(spec, n)
+    parts = tiles.split_columns(x, spec)
+
+    def one(index: Any, size: int) -> jax.Array:
+        weights = tiles.weight_fields(tiles.columns(w, spec, index * tile, size), spec, x.dtype)
+        return _sum_of_products(parts, weights, spec, precision)  # [M, size]
+
+    return tiles.over_tiles(n, tile, one, axis=-1)
+
+
+def by_groups(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) -> jax.Array:
+    """Int4 codes go into one dot a group as they are; the partial sums [G, M, N] are scaled and added."""
+    k, group = spec.length, min(spec.group_size, spec.length)
+    whole = k // group * group
+    kn = spec.orientation == "kn"
+    scales = [None if part is None else (part if kn else part.T).astype(jnp.float32) for part in w[1:]]  # [G, N]
+    scale, constant = scales[0], _constant(scales, spec)
+    assert scale is not None
+
+    def partial(first: int, last: int, groups: int) -> jax.Array:
+        rows = x[:, first:last].reshape(x.shape[0], groups, -1)  # [M, G, g]
+        axis = 0 if kn else 1
+        codes = lax.slice_in_dim(w.codes, first, last, axis=axis).astype(x.dtype)
+        if kn:
+            codes = codes.reshape(groups, -1, codes.shape[-1])
+            equation = "mgk,gkn->gmn"
+        else:
+            codes = codes.reshape(codes.shape[0], groups, -1)
+            equation = "mgk,ngk->gmn"
+        return jnp.einsum(equation, rows, codes, preferred_element_type=accumulator(x.dtype), precision=precision)
+
+    sums = partial(0, whole, whole // group) * scale[: whole // group, None, :]
+    out = jnp.sum(sums, axis=0)  # f32[M, N]
+    if whole < k:  # a short last group
+        out = out + (partial(whole, k, 1) * scale[-1:, None, :])[0]
+    if constant is not None:
+        sums_of_x = tiles.sum_over_groups(x.astype(jnp.float32), dataclasses.replace(spec, orientation="nk"), 0)
+        out = out + jnp.matmul(sums_of_x, constant, precision=lax.Precision.HIGHEST)
+    return out
+
+
+def _constant(scales: list[Any], spec: PackedSpec) -> Any:
+    """What every row of a group adds, f32[G, N]: (center - zero_point) * scale + offset, or None."""
+    scale, zero_point, offset = scales
+    constant = None if zero_point is None else (float(spec.center) - zero_point) * scale
+    if offset is None:
+        return constant
+    return offset if constant is None else constant + offset
+
+
+def _product(x: jax.Array, weights: list[jax.Array], spec: PackedSpec, precision: Any) -> jax.Array:
+    return _sum_of_products(tiles.split_columns(x, spec), weights, spec, precision)
+
+
+def _sum_of_products(parts: list[jax.Array], weights: list[jax.Array], spec: PackedSpec, precision: Any) -> jax.Array:
+    contract = ((1,), (0 if spec.orientation == "kn" else 1,))
+    dots = [
+        lax.dot_general(
+            part, weight, (contract, ((), ())), precision=precision, preferred_element_type=accumulator(part.dtype)
+        )
+        for part, weight in zip(parts, weights, strict=True)
+    ]
+    return sum(dots[1:], dots[0])
