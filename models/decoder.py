@@ -31,11 +31,11 @@ _initializer = nn.initializers.normal(0.02)
 
 
 class _Shared(NamedTuple):
-    """What all layers of a call look at: who sees whom, and the angles of queries and keys, f32[ropes, B, T|S, R/2]."""
+    """What all layers of a call look at: who sees whom, and the angles' cosines and sines f32[ropes, B, T, R/2]."""
 
     sight: Sight
-    query_angles: tuple[jax.Array, jax.Array]
-    key_angles: tuple[jax.Array, jax.Array]
+    cosines: jax.Array
+    sines: jax.Array
 
 
 class _Layer(NamedTuple):
@@ -168,14 +168,10 @@ class Attention(nn.Module):
         if config.qk_norm:
             queries = RMSNorm(config, self.dtype, self.param_dtype, name="q_norm")(queries)
             keys = RMSNorm(config, self.dtype, self.param_dtype, name="k_norm")(keys)
-        queries = rotate(queries, *_angles_of(layer, shared.query_angles))
-        turn_later = store is not None and _depends_on_length(config)
-        if not turn_later:
-            keys = rotate(keys, *_angles_of(layer, shared.query_angles))
+        angles = [jax.lax.dynamic_index_in_dim(each, layer.rope, keepdims=False) for each in shared[1:]]
+        queries, keys = rotate(queries, *angles), rotate(keys, *angles)
         if store is not None:
             store, keys, values = _through_cache(store, keys, values, layer.number)  # now [B, S, Hkv, hd]
-        if turn_later:
-            keys = rotate(keys, *_angles_of(layer, shared.key_angles))
         attended = self._attend(queries, keys, values, shared.sight.visible(layer.window))
         return _dense(self, config.hidden_size, config.output_bias, "o_proj")(attended), store
 
@@ -245,19 +241,10 @@ def _softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else jnp.tanh(x / cap) * cap
 
 
-def _depends_on_length(config: DecoderConfig) -> bool:
-    return any(rope.depends_on_length for rope in (config.rope, config.local_rope) if rope is not None)
-
-
 def _shared(config: DecoderConfig, sight: Sight) -> _Shared:
     ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
-
-    def angles(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        each = [cos_and_sin(rope, positions, sight.length) for rope in ropes]
-        return jnp.stack([cos for cos, _ in each]), jnp.stack([sin for _, sin in each])
-
-    of_queries = angles(sight.query_positions)
-    return _Shared(sight, of_queries, angles(sight.key_positions) if _depends_on_length(config) else of_queries)
+    angles = [cos_and_sin(rope, sight.query_positions, sight.length) for rope in ropes]
+    return _Shared(sight, *(jnp.stack(each) for each in zip(*angles, strict=True)))
 
 
 def _layer_arrays(config: DecoderConfig) -> _Layer:
@@ -268,11 +255,6 @@ def _layer_arrays(config: DecoderConfig) -> _Layer:
         window=jnp.asarray(windows, jnp.int32),
         rope=jnp.asarray(local, jnp.int32),
     )
-
-
-def _angles_of(layer: _Layer, tables: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    cos, sin = (jax.lax.dynamic_index_in_dim(table, layer.rope, keepdims=False) for table in tables)
-    return cos, sin
 
 
 def _through_cache(

@@ -1,9 +1,9 @@
 """Text from a decoder: prompts in, new tokens out, in one compiled program.
 
 The prompts are read at once (prefill), then a `lax.while_loop` makes a token at a time from a key-value cache until
-every row has ended or the limit is reached. A row's positions count its own tokens, so that prompts of unequal lengths may
-be padded on either side. The weights are arguments of the program, dense or packed; it is compiled once for each shape
-of the batch, limit and kind of sampling, and kept by JAX's own cache.
+every row has ended or the limit is reached. A row's positions count its own tokens, so that prompts of unequal lengths
+may be padded on either side. The weights are arguments of the program, dense or packed; it is compiled once for each
+shape of the batch, limit and kind of sampling, and kept by JAX's own cache.
 
 Sampling: the logits are divided by the temperature, the top_k largest are kept, then the fewest that together have
 probability top_p (Holtzman et al. 2020), and one is drawn. Row and step have their own random key.
@@ -53,7 +53,8 @@ def generate(
 
     apply has the signature of Decoder.apply; hand over the same function again to reuse what was compiled.
     temperature 0 takes the likeliest token; top_k 0 and top_p 1 keep all. A row that ended at one of eos_ids repeats
-    that token to the end. dtype is the cache's, that which the decoder computes in. Raises JQ4Error for an empty prompt and for options out of range.
+    that token to the end. dtype is the cache's: what the decoder computes in.
+    Raises JQ4Error for an empty prompt and for options out of range.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
@@ -106,22 +107,37 @@ def _generate(
         keys = jax.random.split(jax.random.fold_in(key, step), batch)
         return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
-    def advance(state: _State, logits: jax.Array, cache: KVCache) -> _State:
-        chosen = jnp.where(state.ended, state.last, choose(logits, state.step))  # i32[B]
+    def advance(state: _State, logits: jax.Array, cache: KVCache) -> _State:  # logits f32[B, 1, V]
+        chosen = jnp.where(state.ended, state.last, choose(logits[:, 0], state.step))  # i32[B]
         made = jax.lax.dynamic_update_slice(state.made, chosen[:, None], (jnp.int32(0), state.step))
         ended = state.ended | jnp.isin(chosen, jnp.asarray(eos_ids, jnp.int32))
         return _State(state.step + 1, made, ended, chosen, cache)
 
-    def decode(state: _State) -> _State:
-        logits, cache = apply({"params": params}, state.last[:, None], cache=state.cache)
-        return advance(state, logits[:, 0], cache)
+    def step(state: _State) -> tuple[jax.Array, KVCache]:
+        return apply({"params": params}, state.last[:, None], cache=state.cache)
 
-    cache = empty_cache(config, batch, length + max_new_tokens, dtype)
+    def reread(state: _State) -> tuple[jax.Array, KVCache]:
+        text = jnp.concatenate([tokens, state.made], axis=1)
+        made = jnp.broadcast_to(jnp.arange(max_new_tokens)[None, :] < state.step, (batch, max_new_tokens))
+        end = length + state.step
+        last = jnp.broadcast_to(end - 1, (batch,))
+        logits, cache = apply(
+            {"params": params}, text, mask=jnp.concatenate([mask, made], axis=1), cache=nothing_seen, select=last
+        )
+        return logits, cache._replace(used=end)
+
+    def decode(state: _State) -> _State:
+        if config.rope.rereads_at is None:
+            return advance(state, *step(state))
+        seen = jnp.sum(state.cache.valid, axis=-1, dtype=jnp.int32)  # i32[B]
+        return advance(state, *jax.lax.cond(jnp.any(seen == config.rope.rereads_at), reread, step, state))
+
+    nothing_seen = empty_cache(config, batch, length + max_new_tokens, dtype)
     last_of_prompt = length - 1 - jnp.argmax(mask[:, ::-1], axis=-1).astype(jnp.int32)  # i32[B]
-    logits, cache = apply({"params": params}, tokens, mask=mask, cache=cache, select=last_of_prompt)
-    nothing = jnp.zeros((batch, max_new_tokens), jnp.int32)
-    start = _State(jnp.int32(0), nothing, jnp.zeros((batch,), bool), jnp.zeros((batch,), jnp.int32), cache)
-    state = advance(start, logits[:, 0], cache)
+    logits, cache = apply({"params": params}, tokens, mask=mask, cache=nothing_seen, select=last_of_prompt)
+    none_made = jnp.zeros((batch, max_new_tokens), jnp.int32)
+    start = _State(jnp.int32(0), none_made, jnp.zeros((batch,), bool), jnp.zeros((batch,), jnp.int32), cache)
+    state = advance(start, logits, cache)
     state = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~jnp.all(s.ended), decode, state)
     unmade = jnp.arange(max_new_tokens)[None, :] >= state.step
     return jnp.where(unmade, state.last[:, None], state.made)

@@ -13,10 +13,11 @@ To read beyond the trained length, the frequencies are changed:
 - `llama3`   the same idea with the ramp laid over wavelengths (Llama 3.1).
 - `longrope` one divisor a pair, from a table; another table beyond the trained length (Ding et al. 2024).
 
-`dynamic` and `longrope` depend on the length of the text, so that keys turned at an earlier length are wrong at a
-later one: for these a cache holds the keys as they were before turning (see kv_cache.py). The length is that of each
-row alone, so that a text's answer does not depend on what it is batched with. The numbers are those of transformers 5
-(`modeling_rope_utils.py`), computed in f32 as there.
+`dynamic` and `longrope` depend on the length of the text so far; here on that of each row alone, so that a text's
+answer does not depend on what it is batched with. Keys in a cache stay turned as they were when they were written. For
+`dynamic` that is how transformers generates, and beyond the trained length it is not what reading the text anew at
+each step gives; for `longrope` the text is read anew once, where it passes the trained length (`rereads_at`), by
+transformers and by generate.py. The numbers are those of transformers 5 (`modeling_rope_utils.py`), in f32 as there.
 """
 
 import math
@@ -57,9 +58,9 @@ class RopeConfig:
         return int(self.head_dim * self.rotary_fraction)
 
     @property
-    def depends_on_length(self) -> bool:
-        """Whether the frequencies change as the text grows."""
-        return self.kind in ("dynamic", "longrope")
+    def rereads_at(self) -> int | None:
+        """The length in tokens beyond which all of a text is turned otherwise than before, if there is one."""
+        return self.original_max_position_embeddings if self.kind == "longrope" else None
 
 
 def cos_and_sin(rope: RopeConfig, positions: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
