@@ -25,7 +25,7 @@ from jq4.checkpoint.structure import Keys, path_of
 from jq4.checkpoint.verification import check_file, check_listing, verify_files
 from jq4.errors import CheckpointError
 
-_READ_AGAIN = 3
+_READ_AGAIN = 10
 
 
 def save(
