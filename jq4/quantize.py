@@ -29,7 +29,7 @@ from jax.core import Tracer
 
 from jq4.errors import JQ4Error
 from jq4.methods import get_method
-from jq4.paths import leaf_path
+from jq4.paths import find_path, leaf_path
 from jq4.qarray import QArray, is_qarray
 from jq4.quantize_report import LeafReport, QuantizeReport, sqnr
 from jq4.recipe import Recipe
@@ -114,8 +114,8 @@ def dequantize(params: Any, dtype: Any = None) -> Any:
 
 def contraction_axis(path: str, ndim: int, rule: Rule, stats: Any, axes: Mapping[str, int] | None) -> int | None:
     """The negative axis that a leaf is grouped along, or None if nothing tells it."""
-    known = (axes or {}).get(path)
-    known = getattr(stats, "axes", {}).get(path) if known is None else known
+    known = find_path(axes or {}, path)
+    known = find_path(getattr(stats, "axes", {}), path) if known is None else known
     known = rule.axis if known is None else known
     known = axis_by_name(path) if known is None else known
     if known is None:
@@ -175,9 +175,9 @@ def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> QArray:
     method = get_method(rule.method)
     statistics = None
     if method.needs_statistics:
-        if stats is None or entry.path not in stats:
+        statistics = find_path(stats or {}, entry.path)
+        if statistics is None:
             raise JQ4Error(f"{entry.path}: method {rule.method} needs statistics: pass stats=jq4.observe(...)")
-        statistics = stats[entry.path]
     _check_values(entry.path, leaf)
     try:
         return _quantize_leaf(leaf, statistics, rule.method, rule.encoding(axis), tuple(rule.method_options.items()))
