@@ -1,0 +1,73 @@
+"""`contraction_axes`: along which axis a function contracts each of its weights, told by a trace.
+
+A bare tree does not say whether a weight [512, 512] is used as x @ w or as x @ w.T. Groups must lie along the axis
+that is contracted, or the product cannot stay packed; so the function is asked, without computing anything.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq4 import jax_compat
+from jq4.paths import leaf_path
+from jq4.watch import Watcher
+from jq4.watched import Watched
+
+
+def contraction_axes(function: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> dict[str, int]:
+    """The axis (negative) that `function(tree, *args)` contracts, for every leaf of `tree` that it contracts.
+
+    Of several contracted axes of one product it is the last (a DenseGeneral's [H, D, O] contracted over H and D gives
+    -2). A table that rows are only looked up in gives its rows' axis. Of several products that contract different
+    axes of one leaf, the first counts.
+
+    Args:
+      function: any traceable function.
+      tree: its first argument, the parameters; arrays or jax.ShapeDtypeStructs, as in the other arguments.
+
+    Returns:
+      path -> axis, as `jq4.quantize(..., axes=...)` takes it.
+    """
+    watcher = Watcher(lambda path: frozenset())
+    leaves, run = watched_call(function, watcher, tree, args, kwargs)
+    jax.eval_shape(run, leaves)
+    return watcher.axes
+
+
+def watched_call(
+    function: Callable[..., Any], watcher: Watcher, tree: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
+    """(the array leaves of all arguments, what evaluates `function` on such leaves with those of `tree` watched)."""
+    keyed, structure = jax.tree_util.tree_flatten_with_path((tree, args, kwargs))
+    leaves = [leaf for _, leaf in keyed]
+    dynamic = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
+    paths = {p: leaf_path(keyed[p][0][1:]) for p in dynamic if keyed[p][0][0].idx == 0 and is_weight(leaves[p])}  # type: ignore[attr-defined]
+
+    def flat_function(*arrays: Any) -> list[Any]:
+        merged = list(leaves)
+        for place, array in zip(dynamic, arrays, strict=True):
+            merged[place] = array
+        tree, args, kwargs = jax.tree.unflatten(structure, merged)
+        return [leaf for leaf in jax.tree.leaves(function(tree, *args, **kwargs)) if is_array(leaf)]
+
+    def run(arrays: list[Any]) -> list[Any]:
+        jaxpr, _ = jax_compat.trace(flat_function, *arrays)
+        values = [
+            Watched.whole(array, paths[place]) if place in paths else array
+            for place, array in zip(dynamic, arrays, strict=True)
+        ]
+        return watcher.evaluate(jaxpr, values)
+
+    return [leaves[place] for place in dynamic], run
+
+
+def is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether a leaf can be a weight: a float array of two axes or more."""
+    return is_array(leaf) and len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -1,0 +1,102 @@
+"""`observe`: streaming statistics of the inputs of every weight that a function multiplies by.
+
+The function is run as it is, one batch after another, under one jitted program whose accumulators are donated: memory
+is the function's own and the sums'. The sums are in float32, per weight and per stacked slice (a scanned layer, an
+expert); see jq4.statistics for their shapes. Another batch size changes them by rounding only.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq4.axes import is_array, watched_call
+from jq4.errors import JQ4Error
+from jq4.statistics import CHEAP, Statistics, WeightStatistics, check_collectable, merge
+from jq4.watch import Frame, Watcher
+
+Collect = Collection[str] | Callable[[str], Collection[str]]
+
+
+def observe(function: Callable[..., Any], tree: Any, batches: Iterable[Any], *, collect: Collect = CHEAP) -> Statistics:
+    """Statistics of what each weight of `tree` is multiplied by in `function(tree, batch)`, over all batches.
+
+    Args:
+      function: any traceable function; called as function(tree, batch), or function(tree, *batch) for a tuple.
+      tree: the parameters, dense; a weight is a float leaf of two axes or more.
+      batches: pytrees of arrays; may be a generator, of which one batch is held at a time.
+      collect: some of "absmax", "mean", "mean_square", "hessian" (counts always come along), or a function from a
+        leaf's path to them. A Hessian of K inputs takes 4*K*K bytes a slice, so it is only collected where asked.
+
+    Returns:
+      Statistics: path -> WeightStatistics, with `.axes` as jq4.contraction_axes gives them.
+
+    Raises:
+      JQ4Error: no batches, or a name in `collect` that cannot be collected.
+    """
+    collects = _collector(collect)
+    axes: dict[str, int] = {}
+    steps: dict[Any, Any] = {}
+    total: dict[str, WeightStatistics] | None = None
+    for batch in batches:
+        args = batch if isinstance(batch, tuple) else (batch,)
+        leaves, structure = jax.tree.flatten((tree, args))
+        static = tuple((place, leaf) for place, leaf in enumerate(leaves) if not is_array(leaf))
+        key = (structure, static, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves if is_array(leaf)))
+        if key not in steps:
+            steps[key] = _step(function, tree, args, collects, axes)
+        arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
+        first, more = steps[key]
+        total = first(arrays) if total is None else more(total, arrays)
+    if total is None:
+        raise JQ4Error("observe was given no batches: wanted at least one")
+    return Statistics(dict(total), tuple(axes.items()))
+
+
+def _collector(collect: Collect) -> Callable[[str], frozenset[str]]:
+    if callable(collect):
+        return lambda path: check_collectable(collect(path))
+    names = check_collectable(collect)
+    return lambda path: names
+
+
+def _step(
+    function: Callable[..., Any], tree: Any, args: tuple[Any, ...], collects: Any, axes: dict[str, int]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(statistics of one batch, the same added to a donated total), jitted, for arguments of these shapes."""
+
+    def statistics(arrays: list[Any]) -> dict[str, WeightStatistics]:
+        watcher = Watcher(collects)
+        _, run = watched_call(function, watcher, tree, args, {})
+        outputs = run(arrays)
+        del outputs
+        for path, axis in watcher.axes.items():
+            axes.setdefault(path, axis)
+        return _by_path(watcher.frame)
+
+    def add(total: dict[str, WeightStatistics], arrays: list[Any]) -> dict[str, WeightStatistics]:
+        return {path: merge(total[path], new) for path, new in statistics(arrays).items()}
+
+    return jax.jit(statistics), jax.jit(add, donate_argnums=0)
+
+
+def _by_path(frame: Frame) -> dict[str, WeightStatistics]:
+    """Statistics by path, their leading axes in the leaf's own order; uses of one leaf are merged."""
+    found: dict[str, WeightStatistics] = {}
+    shapes: dict[str, Any] = {}
+    for key, statistics in frame.items():
+        order = sorted(range(len(key.leading)), key=lambda place: key.leading[place])
+        ordered = jax.tree.map(
+            lambda leaf, order=order: jax.lax.transpose(leaf, (*order, *range(len(order), leaf.ndim))), statistics
+        )
+        kind = (tuple(sorted(key.leading)), key.features)
+        if key.path in found and shapes[key.path] != kind:
+            raise JQ4Error(
+                f"{key.path}: it is contracted along its axes {shapes[key.path][1]} in one place and {key.features} in "
+                "another, so its inputs have no common statistics. Leave it out: collect=lambda path: ..."
+            )
+        found[key.path] = merge(found[key.path], ordered) if key.path in found else ordered
+        shapes[key.path] = kind
+    return found
