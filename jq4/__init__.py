@@ -1,8 +1,40 @@
-"""INT4 as a first-class citizen of JAX."""
+"""INT4 as a first-class citizen of JAX: quantize any model's weights, keep them packed from disk to matmul.
 
+    recipe  = jq4.Recipe.preset("hqq-w4g64-asym")
+    qparams = jq4.quantize(params, recipe)                        # params -> params, QArray leaves; pure
+    logits  = jax.jit(jq4.quantized(model.apply))({"params": qparams}, tokens)
+    jq4.save("model.jq4", qparams)                                # packed Orbax, self-describing, versioned
+    qparams = jq4.restore("model.jq4")
+"""
+
+from jq4.apply import Quantized as Quantized
+from jq4.apply import explain as explain
+from jq4.apply import quantized as quantized
+from jq4.axes import contraction_axes as contraction_axes
+from jq4.checkpoint import read_manifest as read_manifest
+from jq4.checkpoint import restore as restore
+from jq4.checkpoint import save as save
+from jq4.checkpoint import verify as verify
 from jq4.errors import CheckpointError as CheckpointError
 from jq4.errors import DensifiedError as DensifiedError
 from jq4.errors import JQ4Error as JQ4Error
+from jq4.formats import FORMATS as FORMATS
+from jq4.formats import Format as Format
+from jq4.layouts import prepare as prepare
+from jq4.matmul import matmul as matmul
+from jq4.observe import observe as observe
 from jq4.qarray import QArray as QArray
+from jq4.quantize import IdleRuleWarning as IdleRuleWarning
+from jq4.quantize import dequantize as dequantize
+from jq4.quantize import quantize as quantize
+from jq4.quantize import quantize_report as quantize_report
+from jq4.quantize_report import QuantizeReport as QuantizeReport
+from jq4.recipe import Recipe as Recipe
+from jq4.record import DensifiedWarning as DensifiedWarning
+from jq4.record import Record as Record
+from jq4.rounding import quantize_weight as quantize_weight
+from jq4.rule import Rule as Rule
+from jq4.statistics import Statistics as Statistics
+from jq4.statistics import WeightStatistics as WeightStatistics
 
 __version__ = "0.1.0"
