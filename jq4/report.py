@@ -106,3 +106,23 @@ def plan_table(data: Mapping[str, Any]) -> Table:
         f"context {data['context']:,}, batch {data['batch']}" + (" (an estimate)" if data["estimate"] else "")
     )
     return make_table(title, columns, rows)
+
+
+def quantize_table(data: Mapping[str, Any]) -> Table:
+    """What became of each leaf: those packed, then those left dense and why."""
+    rows = []
+    for leaf in data["packed"]:
+        sizes = [format_bytes(leaf["dense_nbytes"]), format_bytes(leaf["nbytes"])]
+        shape = " ".join(map(str, leaf["shape"]))
+        rows.append(
+            [leaf["path"], shape, f"{leaf['format']} g{leaf['group_size']}", *sizes, _decibels(leaf["sqnr_db"])]
+        )
+    for leaf in data["dense"]:
+        sizes = [format_bytes(leaf["dense_nbytes"]), format_bytes(leaf["nbytes"])]
+        rows.append([leaf["path"], " ".join(map(str, leaf["shape"])), f"dense: {leaf['status']}", *sizes, "-"])
+    return make_table(data["destination"], ("leaf", "shape", "became", "from", "to", "SQNR dB"), rows)
+
+
+def demo_table(data: Mapping[str, Any], rows: Iterable[Sequence[str]]) -> Table:
+    """Dense against packed, a column a variant."""
+    return make_table(str(data["model"]), ("", *(each["name"] for each in data["variants"])), rows)

@@ -1,0 +1,59 @@
+"""The command line: `jq4 VERB ...`. A verb is a file here with HELP, DESCRIPTION, add_arguments(parser) and run(args).
+
+Verbs import what is slow inside `run`, so that `jq4 --help` stays quick.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from jq4 import __version__
+from jq4.cli import _terminal, demo, eval, generate, inspect, plan, quantize
+from jq4.errors import JQ4Error
+
+_VERBS = {
+    "demo": demo,
+    "quantize": quantize,
+    "eval": eval,
+    "generate": generate,
+    "inspect": inspect,
+    "plan": plan,
+}
+_EXIT_CODES = "exit codes: 0 done, 1 an error in what was given (one line on stderr), 2 wrong usage, 130 interrupted"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code and prints no traceback for errors that are the user's to mend."""
+    verb = ""
+    try:
+        arguments = _parser().parse_args(argv)
+        verb = arguments.verb
+        with _terminal.plain_warnings(verb):
+            _VERBS[verb].run(arguments)
+        sys.stdout.flush()
+    except SystemExit as stop:  # argparse: --help, --version, wrong usage
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        _terminal.say(f"jq4 {verb}: interrupted")
+        return 130
+    except (JQ4Error, OSError) as error:
+        _terminal.say(f"jq4 {verb}: error: {_one_line(error)}")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jq4", description="INT4 models in JAX.", epilog=_EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"jq4 {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, module in _VERBS.items():
+        added = verbs.add_parser(name, help=module.HELP, description=module.DESCRIPTION, epilog=_EXIT_CODES)
+        module.add_arguments(added)
+        added.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else")
+    return parser
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

@@ -1,0 +1,92 @@
+"""jq4 inspect: what a model holds, leaf by leaf."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = "list the leaves of a model: formats, groups, bytes, errors"
+DESCRIPTION = (
+    "Formats, group sizes and bytes of every leaf, from the manifest or the safetensors headers alone. With "
+    "--reference the weights are read, and SQNR says how far each leaf is from the reference's."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or one that jq4 quantize made")
+    parser.add_argument("--reference", metavar="MODEL", help="the model that each leaf's error is measured against")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from jq4.cli import _terminal
+    from jq4.report import format_bytes, format_count, format_figure, inventory_table
+
+    data = describe(arguments.model, arguments.reference)
+    if arguments.json:
+        _terminal.print_json(data)
+        return
+    out = _terminal.console()
+    out.print(inventory_table(data))
+    out.print(
+        f"{format_count(data['parameters'])} parameters, {format_bytes(data['bytes'])} on the device, "
+        f"{format_bytes(data['bytes_host'])} on the host, {format_bytes(data['bytes_on_disk'])} on disk; "
+        f"{data['bits_per_weight']:.3f} bits a weight, {format_figure(data['bits_per_weight_packed'])} where packed"
+    )
+
+
+def describe(model: str, reference: str | None = None) -> dict[str, Any]:
+    """What `jq4 inspect --json` prints."""
+    from jq4.cli import _models, _terminal
+    from jq4.errors import JQ4Error
+    from jq4.inventory import bytes_on_disk, inventory, totals, with_errors
+
+    folder = Path(model)
+    if not folder.is_dir():
+        raise JQ4Error(f"{model}: there is no such folder; give a Hugging Face folder or one that jq4 quantize made")
+    about: dict[str, Any] = {}
+    if reference is not None:
+        ours, theirs = _models.open_model(model), _models.open_model(reference)
+        with _terminal.progress("measuring") as step:
+            leaves = with_errors(inventory(ours.params), ours.params, theirs.params, step)
+    elif _models.is_checkpoint(folder):
+        leaves, about = leaves_of_manifest(folder)
+    else:
+        leaves = leaves_of_headers(folder)
+    return {
+        "model": model,
+        "reference": reference,
+        **totals(leaves),
+        "bytes_on_disk": bytes_on_disk(folder),
+        **about,
+        "leaves": [leaf.as_dict() for leaf in leaves],
+    }
+
+
+def leaves_of_manifest(folder: Path) -> tuple[list[Any], dict[str, Any]]:
+    """The leaves of one of our folders, and its recipe, source and versions; no array is read."""
+    from jq4.checkpoint.manifest import ScalarInfo, abstract
+    from jq4.checkpoint.orbax import read_manifest
+    from jq4.inventory import inventory
+
+    manifest = read_manifest(folder)
+    arrays = {leaf.path: abstract(leaf) for leaf in manifest.leaves if not isinstance(leaf, ScalarInfo)}
+    found = [Leaf for path, array in arrays.items() for Leaf in rename(inventory([array]), path)]
+    about = {"recipe": manifest.recipe, "source": manifest.source, "versions": dict(manifest.versions)}
+    return found, about
+
+
+def rename(leaves: list[Any], path: str) -> list[Any]:
+    import dataclasses
+
+    return [dataclasses.replace(leaf, path=path) for leaf in leaves]
+
+
+def leaves_of_headers(folder: Path) -> list[Any]:
+    """The tensors of a Hugging Face folder, by their own names."""
+    from jq4.errors import JQ4Error
+    from jq4.inventory import Leaf
+    from jq4.safetensors_headers import read_headers
+
+    tensors = read_headers(folder)
+    if not tensors:
+        raise JQ4Error(f"{folder}: holds neither jq4.json nor safetensors files; give a model's folder")
+    return [Leaf(name, t.shape, t.dtype, t.nbytes, t.nbytes) for name, t in tensors.items()]
