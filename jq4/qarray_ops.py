@@ -198,7 +198,8 @@ def _regroup(q: QArray, inner: int, new_shape: tuple[int, ...], axis: int) -> QA
     whole = shorter % group == 0 and max(inner, length) % shorter == 0 and shorter % packing.codes_per_unit(q.bits) == 0
     if not whole or q.padding or (q.group_size > shorter and q.num_groups > 1):
         raise NoPackedForm(
-            f"reshaping {q.shape} to {new_shape} breaks groups of {q.group_size} along axis {q.axis}, or the bytes of {q.bits}-bit codes"
+            f"reshaping {q.shape} to {new_shape} breaks groups of {q.group_size} along axis {q.axis}, "
+            f"or the bytes of {q.bits}-bit codes"
         )
     if q.permutation is not None:
         raise NoPackedForm(

@@ -71,7 +71,7 @@ def _product(x, w: Packed, spec: PackedSpec, implementation, precision) -> jax.A
 
     def on(platform: str):
         run = functools.partial(BACKENDS[chosen[platform]].run, spec=spec, platform=platform, precision=precision)
-        return lambda x, w: _batched(lambda x, w: run(x, w), platform)(x, w).astype(xla.accumulator(x.dtype))
+        return lambda x, w: _batched(run, platform)(x, w).astype(xla.accumulator(x.dtype))
 
     return _by_platform({platform: on(platform) for platform in chosen}, x, w)
 
@@ -86,7 +86,7 @@ def _backward(spec, implementation, precision, residuals, dy):
 
     def to_input(platform: str):
         compute = xla.accumulator(x.dtype) if platform == "cpu" else x.dtype
-        one = lambda dy, w: gradients.input_cotangent(dy, w, spec, compute, precision)
+        one = functools.partial(gradients.input_cotangent, spec=spec, dtype=compute, precision=precision)
         return lambda dy, w: _batched(one, platform)(dy, w).astype(x.dtype)
 
     dx = _by_platform({platform: to_input(platform) for platform in ("cpu", "tpu", "gpu")}, dy, flat)
@@ -96,11 +96,14 @@ def _backward(spec, implementation, precision, residuals, dy):
     if w.offset is not None:
         doffset = batched(lambda both, w: gradients.offset_cotangent(*both, spec))((x, dy), flat)
         doffset = gradients.like(doffset, w.offset)
-    zeros = lambda part: None if part is None else np.zeros(part.shape, jax.dtypes.float0)
-    return dx, Packed(zeros(w.codes), gradients.like(dscale, w.scale), zeros(w.zero_point), doffset)
+    return dx, Packed(_no_cotangent(w.codes), gradients.like(dscale, w.scale), _no_cotangent(w.zero_point), doffset)
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _no_cotangent(part: Any) -> Any:
+    return None if part is None else np.zeros(part.shape, jax.dtypes.float0)
 
 
 def _by_platform(forms: dict[str, Any], *args: Any) -> jax.Array:

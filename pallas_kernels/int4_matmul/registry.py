@@ -1,4 +1,4 @@
-"""Which implementations of int4_matmul there are, and which one serves a platform. A new backend is one file and one entry.
+"""Which implementations of int4_matmul there are, and which one serves a platform. A new backend: one file, one entry.
 
     name         platforms   what
     reference    all         the oracle of reference.py: the dense weight appears

@@ -25,8 +25,10 @@ from jax import lax
 from pallas_kernels import packing
 from pallas_kernels.int4_matmul.spec import NEUTRAL, TPU, PackedSpec
 
-# Floats of one tile. 4 MiB stays in a CPU's cache and is large enough for a matrix product to run at full speed.
+# Floats of one tile: they stay in a CPU's cache, yet are enough for a matrix product to run at full speed, which
+# takes more of them when there is more than one row of x.
 TILE_ELEMENTS = 2**20
+TILE_ELEMENTS_OF_ONE_ROW = 2**19
 
 
 class Packed(NamedTuple):
@@ -66,14 +68,19 @@ def columns(w: Packed, spec: PackedSpec, start: Any, size: int) -> Packed:
     return Packed(*map(cut, w))
 
 
-def column_tile(spec: PackedSpec, n: int) -> int:
+def tile_elements(rows_of_x: int) -> int:
+    """How many floats a tile should have."""
+    return TILE_ELEMENTS_OF_ONE_ROW if rows_of_x == 1 else TILE_ELEMENTS
+
+
+def column_tile(spec: PackedSpec, n: int, elements: int = TILE_ELEMENTS) -> int:
     """How many columns a tile has."""
-    return min(n, max(32, TILE_ELEMENTS // max(spec.length, 1) // 32 * 32))
+    return min(n, max(32, elements // max(spec.length, 1) // 32 * 32))
 
 
-def row_block(spec: PackedSpec, n: int) -> int:
+def row_block(spec: PackedSpec, n: int, elements: int = TILE_ELEMENTS) -> int:
     """How many rows a block has: whole units, and whole groups or an equal part of one."""
-    unit, target = unit_of(spec), max(32, TILE_ELEMENTS // max(n, 1))
+    unit, target = unit_of(spec), max(32, elements // max(n, 1))
     if spec.num_groups == 1:
         step = unit
     elif (step := math.lcm(spec.group_size, unit)) > target and spec.group_size % unit == 0:

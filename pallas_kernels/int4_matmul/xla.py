@@ -3,8 +3,9 @@
 A plain `x @ dequantize(W)` makes every XLA backend write the dense weight to memory first (on a CPU at M = 1 that is
 ten times slower than a float product, on a TPU it doubles the bytes of the bf16 one). What does not:
 
-    cpu   N tiles of a few hundred columns, unpacked to f32 in the cache and multiplied there. At M = 1 it runs
-          at the speed of an f32 product of the dense weight, with an eighth of its memory (benchmarks/cpu_matmul.py).
+    cpu   N tiles of a few hundred columns, unpacked to f32 in the cache and multiplied there (a few rows by [K, N]:
+          K blocks, whose bytes are contiguous). At M = 1 it runs at the speed of an f32 product of the dense weight,
+          with an eighth of its memory (benchmarks/cpu_matmul.py).
     tpu   int4 [K, N]. Few rows: one dot a group, whose convert the compiler fuses, and the partial sums scaled.
           Many rows: N tiles of scaled bf16 weights, so that each is one deep dot.
     gpu   int4 [N, K]. Few rows: as on a TPU. Many: scaled weights and one dot, which Triton fuses in this order.
@@ -29,11 +30,16 @@ from pallas_kernels.int4_matmul.tiles import Packed
 # between 16 and 64 on the TPUs whose schedules were counted; one f32 sum a group and row must stay below the weight.
 DECODE_ROWS = 32
 
+# On a CPU, up to so many rows of x go through [K, N] in blocks of K: narrow tiles of columns stride through memory.
+ROW_BLOCK_ROWS = 8
+
 
 def int4_matmul_xla(x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str, precision: Any = None) -> jax.Array:
     """f32[M, N] = x[M, K] @ W[K, N] for lowering on `platform` ("cpu", "tpu" or "gpu")."""
     if platform == "cpu":
-        return by_column_tiles(x.astype(accumulator(x.dtype)), w, spec, precision)
+        x, w = x.astype(accumulator(x.dtype)), tiles.flat_scales(w, spec)
+        few = x.shape[0] <= ROW_BLOCK_ROWS and spec.orientation == "kn"
+        return (by_row_blocks if few else by_column_tiles)(x, w, spec, precision)
     if has_int4_form(spec):
         w, spec = as_int4(w, spec, TPU if platform == "tpu" else GPU)
     w = tiles.flat_scales(w, spec)
@@ -74,10 +80,9 @@ def accumulator(dtype: Any) -> Any:
 
 
 def by_column_tiles(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) -> jax.Array:
-    """Tiles of columns, each unpacked to x's dtype and multiplied: at most one tile is ever dense."""
-    w = tiles.flat_scales(w, spec)
+    """Tiles of columns, each unpacked to x's dtype and multiplied: at most one tile is ever dense. Scales are flat."""
     n = spec.columns(w.codes.shape)
-    tile = tiles.column_tile(spec, n)
+    tile = tiles.column_tile(spec, n, tiles.tile_elements(x.shape[0]))
     parts = tiles.split_columns(x, spec)
 
     def one(index: Any, size: int) -> jax.Array:
@@ -87,8 +92,28 @@ def by_column_tiles(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = 
     return tiles.over_tiles(n, tile, one, axis=-1)
 
 
+def by_row_blocks(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) -> jax.Array:
+    """Blocks of rows, each unpacked to x's dtype, multiplied and added up. Scales are flat."""
+    size = tiles.row_block(spec, spec.columns(w.codes.shape), tiles.tile_elements(x.shape[0]))
+    per_block = size // tiles.unit_of(spec)
+    parts = tiles.split_columns(x, spec)
+
+    def one(index: Any, length: int) -> jax.Array:
+        block, sub = tiles.rows(w, spec, index, size, length)
+        weights = tiles.weight_fields(block, sub, x.dtype)
+        count = weights[0].shape[spec.k_axis]
+        pieces = [lax.dynamic_slice_in_dim(part, index * per_block, count, 1) for part in parts]
+        return _sum_of_products(pieces, weights, spec, precision)  # [M, N]
+
+    whole, rest = divmod(spec.length, size)
+    out = one(0, min(size, spec.length))
+    if whole > 1:
+        out, _ = lax.scan(lambda total, i: (total + one(i, size), None), out, jnp.arange(1, whole))
+    return out + one(whole, rest) if whole and rest else out
+
+
 def by_groups(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) -> jax.Array:
-    """Int4 codes go into one dot a group as they are; the partial sums [G, M, N] are scaled and added."""
+    """Int4 codes go into one dot a group as they are; partial sums [G, M, N] are scaled and added. Scales are flat."""
     k, group = spec.length, min(spec.group_size, spec.length)
     whole = k // group * group
     kn = spec.orientation == "kn"
