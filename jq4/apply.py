@@ -10,15 +10,17 @@ a leaf with `__jax_array__` (Linen's shape check refuses it), hijax types (their
 dequantizing the tree before the call (with stacked layers the whole dense model appears at once).
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jq4 import jax_compat, rules_product, rules_structure
+from jq4 import jax_compat, qarray_ops, rules_convolution, rules_product, rules_sharding, rules_structure
 from jq4.errors import DensifiedError
 from jq4.interpret import Interpreter, Values
 from jq4.packed_leaf import PackedLeaf, is_packed
@@ -28,27 +30,10 @@ from jq4.qarray_ops import NoPackedForm
 from jq4.record import DENSE, DensifiedWarning, Record, recording
 
 RULES: dict[str, Callable[[Any, Values], Values]] = {
-    "dot_general": rules_product.dot_general,
-    "convert_element_type": rules_structure.convert_element_type,
-    "transpose": rules_structure.transpose,
-    "reshape": rules_structure.reshape,
-    "broadcast_in_dim": rules_structure.broadcast_in_dim,
-    "squeeze": rules_structure.squeeze,
-    "slice": rules_structure.slice_,
-    "dynamic_slice": rules_structure.dynamic_slice,
-    "split": rules_structure.split,
-    "gather": rules_structure.gather,
-    "concatenate": rules_structure.concatenate,
-    "mul": rules_structure.scale_by_scalar,
-    "div": rules_structure.scale_by_scalar,
-    "neg": rules_structure.negate,
-    "copy": rules_structure.identity,
-    "copy_p": rules_structure.identity,
-    "name": rules_structure.identity,
-    "stop_gradient": rules_structure.identity,
-    "pvary": rules_structure.on_every_part,
-    "pcast": rules_structure.on_every_part,
-    "optimization_barrier": rules_structure.on_every_part,
+    **rules_product.RULES,
+    **rules_convolution.RULES,
+    **rules_structure.RULES,
+    **rules_sharding.RULES,
 }
 
 
@@ -58,6 +43,7 @@ class PackedInterpreter(Interpreter):
     def __init__(self, record: Record, strict: bool = False) -> None:
         self.record = record
         self.strict = strict
+        self.tangents = False
 
     def is_special(self, value: Any) -> bool:
         return is_packed(value)
@@ -67,11 +53,40 @@ class PackedInterpreter(Interpreter):
         if apply is None:
             return None
         path = next(value.path for value in values if is_packed(value))
+        if self.tangents and apply not in rules_structure.RULES.values():
+            return jax_compat.bind(eqn, self.dense(values, eqn, "a custom_jvp's tangents need a transposable product"))
         try:
             with recording(self.record, path, eqn.primitive.name):
                 return apply(eqn, values)
         except NoPackedForm as error:
             return jax_compat.bind(eqn, self.dense(values, eqn, str(error)))
+
+    def for_tangents(self) -> "PackedInterpreter":
+        """Packed products have a custom_vjp, which cannot be transposed: under a custom_jvp's rule they go dense."""
+        inner = PackedInterpreter(self.record, self.strict)
+        inner.tangents = True
+        return inner
+
+    def before_slicing(self, value: PackedLeaf) -> PackedLeaf:
+        """Every part with the leading axis of the weight, which no pending transpose moves."""
+        leaf = value if len(value.order) < value.ndim else value.holding(value.settle())
+        q = qarray_ops.plain_scales(leaf.q)
+        length = q.shape[0]
+        if q.permutation is not None and q.permutation.ndim == 1:
+            q = dataclasses.replace(q, permutation=q.permutation[None])
+        spread = jax.tree.map(lambda part: jnp.broadcast_to(part, (length, *part.shape[1:])), q)
+        return dataclasses.replace(leaf, q=spread)
+
+    def enter_shard_map(self, value: PackedLeaf, spec: Any, mesh: Any) -> tuple[PackedLeaf, PackedLeaf]:
+        return rules_sharding.leaf_specs(value, spec, mesh)
+
+    def constrain(self, value: Any, sharding: Any) -> Any:
+        if not is_packed(value):
+            return super().constrain(value, sharding)
+        try:
+            return rules_sharding.constrained(value, sharding, jax.lax.with_sharding_constraint)
+        except NoPackedForm:
+            return value
 
     def densify(self, value: PackedLeaf, eqn: Any, reason: str = "") -> jax.Array:
         primitive = eqn.primitive.name

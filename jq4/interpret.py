@@ -47,9 +47,13 @@ class Interpreter:
         """A special value in the form whose every leaf can be cut along its leading axis (for scan)."""
         return value
 
-    def specs(self, value: Any, spec: Any, mesh: Any) -> Any:
-        """A shard_map's PartitionSpecs for the leaves of a special value, from the spec of the array it stands for."""
-        return jax.tree.map(lambda _: spec, value)
+    def enter_shard_map(self, value: Any, spec: Any, mesh: Any) -> tuple[Any, Any]:
+        """A special value as a shard_map can cut it, and the PartitionSpecs of its leaves; `spec` is the array's."""
+        return value, jax.tree.map(lambda _: spec, value)
+
+    def for_tangents(self) -> "Interpreter":
+        """The interpreter of a tangent rule, whose operations JAX must be able to transpose."""
+        return self
 
     def constrain(self, value: Any, sharding: Any) -> Any:
         """A value, special or not, under a sharding that an inner jit asked for."""
@@ -138,7 +142,7 @@ class Interpreter:
             return run
 
         outputs = jax.lax.switch(which, [branch_function(branch) for branch in branches], *operands)
-        return _merge(passing, outputs)
+        return merge_placed(passing, outputs)
 
     # Loops ----------------------------------------------------------------------------------------------------
 
@@ -150,13 +154,13 @@ class Interpreter:
         fixed, moving = self.split_carry(eqn, carry, jaxpr, num_consts)
 
         def body(moving: Values, slices: Values) -> tuple[Values, Values]:
-            outputs = self.evaluate(jaxpr, [*consts, *_merge(fixed, moving), *slices])
+            outputs = self.evaluate(jaxpr, [*consts, *merge_placed(fixed, moving), *slices])
             kept = [output for place, output in enumerate(outputs[:num_carry]) if place not in fixed]
             return self.dense(kept, eqn, "the scan carries it on changed"), outputs[num_carry:]
 
         options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
         moving, ys = jax.lax.scan(body, moving, xs, **options)
-        return [*_merge(fixed, moving), *ys]
+        return [*merge_placed(fixed, moving), *ys]
 
     def eval_while(self, eqn: Any, values: Values) -> Values:
         cond_jaxpr, body_jaxpr = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
@@ -165,14 +169,14 @@ class Interpreter:
         fixed, moving = self.split_carry(eqn, values[num_cond + num_body :], body_jaxpr, num_body)
 
         def condition(moving: Values) -> Any:
-            return self.evaluate(cond_jaxpr, [*cond_consts, *_merge(fixed, moving)])[0]
+            return self.evaluate(cond_jaxpr, [*cond_consts, *merge_placed(fixed, moving)])[0]
 
         def body(moving: Values) -> Values:
-            outputs = self.evaluate(body_jaxpr, [*body_consts, *_merge(fixed, moving)])
+            outputs = self.evaluate(body_jaxpr, [*body_consts, *merge_placed(fixed, moving)])
             kept = [output for place, output in enumerate(outputs) if place not in fixed]
             return self.dense(kept, eqn, "the loop carries it on changed")
 
-        return _merge(fixed, jax.lax.while_loop(condition, body, moving))
+        return merge_placed(fixed, jax.lax.while_loop(condition, body, moving))
 
     def split_carry(self, eqn: Any, carry: Values, body: Any, before: int) -> tuple[dict[int, Any], Values]:
         """Special values that the body carries on unchanged, by their place; and the rest of the carry, dense."""
@@ -199,7 +203,7 @@ class Interpreter:
                 return jax.jvp(_function_of(eqn, dense, moving), [dense[i] for i in moving], dense_tangents)
 
             rule, out = jax_compat.trace(dense_jvp, _avals(eqn), [eqn.invars[i].aval for i in moving])
-            outputs = self.evaluate(rule, [*primals, *(tangents[i] for i in moving)])
+            outputs = self.for_tangents().evaluate(rule, [*primals, *(tangents[i] for i in moving)])
             num_out = len(jax.tree.leaves(out[0]))
             return outputs[:num_out], self.dense(outputs[num_out:], eqn)
 
@@ -262,19 +266,19 @@ class Interpreter:
     def eval_shard_map(self, eqn: Any, values: Values) -> Values:
         parameters = eqn.params
         mesh = parameters["mesh"]
-        in_specs = tuple(
-            self.specs(value, spec, mesh) if self.is_special(value) else spec
+        entering = [
+            self.enter_shard_map(value, spec, mesh) if self.is_special(value) else (value, spec)
             for value, spec in zip(values, parameters["in_specs"], strict=True)
-        )
+        ]
 
         def run(*shards: Any) -> Values:
             return self.dense(self.evaluate(parameters["jaxpr"], shards), eqn, "the shard_map returns it")
 
         mapped = jax.shard_map(
-            run, mesh=mesh, in_specs=in_specs, out_specs=list(parameters["out_specs"]),
+            run, mesh=mesh, in_specs=tuple(specs for _, specs in entering), out_specs=list(parameters["out_specs"]),
             axis_names=set(parameters["newly_manual_axes"]), check_vma=parameters["check_vma"],
         )  # fmt: skip
-        return mapped(*values)
+        return mapped(*(value for value, _ in entering))
 
 
 def forwarded_inputs(jaxpr: Any) -> list[int | None]:
@@ -334,7 +338,7 @@ def _live_equations(jaxpr: Any) -> list[tuple[Any, list[Any]]]:
     return live[::-1]
 
 
-def _merge(placed: dict[int, Any], rest: Sequence[Any]) -> Values:
+def merge_placed(placed: dict[int, Any], rest: Sequence[Any]) -> Values:
     """The values of `rest` in order, with `placed` at its places."""
     remaining = iter(rest)
     return [placed[i] if i in placed else next(remaining) for i in range(len(placed) + len(rest))]

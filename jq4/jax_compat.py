@@ -51,10 +51,9 @@ def stand_in(like: Any, shape: Sequence[int], dtype: Any) -> Any:
     """A ShapeDtypeStruct of another shape and dtype that varies and is sharded over the mesh as `like` does."""
     aval: Any = like if isinstance(like, jax.ShapeDtypeStruct) else jax.typeof(like)
     extra = {}
-    if (varying := getattr(aval, "manual_axis_type", None) or getattr(aval, "mat", None)) is not None:
+    varying = getattr(aval, "manual_axis_type", None)
+    if varying is not None:
         extra["manual_axis_type"] = varying
-    elif varying := getattr(aval, "vma", None):
-        extra["vma"] = varying
     sharding = getattr(aval, "sharding", None)
     if sharding is not None and _is_explicit(sharding):
         extra["sharding"] = sharding
@@ -120,3 +119,23 @@ def context_of(eqn: Any) -> Iterator[None]:
 
 def is_literal(atom: Any) -> bool:
     return isinstance(atom, jax.extend.core.Literal)
+
+
+def varying_axes(values: Any) -> frozenset[str]:
+    """The manual mesh axes along which any array of a tree is known to differ."""
+    axes: frozenset[str] = frozenset()
+    for leaf in jax.tree.leaves(values):
+        kind = _manual_axes(leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf))
+        axes |= frozenset(getattr(kind, "varying", kind) or ())
+    return axes
+
+
+def zeros(struct: Any) -> Any:
+    """Zeros of a ShapeDtypeStruct's shape and dtype, which differ along the same manual mesh axes."""
+    array = jax.numpy.zeros(struct.shape, struct.dtype)
+    varying = tuple(sorted(varying_axes(struct)))
+    return jax.lax.pcast(array, varying, to="varying") if varying else array
+
+
+def _manual_axes(aval: Any) -> Any:
+    return getattr(aval, "manual_axis_type", None) or getattr(aval, "mat", None) or getattr(aval, "vma", None)

@@ -15,7 +15,6 @@ Values = list[Any]
 def dot_general(eqn: Any, values: Values) -> Values:
     lhs, rhs = values
     if is_packed(lhs) and is_packed(rhs):
-        lhs = lhs.dequantize()
         raise NoPackedForm("a product of two packed weights")
     side = "lhs" if is_packed(lhs) else "rhs"
     leaf, x = (lhs, rhs) if side == "lhs" else (rhs, lhs)
@@ -27,6 +26,28 @@ def dot_general(eqn: Any, values: Values) -> Values:
     )  # fmt: skip
     sharding = eqn.params.get("out_sharding")
     return [out if sharding is None else jax.sharding.reshard(out, sharding)]
+
+
+def ragged_dot_general(eqn: Any, values: Values) -> Values:
+    """Rows of x in ragged groups, each by its expert's packed matrix: `lax.ragged_dot`, the weight in any order."""
+    x, leaf, group_sizes = values
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    contract, batch = numbers.dot_dimension_numbers
+    (x_k, w_k), group, ragged = contract, numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
+    if is_packed(x) or any(batch) or (len(group), len(ragged), len(w_k)) != (1, 1, 1) or x.ndim != 2 or leaf.ndim != 3:
+        raise NoPackedForm("a ragged product other than [M, K] by [E, K, N]")
+    if leaf.grouped_axis != w_k[0]:
+        raise NoPackedForm(f"the product contracts axis {w_k[0]} of {leaf.shape}, grouped along {leaf.grouped_axis}")
+    if ragged[0] == x_k[0] or eqn.params["group_offset"] is not None:
+        raise NoPackedForm("a ragged contraction, or one with a group offset")
+    columns = next(axis for axis in range(3) if axis not in (group[0], w_k[0]))
+    experts = leaf.transposed((group[0], w_k[0], columns)).settle()  # [E, K, N]
+    rows = x if x_k[0] == 1 else x.T  # [M, K]
+    out = matmul.ragged_dot(
+        rows, experts, group_sizes,
+        preferred_element_type=eqn.params["preferred_element_type"], precision=eqn.params["precision"],
+    )  # fmt: skip
+    return [out]
 
 
 def _through_pending_transpose(leaf: PackedLeaf, numbers: Any, side: int) -> tuple[QArray, Any]:
@@ -43,3 +64,6 @@ def _through_pending_transpose(leaf: PackedLeaf, numbers: Any, side: int) -> tup
         return tuple(pair)
 
     return leaf.q, (renamed(contract), renamed(batch))
+
+
+RULES = {"dot_general": dot_general, "ragged_dot_general": ragged_dot_general}

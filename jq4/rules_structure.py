@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jq4 import jax_compat, qarray_ops
@@ -78,31 +79,44 @@ def split(eqn: Any, values: Values) -> Values:
 
 
 def gather(eqn: Any, values: Values) -> Values:
-    """Whole slices along one axis, as `jnp.take` and `w[i]` spell them. Rows are dequantized, matrices stay packed."""
+    """Slices that are whole along the grouped axis (`jnp.take`, `w[i]`): the same gather of codes and of scales.
+
+    Matrices stay packed (an expert of a stack); single rows (an embedding's) are dequantized, and only they.
+    """
     leaf, indices = values
     if not is_packed(leaf):
         raise NoPackedForm("a packed array of indices")
-    numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], leaf.shape
-    indexed = [axis for axis in range(leaf.ndim) if sizes[axis] != shape[axis] or axis in numbers.start_index_map]
-    if len(indexed) != 1 or numbers.operand_batching_dims or numbers.start_index_map != tuple(indexed):
-        raise NoPackedForm("a gather along several axes")
-    axis = indexed[0]
-    if sizes[axis] != 1 or indices.shape[-1] != 1:
-        raise NoPackedForm("a gather of windows")
-    if eqn.params["fill_value"] is not None:
-        raise NoPackedForm("a gather with a fill value of its own")
-    rows, collapsed = lax.squeeze(indices, (indices.ndim - 1,)), numbers.collapsed_slice_dims
-    # jnp.take puts the indices' axes where the indexed axis was; the equation may want them elsewhere.
-    taken = qarray_ops.take_rows(leaf.settle(), rows, axis=axis, mode=_take_mode(eqn.params["mode"]))
-    kept = rows.ndim if collapsed else rows.ndim + 1
-    if not collapsed:
-        taken = qarray_ops.reshape(taken, (*taken.shape[: axis + rows.ndim], 1, *taken.shape[axis + rows.ndim :]))
-    del kept
-    slices = [at for at in range(taken.ndim) if not axis <= at < axis + rows.ndim]
-    places = iter(slices), iter(range(axis, axis + rows.ndim))
-    order = [next(places[0] if at in numbers.offset_dims else places[1]) for at in range(taken.ndim)]
-    result = PackedLeaf(taken, leaf.path).transposed(order)
-    return [result if _is_matrix(result, numbers.offset_dims) else result.dequantize()]
+    q = qarray_ops.plain_scales(qarray_ops.neutral(leaf.settle(), "gather"))
+    numbers, sizes, grouped = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], q.axis % q.ndim
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    if sizes[grouped] != q.shape[grouped] or grouped in gone or not _fills_with_nan(eqn):
+        raise NoPackedForm(f"a gather of parts of the grouped axis {q.axis}, or with a fill value")
+    if q.permutation is not None and q.permutation.ndim > 1:
+        raise NoPackedForm("a gather of stacked activation-ordered weights")
+
+    def taken(part: Any) -> Any:
+        if part is None:
+            return None
+        spread = [
+            part.shape[axis] if size == q.shape[axis] and axis not in gone else q.shape[axis]
+            for axis, size in enumerate(sizes)
+        ]
+        part_sizes = [part.shape[axis] if size == q.shape[axis] else size for axis, size in enumerate(sizes)]
+        part_sizes = [1 if axis in gone else size for axis, size in enumerate(part_sizes)]
+        options = {name: eqn.params[name] for name in ("indices_are_sorted", "unique_indices", "mode")}
+        return lax.gather(jnp.broadcast_to(part, spread), indices, numbers, part_sizes, **options)
+
+    slice_axes = [axis for axis in range(q.ndim) if axis not in gone]
+    parts = {name: taken(getattr(q, name)) for name in ("codes", "scale", "zero_point", "offset")}
+    axis = numbers.offset_dims[slice_axes.index(grouped)] - parts["codes"].ndim
+    result = PackedLeaf(dataclasses.replace(q, axis=axis, **parts), leaf.path)
+    return [result if sum(sizes[axis] > 1 for axis in slice_axes) > 1 else result.dequantize()]
+
+
+def _fills_with_nan(eqn: Any) -> bool:
+    """Whether what an index out of bounds gives is NaN, as scales filled with NaN give it."""
+    fill = eqn.params["fill_value"]
+    return fill is None or bool(np.isnan(fill))
 
 
 def concatenate(eqn: Any, values: Values) -> Values:
@@ -168,15 +182,6 @@ def _along(leaf: PackedLeaf, axis: int, function: Any) -> PackedLeaf:
     return dataclasses.replace(leaf, q=function(leaf.q, leaf.axes[axis]))
 
 
-def _is_matrix(leaf: PackedLeaf, slice_axes: Any) -> bool:
-    return len([axis for axis in slice_axes if leaf.shape[axis] > 1]) > 1
-
-
-def _take_mode(mode: Any) -> str:
-    name = str(mode).lower()
-    return "fill" if "fill" in name else "clip"
-
-
 def _spelled_out(part: jax.Array, q: QArray, axis: int) -> jax.Array:
     shape = list(part.shape)
     shape[axis] = q.shape[axis]
@@ -190,3 +195,27 @@ def _rescaled(leaf: PackedLeaf, factor: jax.Array) -> PackedLeaf:
         return None if part is None else (part.astype(jnp.float32) * factor).astype(part.dtype)
 
     return dataclasses.replace(leaf, q=dataclasses.replace(q, scale=scaled(q.scale), offset=scaled(q.offset)))
+
+
+RULES = {
+    "convert_element_type": convert_element_type,
+    "transpose": transpose,
+    "reshape": reshape,
+    "broadcast_in_dim": broadcast_in_dim,
+    "squeeze": squeeze,
+    "slice": slice_,
+    "dynamic_slice": dynamic_slice,
+    "split": split,
+    "gather": gather,
+    "concatenate": concatenate,
+    "mul": scale_by_scalar,
+    "div": scale_by_scalar,
+    "neg": negate,
+    "copy": identity,
+    "copy_p": identity,
+    "name": identity,
+    "stop_gradient": identity,
+    "pvary": on_every_part,
+    "pcast": on_every_part,
+    "optimization_barrier": on_every_part,
+}

@@ -1,0 +1,227 @@
+"""Small models of every framework, unmodified, as pure functions f(tree, x): what quantized(f) must run packed.
+
+Each `Model` carries the contraction axes of its weights where their names do not tell them. Sizes are odd enough that
+a confusion of axes fails, and small enough that a test takes a second.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jq4.quantize import dequantize, quantize
+from jq4.rule import Rule
+
+WIDTH, HIDDEN, LAYERS, VOCABULARY, EXPERTS = 16, 32, 2, 40, 3
+RULE = Rule(targets=("Linear", "Embedding"), ignore=("re:bias|scale",), group_size=8, scale_dtype="float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A function, its dense tree, an input, and how many of its leaves are packed."""
+
+    function: Callable[[Any, Any], Any]
+    tree: Any
+    x: Any
+    packed: int
+    axes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def qtree(self) -> Any:
+        """The tree quantized to int4 in groups of 8."""
+        return quantize(self.tree, RULE, axes=self.axes)
+
+    @functools.cached_property
+    def dense(self) -> Any:
+        """The oracle's tree: what the packed weights stand for."""
+        return dequantize(self.qtree)
+
+    @functools.cached_property
+    def expected(self) -> Any:
+        """The oracle: the function on the dequantized tree."""
+        arrays, rebuild = arrays_of(self.dense)
+        return jax.jit(lambda arrays, x: self.function(rebuild(arrays), x))(arrays, self.x)
+
+
+def arrays_of(tree: Any) -> tuple[list[jax.Array], Callable[[list[Any]], Any]]:
+    """The tree's arrays (those of a QArray one by one), and the function that puts others in their places."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+    def rebuild(arrays: list[Any]) -> Any:
+        merged = list(leaves)
+        for place, array in zip(places, arrays, strict=True):
+            merged[place] = array
+        return jax.tree.unflatten(structure, merged)
+
+    return [leaves[place] for place in places], rebuild
+
+
+class LinenBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        h = nn.LayerNorm()(x)
+        h = nn.Dense(HIDDEN, name="up_proj")(h)
+        h = nn.Dense(WIDTH, use_bias=False, name="down_proj")(nn.gelu(h))
+        return x + h, None
+
+
+class LinenStack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for i in range(LAYERS):
+            x, _ = LinenBlock(name=f"layer_{i}")(x)
+        return nn.Dense(5, name="output")(x)
+
+
+class LinenScanRemat(nn.Module):
+    layers: int = LAYERS
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.remat(LinenBlock, prevent_cse=False)
+        scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
+        x, _ = scanned(name="layers")(x, None)
+        return nn.Dense(5, name="output")(x)
+
+
+class LinenConv(nn.Module):
+    @nn.compact
+    def __call__(self, x):  # [B, H, W, C]
+        x = nn.gelu(nn.Conv(16, (3, 3), strides=2, name="stem")(x))
+        x = nn.gelu(nn.Conv(24, (3, 2), kernel_dilation=2, padding="VALID", name="wide")(x))
+        return nn.Dense(5, name="output")(x.mean(axis=(1, 2)))
+
+
+class LinenTied(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        table = nn.Embed(VOCABULARY, WIDTH, name="embed")
+        return table.attend(nn.tanh(nn.Dense(WIDTH, name="mix")(table(ids))))
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
+        self.up_proj = nnx.Linear(WIDTH, HIDDEN, rngs=rngs)
+        self.down_proj = nnx.Linear(HIDDEN, WIDTH, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down_proj(nnx.silu(self.up_proj(self.norm(x))))
+
+
+class NNXStack(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([NNXBlock(rngs) for _ in range(LAYERS)])
+        self.output = nnx.Linear(WIDTH, 5, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.output(x)
+
+
+class NNXScanRemat(nnx.Module):
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=LAYERS)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def create(rngs):
+            return NNXBlock(rngs)
+
+        self.layers = create(rngs)
+        self.output = nnx.Linear(WIDTH, 5, rngs=rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        @nnx.remat(prevent_cse=False)
+        def forward(layer, x):
+            return layer(x)
+
+        return self.output(forward(self.layers, x))
+
+
+class EquinoxModel(eqx.Module):
+    first: eqx.nn.Linear
+    second: eqx.nn.Linear
+    activation: Callable
+    name: str = eqx.field(static=True)
+
+    def __call__(self, x):  # [T, D]
+        return jax.vmap(self.second)(self.activation(jax.vmap(self.first)(x)))
+
+
+def _linen(module: nn.Module, x: Any, packed: int, axes: dict[str, int] | None = None) -> Model:
+    return Model(module.apply, jax.jit(module.init)(jax.random.key(0), x), x, packed, axes or {})
+
+
+def _nnx(make: Callable[[nnx.Rngs], nnx.Module], x: Any, packed: int, axes: dict[str, int] | None = None) -> Model:
+    graph, state = nnx.split(make(nnx.Rngs(0)), nnx.Param)
+    return Model(lambda state, x: nnx.merge(graph, state)(x), state, x, packed, axes or {})
+
+
+def _attention(rngs: nnx.Rngs) -> nnx.Module:
+    return nnx.MultiHeadAttention(2, WIDTH, decode=False, rngs=rngs)
+
+
+def _equinox() -> Model:
+    keys = jax.random.split(jax.random.key(1), 2)
+    first, second = eqx.nn.Linear(WIDTH, HIDDEN, key=keys[0]), eqx.nn.Linear(HIDDEN, 5, key=keys[1])
+    model = EquinoxModel(first, second, jax.nn.gelu, "two")
+    return Model(lambda model, x: jax.vmap(model)(x), model, rows(2), 2)
+
+
+def _mixture_of_experts() -> Model:
+    keys = jax.random.split(jax.random.key(2), 3)
+    tree = {
+        "router": {"kernel": jax.random.normal(keys[0], (WIDTH, EXPERTS))},
+        "up": {"kernel": jax.random.normal(keys[1], (EXPERTS, WIDTH, HIDDEN)) / 4},
+        "down": {"kernel": jax.random.normal(keys[2], (EXPERTS, HIDDEN, WIDTH)) / 6},
+    }
+    return Model(top1_experts, tree, rows(2), 3)
+
+
+def top1_experts(tree, x):
+    """Each row by the expert that its router picks: rows sorted by expert, `lax.ragged_dot`, rows put back."""
+    flat = x.reshape(-1, WIDTH)
+    expert = jnp.argmax(flat @ tree["router"]["kernel"], axis=-1)
+    order = jnp.argsort(expert)
+    sizes = jnp.bincount(expert, length=EXPERTS).astype(jnp.int32)
+    hidden = jax.nn.gelu(jax.lax.ragged_dot(flat[order], tree["up"]["kernel"], sizes))
+    out = jax.lax.ragged_dot(hidden, tree["down"]["kernel"], sizes)
+    return out[jnp.argsort(order)].reshape(x.shape)
+
+
+def rows(batch: int) -> jax.Array:
+    """Inputs f32[batch, 4, WIDTH]."""
+    return jax.random.normal(jax.random.key(7), (batch, 4, WIDTH))
+
+
+def _tokens() -> jax.Array:
+    return jax.random.randint(jax.random.key(8), (2, 4), 0, VOCABULARY)
+
+
+ATTENTION_AXES = {"query/kernel": -3, "key/kernel": -3, "value/kernel": -3, "out/kernel": -2}
+
+MODELS: dict[str, Callable[[], Model]] = {
+    "linen_stack": lambda: _linen(LinenStack(), rows(2), 2 * LAYERS + 1),
+    "linen_scan_remat": lambda: _linen(LinenScanRemat(), rows(2), 3),
+    "nnx_stack": lambda: _nnx(NNXStack, rows(2), 2 * LAYERS + 1),
+    "nnx_scan_remat": lambda: _nnx(NNXScanRemat, rows(2), 3),
+    "equinox": _equinox,
+    "convolution": lambda: _linen(LinenConv(), jax.random.normal(jax.random.key(9), (2, 11, 12, 8)), 3),
+    "tied_embedding": lambda: _linen(LinenTied(), _tokens(), 2),
+    "nnx_attention": lambda: _nnx(_attention, rows(2), 4, ATTENTION_AXES),
+    "experts": _mixture_of_experts,
+}
+
+
+@functools.cache
+def model(name: str) -> Model:
+    """The model of this name, made once."""
+    return MODELS[name]()
