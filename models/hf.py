@@ -68,11 +68,18 @@ def save_params(folder: str | Path, config: DecoderConfig, params: Mapping[str, 
 def read_json(file: Path) -> Any:
     """A JSON file's contents. Raises JQ4Error if it is missing or does not parse."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
     except OSError as error:
         raise JQ4Error(f"{file}: cannot be read ({error.strerror}). Give a folder that holds {file.name}.") from error
+    return parse_json(content, str(file))
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """Parsed JSON. Raises JQ4Error, saying where it came from, if it does not parse."""
+    try:
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise JQ4Error(f"{file}: is not JSON ({error}). It is damaged; download it again.") from error
+        raise JQ4Error(f"{where}: is not JSON ({error}). It is damaged; download it again.") from error
 
 
 def _open(folder: Path) -> dict[str, StoredTensor]:
