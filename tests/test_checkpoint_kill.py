@@ -1,4 +1,4 @@
-"""Oracle: the tree that each save was given, made again from its number. Saves are killed; what is there must be one of them.
+"""Oracle: the trees that the saves were given, made again from their numbers: what a killed save leaves is one of them.
 
 Run as a script this file is the victim: it imports JAX and Orbax once, and forks for each save that is to be killed.
 """

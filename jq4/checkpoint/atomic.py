@@ -8,7 +8,8 @@ A save writes and syncs everything in the workspace, moves the new data folder b
 replaces jq4.json by one rename: before it the folder is the old checkpoint, after it the new one. What a killed save
 leaves (a workspace, a data folder that no manifest names) is never read, and the next save removes it.
 
-The lock is `flock` on the workspace: the system drops it when its process dies, however that happens.
+The lock is `flock` on the workspace: the system drops it when its process dies, however that happens. Readers share a
+lock on the data folder that they read, and a save leaves what is being read to the next one to remove.
 """
 
 import contextlib
@@ -61,7 +62,8 @@ def check_ours(target: Path) -> None:
 
 def install(prepared: Path, target: Path, data: str, files: Mapping[str, FileInfo], manifest: bytes) -> None:
     """Makes the synced folder `prepared` the data folder `data` of `target` and switches to it."""
-    place = target / data
+    place, switch = target / data, prepared.parent / MANIFEST
+    write_synced(switch, manifest)
     if place.exists():
         if _holds(place, files):
             remove(prepared)
@@ -71,14 +73,26 @@ def install(prepared: Path, target: Path, data: str, files: Mapping[str, FileInf
     else:
         prepared.replace(place)
     sync_folder(target)
-    switch = prepared.parent / MANIFEST
-    write_synced(switch, manifest)
     switch.replace(target / MANIFEST)
     sync_folder(target)
     sync_folder(target.parent)
     for other in target.glob("data-*"):
         if other.name != data:
-            remove(other)
+            _remove_unless_read(other)
+
+
+@contextlib.contextmanager
+def reading(data: Path) -> Iterator[None]:
+    """Keeps saves from removing the data folder `data` while it is read, where the file system has locks."""
+    descriptor = os.open(data, os.O_RDONLY)
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def hash_files(folder: Path, sync: bool = False) -> dict[str, FileInfo]:
@@ -133,6 +147,19 @@ def _lock(folder: Path) -> int:
             raise CheckpointError(
                 f"{folder.parent}: another process is saving there; wait for it to end, or choose another path"
             ) from None
+        os.close(descriptor)
+
+
+def _remove_unless_read(data: Path) -> None:
+    """Removes a data folder, or leaves it to the next save where a reader holds it."""
+    import fcntl
+
+    descriptor = os.open(data, os.O_RDONLY)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(data)
+    finally:
         os.close(descriptor)
 
 

@@ -288,6 +288,8 @@ def _leaf_from_json(found: dict[str, Any], where: str) -> LeafInfo:
     if not {"codes", "scale"} <= set(parts) <= set(PARTS):
         raise CheckpointError(f"{where}: leaf {path} has the parts {sorted(parts)}, wanted codes and scale at least")
     static = {name: found[name] for name in ("format", "group_size", "axis", "padding")}
+    if not all(type(static[name]) is int for name in ("group_size", "axis", "padding")) or static["group_size"] < 1:
+        raise CheckpointError(f"{where}: leaf {path} has {static}, wanted integers and a group_size of at least 1")
     leaf = QArrayInfo(path, shape, str(jnp.dtype(found["dtype"])), parts=parts, **static)
     weight = abstract(leaf)
     if validate(weight, f"{where}: leaf {path}").shape != shape:

@@ -207,7 +207,8 @@ def _with_manifest(target: Path, read: Callable[[Manifest], Any]) -> Any:
         raw = _manifest_bytes(target)
         found = manifest.from_bytes(raw, str(target / manifest.MANIFEST))
         try:
-            return read(found)
+            with atomic.reading(target / found.data):
+                return read(found)
         except (CheckpointError, OSError) as error:
             if _manifest_bytes(target) == raw:
                 if isinstance(error, CheckpointError):
