@@ -181,9 +181,10 @@ def _advise(schemes: tuple[SchemePlan, ...], memory: int | None) -> tuple[str | 
         "fewer bytes a token.",
         "INT8": "FP16 does not fit; 8 bits a channel lose next to nothing. INT4 g32 leaves room for a longer context "
         "or larger batch.",
-        "INT4 g32": f"8 bits do not fit; this is the least loss at 4 bits, {smaller}. Use a calibrated method for it.",
-        "INT4 g128": "larger groups save the quarter of a bit that decides here; they lose more than g32, so use a "
-        "calibrated method.",
+        "INT4 g32": f"8 bits do not fit; this is the least loss at 4 bits, {smaller}. "
+        "Quantize with hqq-w4g32 or a calibrated method, not rtn.",
+        "INT4 g128": "g32 does not fit; larger groups save .4 bits a weight and lose more than g32. "
+        "Quantize with hqq-w4g128 or a calibrated method, not rtn.",
         "INT3 g128": "nothing larger fits. Expect several times the loss of 4 bits: prefer a shorter context, a second "
         "device or a smaller model at 4 bits.",
     }

@@ -87,9 +87,9 @@ def _decibels(value: float | None) -> str:
 def plan_table(data: Mapping[str, Any]) -> Table:
     """Bytes of each scheme: see jq4.plan."""
     memory = data["memory"]
-    columns = ["linear layers in", "bits/weight", "weights", "KV cache", "total", "read a token"]
+    columns = ["linear layers", "bits", "weights", "KV cache", "total", "read/token"]
     if memory:
-        columns += [f"fits {format_bytes(memory)}", "longest context", "devices"]
+        columns += [f"fits {format_bytes(memory)}", "max context", "devices"]
     rows = []
     for each in data["schemes"]:
         row = [each["name"], f"{each['bits_per_weight']:.2f}"]

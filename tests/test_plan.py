@@ -210,7 +210,7 @@ def test_the_bytes_are_those_that_quantize_makes():
         ("200GB", "FP16", "it fits as it is"),
         ("96GB", "INT8", "FP16 does not fit"),
         ("56GB", "INT4 g32", "least loss at 4 bits"),
-        ("46GB", "INT4 g128", "calibrated"),
+        ("46GB", "INT4 g128", "g32 does not fit"),
         ("38GB", "INT3 g128", "several times the loss"),
         ("24GB", None, r"INT4 g32 needs 3 of them"),
     ],

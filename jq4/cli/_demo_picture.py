@@ -91,11 +91,12 @@ def _draw_perplexity(axes: Any, variants: Sequence[Mapping[str, Any]], colours: 
 
 def _draw_kld(axes: Any, kld: Mapping[str, np.ndarray], colours: Mapping[str, str]) -> None:
     top = max(float(values.max()) for values in kld.values())
-    bins = np.geomspace(_SMALLEST_KLD, max(top, 10 * _SMALLEST_KLD) * 1.01, 70)
+    least = max(_SMALLEST_KLD, min(float(np.percentile(values, 0.2)) for values in kld.values()))
+    bins = np.geomspace(least, max(top, 10 * least) * 1.01, 70)
     for name, values in kld.items():
         mean = float(values.mean())
         label = f"{name}: mean {mean:.4f}"
-        shown = np.maximum(values, _SMALLEST_KLD)
+        shown = np.maximum(values, least)
         axes.hist(shown, bins, histtype="stepfilled", color=colours[name], alpha=0.45, label=label)
         axes.axvline(mean, color=colours[name], linewidth=1.5)
     axes.set_xscale("log")

@@ -16,7 +16,7 @@ def console() -> Any:
     """A rich console on stdout, as wide as the terminal, and 120 columns where there is none."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, soft_wrap=False)
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
 
 
 def print_json(data: Any) -> None:

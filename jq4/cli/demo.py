@@ -16,6 +16,7 @@ KEPT = RECIPES[-1]  # the one that is saved
 ROWS = 32  # of the held-out text
 CONTEXT = 256
 NEW_TOKENS = 64
+_WRITTEN = ("model.jq4", "picture.png", "report.html")
 _PROMPT = 'The "with" statement'
 
 
@@ -31,10 +32,11 @@ def run(arguments: argparse.Namespace) -> None:
     from jq4.report import demo_table
 
     out = Path(arguments.out)
+    check_folder(out)
     with _terminal.progress("") as step:
         data, kld = compare(arguments, out, step)
-        page = out / "report.html"
-        picture = out / "picture.png" if _demo_picture.has_matplotlib() else None
+        page = out / _WRITTEN[2]
+        picture = out / _WRITTEN[1] if _demo_picture.has_matplotlib() else None
         if picture is not None:
             _demo_picture.draw(data, kld, picture)
         data["files"] = {"report": str(page), "picture": None if picture is None else str(picture)}
@@ -45,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     console = _terminal.console()
     console.print(demo_table(data, _demo_page.table_rows(data["variants"])))
     for each in data["variants"]:
-        console.print(f"\n[bold]{each['name']}[/bold]")
+        console.print(f"\n{each['name']}", style="bold")
         print(data["prompt"] + each["sample"])
     restored = data["restored"]
     same = "bit for bit the same, logits too" if restored["identical"] and restored["same_logits"] else "NOT the same"
@@ -78,7 +80,7 @@ def compare(arguments: argparse.Namespace, out: Path, step: Any) -> tuple[dict[s
         steps.next(f"{name}: writing text")
         variants.append({"name": name, **figures, **write_text(models[name], arguments.prompt)})
     steps.next("saving and restoring")
-    restored = save_and_restore(models[KEPT], folder, out / "model.jq4", rows)
+    restored = save_and_restore(models[KEPT], folder, out / _WRITTEN[0], rows)
     data = {
         "model": folder.resolve().name,
         "parameters": variants[0]["parameters"],
@@ -91,6 +93,15 @@ def compare(arguments: argparse.Namespace, out: Path, step: Any) -> tuple[dict[s
         "versions": _terminal.versions(),
     }
     return data, kld
+
+
+def check_folder(out: Path) -> None:
+    """Refuses to write among files that an earlier demo did not make."""
+    from jq4.errors import JQ4Error
+
+    strangers = sorted({path.name for path in out.iterdir()} - set(_WRITTEN)) if out.is_dir() else []
+    if strangers:
+        raise JQ4Error(f"{out}: holds {strangers[0]}, which no demo wrote; choose another folder with --out")
 
 
 class _Steps:
@@ -171,17 +182,25 @@ def save_and_restore(model: Any, source: Path, folder: Path, rows: Any) -> dict[
 
     model.save(folder, recipe=Recipe.preset(KEPT), source=_models.origin(source))
     restored = _models.open_model(str(folder))
-    ours, theirs = jax.tree.leaves(model.params), jax.tree.leaves(restored.params)
-    identical = jax.tree.structure(model.params) == jax.tree.structure(restored.params) and all(
-        a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
-        for a, b in zip(ours, theirs, strict=True)
-    )
     before, after = (np.asarray(each.logits(rows[:4])) for each in (model, restored))
     return {
         "recipe": KEPT,
         "folder": str(folder),
         "bytes_on_disk": bytes_on_disk(folder),
         "leaves": len(jax.tree.leaves(model.params, is_leaf=lambda leaf: hasattr(leaf, "codes"))),
-        "identical": bool(identical),
+        "identical": same_arrays(model.params, restored.params),
         "same_logits": bool(np.array_equal(before, after)),
     }
+
+
+def same_arrays(ours: Any, theirs: Any) -> bool:
+    """Whether two trees have one structure, and arrays of the same dtypes, shapes and bytes."""
+    import jax
+    import numpy as np
+
+    if jax.tree.structure(ours) != jax.tree.structure(theirs):
+        return False
+    return all(
+        (a.dtype, a.shape) == (b.dtype, b.shape) and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    )

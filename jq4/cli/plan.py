@@ -38,4 +38,4 @@ def run(arguments: argparse.Namespace) -> None:
     out.print(plan_table(data))
     for note in data["notes"]:
         out.print(f"note: {note}")
-    out.print(f"[bold]advice[/bold]  {data['advice']}")
+    out.print(f"advice: {data['advice']}", style="bold")
