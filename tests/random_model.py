@@ -37,7 +37,12 @@ def make_random_model(folder: Path) -> Path:
     config = DecoderConfig.from_hf(CONFIG)
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     random = np.random.default_rng(0)
-    save_params(folder, config, jax.tree.map(lambda leaf: random.normal(0, 0.1, leaf.shape).astype("f4"), shapes))
+
+    def draw(path, leaf):
+        of_norm = path[-1].key == "scale"
+        return random.normal(float(of_norm), 0.1, leaf.shape).astype(np.float32)
+
+    save_params(folder, config, jax.tree_util.tree_map_with_path(draw, shapes))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -70,6 +70,31 @@ def test_an_interrupt_is_exit_code_130(capsys, monkeypatch):
     assert capsys.readouterr().err == "jq4 plan: interrupted\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "out of memory; use less at a time"),
+        (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied"),
+    ],
+)
+def test_what_a_machine_lacks_is_told_in_one_line(capsys, monkeypatch, error, message):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("jq4.plan.plan", fail)
+    assert message in run_error(capsys, "plan", "x")
+
+
+def test_a_defect_of_ours_is_not_hidden(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("jq4.plan.plan", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["plan", "x"])
+
+
 def test_python_m_jq4_is_the_same_command(source):
     ran = subprocess.run([sys.executable, "-m", "jq4", "plan", str(source), "--json"], capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")
@@ -233,7 +258,7 @@ def test_models_that_are_none(capsys, source, tmp_path):
         ("eval", nowhere, "--ids", source / "ids.npy"),
         ("generate", nowhere, "--prompt", "a"),
         ("inspect", nowhere),
-        ("quantize", nowhere, tmp_path / "out"),
+        ("quantize", nowhere, tmp_path / "out", "--recipe", "rtn-w4g32"),
     ):
         assert f"{nowhere}: there is no such folder" in run_error(capsys, *argv)
     (tmp_path / "empty").mkdir()

@@ -4,6 +4,7 @@ Verbs import what is slow inside `run`, so that `jq4 --help` stays quick.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -36,9 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _terminal.say(f"jq4 {verb}: interrupted")
         return 130
-    except (JQ4Error, OSError) as error:
-        _terminal.say(f"jq4 {verb}: error: {_one_line(error)}")
-        return 1
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (JQ4Error, OSError, MemoryError) as error:
+        return _told(verb, _one_line(error) or "out of memory")
+    except RuntimeError as error:  # JAX's
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _told(verb, f"out of memory; use less at a time ({_one_line(error)[:120]})")
     return 0
 
 
@@ -51,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
         module.add_arguments(added)
         added.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else")
     return parser
+
+
+def _told(verb: str, message: str) -> int:
+    _terminal.say(f"jq4 {verb}: error: {message}")
+    return 1
 
 
 def _one_line(error: Exception) -> str:

@@ -53,8 +53,8 @@ def pack(arguments: argparse.Namespace) -> dict[str, Any]:
 
     watch = _terminal.Stopwatch()
     source, destination = Path(arguments.source), Path(arguments.destination)
-    recipe = read_recipe(arguments.recipe)
     check_destination(source, destination)
+    recipe = read_recipe(arguments.recipe)
     model = _models.open_model(arguments.source)
     say_of_calibration(arguments.calibration, recipe)
     planned = quantize_report(model.params, recipe)
