@@ -72,7 +72,7 @@ class Rule:
 
     @property
     def method_options(self) -> dict[str, Any]:
-        return {key: value for key, value in self.options if key not in _OBSERVER_OPTIONS}
+        return {key: value for key, value in self.options if key in get_method(self.method).options}
 
     def matches(self, path: str) -> bool:
         return any(patterns.matches(p, path) for p in self.targets) and not any(
@@ -90,7 +90,7 @@ class Rule:
             zero_point=self.zero_point or "integer",
             observer=str(self.observer),
             scale_dtype=self.scale_dtype,
-            **{key: value for key, value in self.options if key in _OBSERVER_OPTIONS},
+            **{key: value for key, value in self.options if key not in self.method_options},
         )
 
     def to_dict(self) -> dict[str, Any]:

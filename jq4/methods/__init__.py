@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable
 
 from jq4.errors import JQ4Error
-from jq4.methods import rtn
+from jq4.methods import hqq, rtn
 from jq4.qarray import QArray
 
 
@@ -28,6 +28,11 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "rtn": Method(rtn.quantize),
+    "hqq": Method(
+        hqq.quantize,
+        options=("lp_norm", "beta", "kappa", "iters", "starts", "max_shrink"),
+        asymmetric_zero_point="float",
+    ),
 }
 
 
