@@ -150,9 +150,12 @@ class LanguageModel:
             eos_ids=ends,
             dtype=self.dtype,
         )
-        return [self._text(row, ends) for row in np.asarray(made)] if as_text else made
+        if not as_text:
+            return made
+        rows = zip(np.asarray(tokens), np.asarray(mask), np.asarray(made), strict=True)
+        return [self._text(prompt[kept], row, ends) for prompt, kept, row in rows]
 
-    def _encoded(self, prompts: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _encoded(self, prompts: Any) -> tuple[Any, Any]:
         """Texts as tokens i32[B, T] padded on the left, and what is text, bool[B, T]."""
         if not prompts:
             raise JQ4Error("there are no prompts; give at least one text.")
@@ -170,9 +173,9 @@ class LanguageModel:
             raise JQ4Error("an empty prompt, and the model has no token that begins a text; give at least a word.")
         return [bos]
 
-    def _text(self, row: np.ndarray, ends: tuple[int, ...]) -> str:
+    def _text(self, prompt: np.ndarray, row: np.ndarray, ends: tuple[int, ...]) -> str:
         ended = np.flatnonzero(np.isin(row, ends))
-        return self._tokenizer.decode(row[: ended[0]] if ended.size else row)
+        return self._tokenizer.decode_after(prompt, row[: ended[0]] if ended.size else row)
 
     @property
     def _tokenizer(self) -> Tokenizer:

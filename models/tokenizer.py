@@ -60,8 +60,18 @@ class Tokenizer:
         return self.inner.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids."""
-        return self.inner.decode([int(one) for one in ids], skip_special_tokens=skip_special_tokens)
+        """The text of token ids, without the tokens that begin and end a text, even where tokenizer.json has them as
+        ordinary ones."""
+        skipped = {self.bos_token_id, *self.eos_token_ids} if skip_special_tokens else set()
+        return self.inner.decode(
+            [int(one) for one in ids if one not in skipped], skip_special_tokens=skip_special_tokens
+        )
+
+    def decode_after(self, before: Iterable[int], ids: Iterable[int]) -> str:
+        """The text that ids add to the tokens before them: many tokenizers drop a space where a text begins."""
+        before = list(before)
+        start, whole = self.decode(before), self.decode([*before, *ids])
+        return whole[len(start) :] if whole.startswith(start) else self.decode(ids)
 
 
 def _bytes_of(file: Path) -> bytes | None:
