@@ -115,7 +115,7 @@ class Interpreter:
             return self.evaluate(jaxpr, jax.lax.optimization_barrier(values))
         remat = jax.checkpoint(
             lambda *inner: self.evaluate(jaxpr, inner),
-            prevent_cse=parameters["prevent_cse"],
+            prevent_cse=parameters.get("prevent_cse", True),
             policy=parameters["policy"],
         )
         return remat(*values)
@@ -329,7 +329,7 @@ def _live_equations(jaxpr: Any) -> list[tuple[Any, list[Any]]]:
     needed = {atom for atom in jaxpr.outvars if not jax_compat.is_literal(atom)}
     live = []
     for eqn in reversed(jaxpr.eqns):
-        if not eqn.effects and needed.isdisjoint(eqn.outvars):
+        if needed.isdisjoint(eqn.outvars) and not jax_compat.may_have_effects(eqn):
             continue
         operands = {atom for atom in eqn.invars if not jax_compat.is_literal(atom)}
         unused = [variable for variable in eqn.outvars if variable not in needed]

@@ -117,6 +117,11 @@ def context_of(eqn: Any) -> Iterator[None]:
         yield
 
 
+def may_have_effects(eqn: Any) -> bool:
+    """Whether an equation may matter though nobody uses its outputs: declared effects, or references it may write."""
+    return bool(eqn.effects) or not eqn.outvars or any(hasattr(atom.aval, "inner_aval") for atom in eqn.invars)
+
+
 def is_literal(atom: Any) -> bool:
     return isinstance(atom, jax.extend.core.Literal)
 

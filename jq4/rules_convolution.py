@@ -31,7 +31,7 @@ def conv_general_dilated(eqn: Any, values: Values) -> Values:
     _, _, *kernel_axes = numbers.rhs_spec
     kernel = leaf.transposed((*kernel_axes, numbers.rhs_spec[1], numbers.rhs_spec[0])).settle()  # [*P, Cin, Cout]
     wanted = eqn.outvars[0].aval
-    accumulator = jnp.promote_types(wanted.dtype, jnp.float32) if kernel.ndim > 2 else wanted.dtype
+    accumulator = jnp.float32 if wanted.dtype.itemsize < 4 else wanted.dtype  # one sum over all positions
     out_shape = [wanted.shape[axis] for axis in numbers.out_spec[2:]]
     x = _padded(x, params["padding"], params["lhs_dilation"])
     out = None

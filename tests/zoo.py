@@ -13,6 +13,7 @@ import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jq4.quantize import dequantize, quantize
@@ -64,11 +65,14 @@ def arrays_of(tree: Any) -> tuple[list[jax.Array], Callable[[list[Any]], Any]]:
 
 
 class LinenBlock(nn.Module):
+    width: int = WIDTH
+    hidden: int = HIDDEN
+
     @nn.compact
     def __call__(self, x, _=None):
         h = nn.LayerNorm()(x)
-        h = nn.Dense(HIDDEN, name="up_proj")(h)
-        h = nn.Dense(WIDTH, use_bias=False, name="down_proj")(nn.gelu(h))
+        h = nn.Dense(self.hidden, name="up_proj")(h)
+        h = nn.Dense(self.width, use_bias=False, name="down_proj")(nn.gelu(h))
         return x + h, None
 
 
@@ -82,20 +86,22 @@ class LinenStack(nn.Module):
 
 class LinenScanRemat(nn.Module):
     layers: int = LAYERS
+    width: int = WIDTH
+    hidden: int = HIDDEN
 
     @nn.compact
     def __call__(self, x):
         block = nn.remat(LinenBlock, prevent_cse=False)
         scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
-        x, _ = scanned(name="layers")(x, None)
+        x, _ = scanned(self.width, self.hidden, name="layers")(x, None)
         return nn.Dense(5, name="output")(x)
 
 
 class LinenConv(nn.Module):
     @nn.compact
     def __call__(self, x):  # [B, H, W, C]
-        x = nn.gelu(nn.Conv(16, (3, 3), strides=2, name="stem")(x))
-        x = nn.gelu(nn.Conv(24, (3, 2), kernel_dilation=2, padding="VALID", name="wide")(x))
+        x = nn.gelu(nn.Conv(16, (2, 3), strides=2, name="stem")(x))
+        x = nn.gelu(nn.Conv(24, (1, 2), kernel_dilation=2, padding="VALID", name="wide")(x))
         return nn.Dense(5, name="output")(x.mean(axis=(1, 2)))
 
 
@@ -156,13 +162,25 @@ class EquinoxModel(eqx.Module):
         return jax.vmap(self.second)(self.activation(jax.vmap(self.first)(x)))
 
 
+def _filled(shapes: Any) -> Any:
+    """Arrays of these shapes, normal and small: quicker than compiling an initializer."""
+    generator = np.random.default_rng(0)
+
+    def fill(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        return jnp.asarray(generator.normal(scale=0.3, size=leaf.shape), leaf.dtype)
+
+    return jax.tree.map(fill, shapes)
+
+
 def _linen(module: nn.Module, x: Any, packed: int, axes: dict[str, int] | None = None) -> Model:
-    return Model(module.apply, jax.jit(module.init)(jax.random.key(0), x), x, packed, axes or {})
+    return Model(module.apply, _filled(jax.eval_shape(module.init, jax.random.key(0), x)), x, packed, axes or {})
 
 
 def _nnx(make: Callable[[nnx.Rngs], nnx.Module], x: Any, packed: int, axes: dict[str, int] | None = None) -> Model:
-    graph, state = nnx.split(make(nnx.Rngs(0)), nnx.Param)
-    return Model(lambda state, x: nnx.merge(graph, state)(x), state, x, packed, axes or {})
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
+    return Model(lambda state, x: nnx.merge(graph, state)(x), _filled(state), x, packed, axes or {})
 
 
 def _attention(rngs: nnx.Rngs) -> nnx.Module:
@@ -170,20 +188,18 @@ def _attention(rngs: nnx.Rngs) -> nnx.Module:
 
 
 def _equinox() -> Model:
-    keys = jax.random.split(jax.random.key(1), 2)
-    first, second = eqx.nn.Linear(WIDTH, HIDDEN, key=keys[0]), eqx.nn.Linear(HIDDEN, 5, key=keys[1])
-    model = EquinoxModel(first, second, jax.nn.gelu, "two")
+    def make(key: jax.Array) -> EquinoxModel:
+        first, second = eqx.nn.Linear(WIDTH, HIDDEN, key=key), eqx.nn.Linear(HIDDEN, 5, key=key)
+        return EquinoxModel(first, second, jax.nn.gelu, "two")
+
+    model = _filled(eqx.filter_eval_shape(make, jax.random.key(1)))
     return Model(lambda model, x: jax.vmap(model)(x), model, rows(2), 2)
 
 
 def _mixture_of_experts() -> Model:
-    keys = jax.random.split(jax.random.key(2), 3)
-    tree = {
-        "router": {"kernel": jax.random.normal(keys[0], (WIDTH, EXPERTS))},
-        "up": {"kernel": jax.random.normal(keys[1], (EXPERTS, WIDTH, HIDDEN)) / 4},
-        "down": {"kernel": jax.random.normal(keys[2], (EXPERTS, HIDDEN, WIDTH)) / 6},
-    }
-    return Model(top1_experts, tree, rows(2), 3)
+    shapes = {"router": (WIDTH, EXPERTS), "up": (EXPERTS, WIDTH, HIDDEN), "down": (EXPERTS, HIDDEN, WIDTH)}
+    tree = {name: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)} for name, shape in shapes.items()}
+    return Model(top1_experts, _filled(tree), rows(2), 3)
 
 
 def top1_experts(tree, x):
@@ -197,13 +213,19 @@ def top1_experts(tree, x):
     return out[jnp.argsort(order)].reshape(x.shape)
 
 
-def rows(batch: int) -> jax.Array:
-    """Inputs f32[batch, 4, WIDTH]."""
-    return jax.random.normal(jax.random.key(7), (batch, 4, WIDTH))
+def rows(*batch: int) -> jax.Array:
+    """Inputs f32[*batch, 4, WIDTH]."""
+    return jnp.asarray(np.random.default_rng(7).normal(size=(*batch, 4, WIDTH)), jnp.float32)
 
 
-def _tokens() -> jax.Array:
-    return jax.random.randint(jax.random.key(8), (2, 4), 0, VOCABULARY)
+def images() -> jax.Array:
+    """Inputs f32[2, 9, 8, 8]: batch, height, width, channels."""
+    return jnp.asarray(np.random.default_rng(9).normal(size=(2, 9, 8, 8)), jnp.float32)
+
+
+def tokens() -> jax.Array:
+    """Token ids i32[2, 4]."""
+    return jnp.asarray(np.random.default_rng(8).integers(0, VOCABULARY, (2, 4)), jnp.int32)
 
 
 ATTENTION_AXES = {"query/kernel": -3, "key/kernel": -3, "value/kernel": -3, "out/kernel": -2}
@@ -214,11 +236,18 @@ MODELS: dict[str, Callable[[], Model]] = {
     "nnx_stack": lambda: _nnx(NNXStack, rows(2), 2 * LAYERS + 1),
     "nnx_scan_remat": lambda: _nnx(NNXScanRemat, rows(2), 3),
     "equinox": _equinox,
-    "convolution": lambda: _linen(LinenConv(), jax.random.normal(jax.random.key(9), (2, 11, 12, 8)), 3),
-    "tied_embedding": lambda: _linen(LinenTied(), _tokens(), 2),
+    "convolution": lambda: _linen(LinenConv(), images(), 3),
+    "tied_embedding": lambda: _linen(LinenTied(), tokens(), 2),
     "nnx_attention": lambda: _nnx(_attention, rows(2), 4, ATTENTION_AXES),
     "experts": _mixture_of_experts,
 }
+
+
+def packed(shape: tuple[int, ...], axis: int = -2, group_size: int = 8, seed: int = 0, **options: Any) -> Any:
+    """A random f32 weight of this shape, quantized to int4 along `axis`."""
+    weight = jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 4, jnp.float32)
+    rule = Rule(targets=("kernel",), group_size=group_size, scale_dtype="float32", **options)
+    return quantize({"kernel": weight}, rule, axes={"kernel": axis})["kernel"]
 
 
 @functools.cache
