@@ -10,6 +10,7 @@ where they do not, the outer ones become a batch whose products are summed. A co
 grouped axis has no packed form: `NoPackedForm` says so.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from jax import lax
 from jq4 import qarray_ops
 from jq4.qarray import NEUTRAL, QArray, is_qarray
 from jq4.qarray_ops import NoPackedForm as NoPackedForm
+from jq4.record import note_relay
+from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
 from pallas_kernels.int4_matmul import PackedSpec, int4_matmul
 
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
@@ -39,16 +42,15 @@ def matmul(x: jax.Array, q: Any) -> jax.Array:
     if q.axis != -2:
         raise NoPackedForm(f"matmul(x, q) contracts axis -2 of q, but {q!r} is grouped along axis {q.axis}")
     wanted = jax.eval_shape(jnp.matmul, x, jax.ShapeDtypeStruct(q.shape, q.dtype))
-    rows = jnp.atleast_2d(x)  # [..., M, K]
+    rows = jnp.atleast_2d(x).astype(wanted.dtype)  # [*X, M, K]
     batch = q.shape[:-2]
-    if batch:
-        rows = jnp.broadcast_to(rows, (*jnp.broadcast_shapes(rows.shape[:-2], batch), *rows.shape[-2:]))
-        if rows.shape[:-2] != batch:
-            raise NoPackedForm(f"x of shape {x.shape} has more batch axes than the weight of shape {q.shape}")
-    lead = tuple(range(len(batch)))
-    numbers = (((rows.ndim - 1,), (q.ndim - 2,)), (lead, lead))
-    out = dot_general(rows.astype(wanted.dtype), qarray_ops.astype(q, wanted.dtype), numbers, weight_side="rhs")
-    return out.reshape(wanted.shape)
+    extra = max(rows.ndim - 2 - len(batch), 0)  # leading axes of x that the weight does not have
+    rows = jnp.broadcast_to(rows, (*rows.shape[:extra], *batch, *rows.shape[-2:]))  # [*X, *B, M, K]
+    x_batch, w_batch = tuple(range(extra, extra + len(batch))), tuple(range(len(batch)))
+    numbers = (((rows.ndim - 1,), (q.ndim - 2,)), (x_batch, w_batch))
+    out = dot_general(rows, qarray_ops.astype(q, wanted.dtype), numbers, weight_side="rhs")  # [*B, *X, M, N]
+    order = (*(axis + len(batch) for axis in range(extra)), *range(len(batch)), out.ndim - 2, out.ndim - 1)
+    return lax.transpose(out, order).reshape(wanted.shape)
 
 
 def dot_general(
@@ -85,7 +87,7 @@ def dot_general(
     (x_contract, w_contract), (x_batch, w_batch) = (_positive(contract, x, q), _positive(batch, x, q))
     if q.axis % q.ndim not in w_contract:
         raise NoPackedForm(f"the product contracts axes {w_contract} of {q!r}, which is grouped along axis {q.axis}")
-    x, q = _in_packed_order(x, q, x_contract, w_contract, w_batch)
+    x, q = _in_packed_order(x, q, (x_contract, w_contract), (x_batch, w_batch))
     x_contract, w_contract = _grouped_last(x_contract, w_contract, q)
     x_free = [axis for axis in range(x.ndim) if axis not in (*x_contract, *x_batch)]
     w_free = [axis for axis in range(q.ndim) if axis not in (*w_contract, *w_batch)]
@@ -107,9 +109,42 @@ def dot_general(
     return out
 
 
+def ragged_dot(
+    x: jax.Array,
+    q: QArray,
+    group_sizes: jax.Array,
+    *,
+    preferred_element_type: Any = None,
+    precision: Any = None,
+    implementation: Any = None,
+) -> jax.Array:
+    """`lax.ragged_dot(x[M, K], q[E, K, N], group_sizes[E])` with q packed along K (its axis -2).
+
+    Rows after the last group give zeros. The dtype is that of lax.ragged_dot for q's dtype.
+
+    Raises:
+      NoPackedForm: q is not grouped along K, or is activation-ordered.
+    """
+    operands = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, q, group_sizes))
+    wanted = jax.eval_shape(
+        lambda x, w, sizes: lax.ragged_dot(x, w, sizes, preferred_element_type=preferred_element_type), *operands
+    )
+    if q.axis != -2 or q.ndim != 3:
+        raise NoPackedForm(f"ragged_dot contracts axis -2 of [E, K, N], but {q!r} is grouped along axis {q.axis}")
+    if q.permutation is not None:
+        raise NoPackedForm("a ragged product with activation-ordered experts")
+    q = _with_whole_batch(q)
+    return grouped_int4_matmul(
+        x, q.codes, q.scale, q.zero_point, q.offset, group_sizes=group_sizes, spec=spec_of(q),
+        preferred_element_type=wanted.dtype, precision=precision, implementation=implementation,
+    )  # fmt: skip
+
+
 def packed_matmul(x: jax.Array, q: QArray, dtype: Any, precision: Any = None, implementation: Any = None) -> jax.Array:
     """x[*B, M, K] @ W[*B, K, N] for q of logical shape [*B, K, N] (axis -2) or [*B, N, K] (axis -1)."""
-    q = qarray_ops.plain_scales(q)
+    q = _with_whole_batch(q)
+    if q.layout == NEUTRAL and q.format == "int4" and jax.default_backend() != "cpu":
+        note_relay(q, f"neutral weight on {jax.default_backend()}: prepare(tree, device_kind) would do it once")
     return int4_matmul(
         x, q.codes, q.scale, q.zero_point, q.offset,
         spec=spec_of(q), preferred_element_type=dtype, precision=precision, implementation=implementation,
@@ -126,6 +161,19 @@ def spec_of(q: QArray) -> PackedSpec:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def _with_whole_batch(q: QArray) -> QArray:
+    """Dense scales whose stacked axes are as long as the codes' (they may be 1: one scale for the whole stack)."""
+    q = qarray_ops.plain_scales(q)
+    batch = q.codes.shape[:-2]
+
+    def whole(part: Any) -> Any:
+        if part is None or part.shape[: len(batch)] == batch:
+            return part
+        return jnp.broadcast_to(part, (*batch, *part.shape[len(batch) :]))
+
+    return dataclasses.replace(q, scale=whole(q.scale), zero_point=whole(q.zero_point), offset=whole(q.offset))
 
 
 def _result_of(x: jax.Array, q: QArray, numbers: Any, weight_side: str, preferred: Any) -> jax.ShapeDtypeStruct:
@@ -148,17 +196,21 @@ def _accumulator(dtype: Any, summed: int) -> Any:
 
 
 def _in_packed_order(
-    x: jax.Array, q: QArray, x_contract: list[int], w_contract: list[int], w_batch: list[int]
+    x: jax.Array, q: QArray, contract: tuple[list[int], list[int]], batch: tuple[list[int], list[int]]
 ) -> tuple[jax.Array, QArray]:
     """x with its columns gathered as an activation-ordered weight holds its rows; such a weight loses its order."""
-    import dataclasses
-
     if q.permutation is None:
         return x, q
+    (x_contract, w_contract), (x_batch, w_batch) = contract, batch
     column = x_contract[w_contract.index(q.axis % q.ndim)]
-    if q.permutation.ndim > 1:
-        raise NoPackedForm("a batched product with stacked activation-ordered weights")
-    return jnp.take(x, q.permutation, axis=column), dataclasses.replace(q, permutation=None)
+    stacked = q.permutation.ndim - 1
+    if any(axis not in w_batch for axis in range(stacked)):
+        raise NoPackedForm("stacked activation-ordered weights whose stack is not a batch of the product")
+    places = [*(x_batch[w_batch.index(axis)] for axis in range(stacked)), column]
+    shape = [q.permutation.shape[places.index(axis)] if axis in places else 1 for axis in range(x.ndim)]
+    order = sorted(range(len(places)), key=lambda at: places[at])
+    columns = lax.transpose(q.permutation, order).reshape(shape)
+    return jnp.take_along_axis(x, columns, axis=column), dataclasses.replace(q, permutation=None)
 
 
 def _grouped_last(x_contract: list[int], w_contract: list[int], q: QArray) -> tuple[list[int], list[int]]:

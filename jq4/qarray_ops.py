@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jq4.errors import JQ4Error
 from jq4.qarray import NEUTRAL, QArray, dense
+from jq4.record import note_relay
 from pallas_kernels import packing
 
 
@@ -122,15 +123,6 @@ def neutral(q: QArray, why: str) -> QArray:
 
     note_relay(q, f"{why}: {q.layout} -> neutral")
     return to_neutral(q)
-
-
-def note_relay(q: QArray, why: str) -> None:
-    """Tells the record of the running `jq4.quantized` that a weight is re-laid at every call."""
-    try:
-        from jq4 import record  # type: ignore[attr-defined]
-    except ImportError:
-        return
-    record.note_relay(q, why)
 
 
 def plain_scales(q: QArray) -> QArray:

@@ -6,6 +6,7 @@ equal layers traces each distinct product once and an eager call compiles once.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,7 +66,7 @@ def _int4_matmul(x, w: Packed, spec: PackedSpec, implementation, dtype, precisio
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _product(x, w: Packed, spec: PackedSpec, implementation, precision) -> jax.Array:
+def _product(x, w: Packed, spec: PackedSpec, implementation, precision) -> Any:
     """f32[*B, M, N] from x[*B, M, K] and codes [*B, ...]."""
     chosen = by_platform(implementation, spec)
 
@@ -73,7 +74,7 @@ def _product(x, w: Packed, spec: PackedSpec, implementation, precision) -> jax.A
         run = functools.partial(BACKENDS[chosen[platform]].run, spec=spec, platform=platform, precision=precision)
         return lambda x, w: _batched(run, platform)(x, w).astype(xla.accumulator(x.dtype))
 
-    return _by_platform({platform: on(platform) for platform in chosen}, x, w)
+    return by_lowering_platform({platform: on(platform) for platform in chosen}, x, w)
 
 
 def _forward(x, w, spec, implementation, precision):
@@ -89,7 +90,7 @@ def _backward(spec, implementation, precision, residuals, dy):
         one = functools.partial(gradients.input_cotangent, spec=spec, dtype=compute, precision=precision)
         return lambda dy, w: _batched(one, platform)(dy, w).astype(x.dtype)
 
-    dx = _by_platform({platform: to_input(platform) for platform in ("cpu", "tpu", "gpu")}, dy, flat)
+    dx = by_lowering_platform({platform: to_input(platform) for platform in ("cpu", "tpu", "gpu")}, dy, flat)
     batched = functools.partial(_batched, platform="cpu")
     dscale = batched(lambda both, w: gradients.scale_cotangent(*both, w, spec))((x, dy), flat)
     doffset = None
@@ -106,7 +107,7 @@ def _no_cotangent(part: Any) -> Any:
     return None if part is None else np.zeros(part.shape, jax.dtypes.float0)
 
 
-def _by_platform(forms: dict[str, Any], *args: Any) -> jax.Array:
+def by_lowering_platform(forms: dict[str, Any], *args: Any) -> jax.Array:
     """The form of the platform being lowered for; "gpu" is cuda and rocm. Others take the CPU's, where there is one."""
     per = {}
     if "tpu" in forms:
@@ -118,7 +119,7 @@ def _by_platform(forms: dict[str, Any], *args: Any) -> jax.Array:
     return lax.platform_dependent(*args, **per)
 
 
-def _batched(one: Any, platform: str) -> Any:
+def _batched(one: Callable[[Any, Packed], jax.Array], platform: str) -> Callable[[Any, Packed], jax.Array]:
     """`one` over leading axes of the codes: one after the other on a CPU (bounded memory), together elsewhere."""
 
     def run(x: Any, w: Packed) -> jax.Array:

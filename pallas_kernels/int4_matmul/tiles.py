@@ -30,6 +30,11 @@ from pallas_kernels.int4_matmul.spec import NEUTRAL, TPU, PackedSpec
 TILE_ELEMENTS = 2**20
 TILE_ELEMENTS_OF_ONE_ROW = 2**19
 
+# A weight smaller than a tile is still cut in so many, down to tiles of so many floats: unpacked as a whole it would
+# take as much as the dense one.
+TILES_OF_A_WEIGHT = 4
+SMALLEST_TILE = 2**14
+
 
 class Packed(NamedTuple):
     """The arrays of a packed weight; shapes in spec.py."""
@@ -75,11 +80,13 @@ def tile_elements(rows_of_x: int) -> int:
 
 def column_tile(spec: PackedSpec, n: int, elements: int = TILE_ELEMENTS) -> int:
     """How many columns a tile has."""
+    elements = _at_most_a_part(elements, spec.length * n)
     return min(n, max(32, elements // max(spec.length, 1) // 32 * 32))
 
 
 def row_block(spec: PackedSpec, n: int, elements: int = TILE_ELEMENTS) -> int:
     """How many rows a block has: whole units, and whole groups or an equal part of one."""
+    elements = _at_most_a_part(elements, spec.length * n)
     unit, target = unit_of(spec), max(32, elements // max(n, 1))
     if spec.num_groups == 1:
         step = unit
@@ -87,6 +94,10 @@ def row_block(spec: PackedSpec, n: int, elements: int = TILE_ELEMENTS) -> int:
         parts = spec.group_size // unit
         return unit * max(d for d in range(1, parts + 1) if parts % d == 0 and (d == 1 or unit * d <= target))
     return min(spec.length, max(1, target // step) * step)
+
+
+def _at_most_a_part(elements: int, weight: int) -> int:
+    return min(elements, max(weight // TILES_OF_A_WEIGHT, SMALLEST_TILE))
 
 
 def rows(w: Packed, spec: PackedSpec, block: Any, size: int, length: int) -> tuple[Packed, PackedSpec]:

@@ -1,0 +1,109 @@
+"""The public function, by platform at lowering, and its gradient; laid out like int4_matmul/api.py."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.grouped_int4_matmul.reference import grouped_int4_matmul_reference
+from pallas_kernels.grouped_int4_matmul.xla import grouped_input_cotangent, grouped_xla, rows_of_expert
+from pallas_kernels.int4_matmul import gradients, tiles, xla
+from pallas_kernels.int4_matmul.api import by_lowering_platform
+from pallas_kernels.int4_matmul.registry import UnsupportedError
+from pallas_kernels.int4_matmul.spec import PackedSpec
+from pallas_kernels.int4_matmul.tiles import Packed
+
+IMPLEMENTATIONS = ("xla", "reference")
+
+
+def grouped_int4_matmul(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    *,
+    group_sizes: jax.Array,
+    spec: PackedSpec,
+    implementation: str | None = None,
+    preferred_element_type: Any = None,
+    precision: Any = None,
+) -> jax.Array:
+    """`lax.ragged_dot(x, W, group_sizes)` with W[E, K, N] packed -> [M, N].
+
+    Args:
+      x: float[M, K], its rows sorted by expert.
+      codes, scale, zero_point, offset: packed weights with one leading axis E, see int4_matmul/spec.py.
+      group_sizes: i32[E], rows of each expert in turn; rows after their sum give zeros.
+      spec: how codes and scales are to be read.
+      implementation: None or "xla", or "reference".
+      preferred_element_type: dtype of the result; None is x's. Sums are float32 in any case.
+      precision: of the products.
+
+    Raises:
+      UnsupportedError: no such implementation.
+      ValueError: shapes that do not fit the spec.
+    """
+    w = Packed(codes, scale, zero_point, offset)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise UnsupportedError(
+            f"unknown implementation {implementation!r} of grouped_int4_matmul: wanted one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if codes.ndim != 3 or x.ndim != 2 or x.shape[1] != spec.length or codes.shape[spec.k_axis] != spec.packed_length:
+        raise ValueError(f"x {x.shape} and codes {codes.shape} are not [M, K] and packed [E, K, N] of {spec}")
+    if group_sizes.shape != codes.shape[:1]:
+        raise ValueError(f"group_sizes has shape {group_sizes.shape}, wanted ({codes.shape[0]},), one for each expert")
+    dtype = jnp.dtype(preferred_element_type or x.dtype)
+    return _jitted(x, w, group_sizes, spec, implementation or "xla", dtype, precision)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _jitted(x, w: Packed, group_sizes, spec: PackedSpec, implementation: str, dtype, precision) -> jax.Array:
+    flat = tiles.flat_scales(w, spec)
+    if implementation == "reference":
+        return grouped_int4_matmul_reference(x, *w, group_sizes, spec=spec, precision=precision).astype(dtype)
+    return _product(x, flat, group_sizes, spec, precision).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _product(x, w: Packed, group_sizes, spec: PackedSpec, precision) -> Any:
+    def on(platform: str):
+        run = functools.partial(grouped_xla, spec=spec, platform=platform, precision=precision)
+        return lambda x, w, sizes: run(x, w, sizes).astype(xla.accumulator(x.dtype))
+
+    return by_lowering_platform({platform: on(platform) for platform in ("cpu", "tpu", "gpu")}, x, w, group_sizes)
+
+
+def _forward(x, w, group_sizes, spec, precision):
+    return _product(x, w, group_sizes, spec, precision), (x, w, group_sizes)
+
+
+def _backward(spec, precision, residuals, dy):
+    x, w, group_sizes = residuals
+
+    def to_input(platform: str):
+        run = functools.partial(
+            grouped_input_cotangent, spec=spec, dtype=x.dtype, platform=platform, precision=precision
+        )
+        return lambda dy, w, sizes: run(dy, w, sizes).astype(x.dtype)
+
+    dx = by_lowering_platform({p: to_input(p) for p in ("cpu", "tpu", "gpu")}, dy, w, group_sizes)
+
+    def to_scale(pair):
+        expert, own = pair
+        return gradients.scale_cotangent(rows_of_expert(x, group_sizes, expert), dy, own, spec)
+
+    def to_offset(expert):
+        return gradients.offset_cotangent(rows_of_expert(x, group_sizes, expert), dy, spec)
+
+    experts = jnp.arange(w.codes.shape[0])
+    dscale = gradients.like(lax.map(to_scale, (experts, w)), w.scale)
+    doffset = None if w.offset is None else gradients.like(lax.map(to_offset, experts), w.offset)
+    none = lambda part: None if part is None else np.zeros(part.shape, jax.dtypes.float0)  # noqa: E731
+    return dx, Packed(none(w.codes), dscale, none(w.zero_point), doffset), none(group_sizes)
+
+
+_product.defvjp(_forward, _backward)
