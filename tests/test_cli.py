@@ -183,13 +183,6 @@ def test_generate_continues_each_prompt(capsys, packed):
     assert capsys.readouterr().out == f"The quick{wanted[0]}\nA{wanted[1]}\n"
 
 
-def test_a_text_goes_on_after_a_space(capsys, shared_data):
-    """A tokenizer that marks a word's beginning drops the mark of the first word that it decodes."""
-    options = ("--prompt", "The dog", "--max-tokens", "3")
-    assert main(["generate", str(shared_data / "tinystories-656k"), *options]) == 0
-    assert capsys.readouterr().out.startswith("The dog was")
-
-
 def test_generate_hands_its_options_on(capsys, monkeypatch, source):
     from models.language_model import LanguageModel
 
