@@ -3,9 +3,11 @@
 Run as a script this file is the victim: it imports JAX and Orbax once, and forks for each save that is to be killed.
 """
 
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,61 +119,72 @@ def leftovers_of(path: Path) -> list[str]:
     return [name for name in names if name != "jq4.json" and name != names[0]]
 
 
-def seconds_of_a_save(victim: Victim, path: Path) -> float:
-    return max(victim.save(path, generation)["seconds"] for generation in (0, 1))
+def killed_saves(victim: Victim, paths: Iterator[Path], kills: int, seed: int) -> Iterator[tuple[Path, int, bool]]:
+    """Saves generations 2, 3, ... until so many saves were killed; each as (path, generation, whether it was killed).
+
+    The moments are spread over the time that a save takes, which is learned from those that came through.
+    """
+    rng, finished = random.Random(seed), [victim.save(next(paths), 1)["seconds"]]
+    for generation in range(2, 2 + 4 * kills):
+        path = next(paths)
+        reply = victim.save(path, generation, delay=rng.uniform(0, 1.2 * min(finished[-5:])))
+        yield path, generation, reply["killed"]
+        kills -= reply["killed"]
+        if kills == 0:
+            return
+        if not reply["killed"]:
+            finished.append(reply["seconds"])
+    pytest.fail(f"{kills} of the kills came too late")
 
 
 def test_a_replacing_save_killed_at_random_leaves_the_old_or_the_new_checkpoint(folder, victim):
-    path, rng = folder / "model", random.Random(0)
-    seconds = seconds_of_a_save(victim, path)
-    current, outcomes = 1, {"old": 0, "new": 0, "finished": 0}
-    for generation in range(2, 2 + RANDOM_KILLS - FIRST_SAVES):
-        reply = victim.save(path, generation, delay=rng.uniform(0, 1.05 * seconds))
+    path, current, found_old = folder / "model", 1, 0
+    for _, generation, killed in killed_saves(victim, itertools.repeat(path), RANDOM_KILLS - FIRST_SAVES, seed=0):
         found = generation_in(path)
         assert found in (current, generation), f"found generation {found} of {current} and {generation}"
-        assert reply["killed"] or found == generation
-        outcomes["finished" if not reply["killed"] else "new" if found == generation else "old"] += 1
+        assert killed or found == generation
+        found_old += found == current
         current = found
-    assert outcomes["old"] > 10, outcomes
+    assert found_old > 20
     save(path, tree_of(1000), extra_files=extra_of(1000))
     assert generation_in(path) == 1000
     assert leftovers_of(path) == []
 
 
 def test_a_first_save_killed_at_random_leaves_nothing_readable_or_the_checkpoint(folder, victim):
-    rng = random.Random(1)
-    seconds = seconds_of_a_save(victim, folder / "measured")
-    for generation in range(FIRST_SAVES):
-        path = folder / f"model{generation % 10}-{generation // 10}"
-        reply = victim.save(path, generation, delay=rng.uniform(0, 1.05 * seconds))
+    paths = (folder / f"model{number}" for number in itertools.count())
+    found_none = 0
+    for path, generation, killed in killed_saves(victim, paths, FIRST_SAVES, seed=1):
         found = generation_in(path)
         assert found in (None, generation)
-        assert reply["killed"] or found == generation
-        if found is None and generation % 3 == 0:
+        assert killed or found == generation
+        found_none += found is None
+        if found is None and found_none % 3 == 0:
             save(path, tree_of(generation + 1), extra_files=extra_of(generation + 1))
             assert generation_in(path) == generation + 1
             assert leftovers_of(path) == []
+    assert found_none > 5
 
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_save_killed_before_each_of_its_system_calls_leaves_the_old_or_the_new_checkpoint(folder, victim, replaced):
-    path, current = folder / "model", None
-    if replaced:
-        current = 1_000_000
-        save(path, tree_of(current), extra_files=extra_of(current))
-    seen = []
-    for call in range(0, 500, 1 if replaced else 3):
-        generation = 2000 + call
-        reply = victim.save(path, generation, call=call)
+    path, old = folder / "model", 1 if replaced else None
+    save(folder / "old", tree_of(1), extra_files=extra_of(1))
+    outcomes = []
+    for call in range(500):
+        if replaced:
+            shutil.copytree(folder / "old", path)
+        reply = victim.save(path, 2, call=call)
         found = generation_in(path)
-        assert found in (current, generation), f"call {call}: found {found} of {current} and {generation}"
-        seen.append("new" if found == generation else "old")
+        assert found in (old, 2), f"killed before call {call}: found generation {found}"
+        outcomes.append(found)
         if not reply["killed"]:
             break
-        current = found
+        shutil.rmtree(path, ignore_errors=True)
     assert not reply["killed"]
-    assert found == generation
-    assert seen.count("old") > (20 if replaced else 5)
+    assert outcomes == sorted(outcomes, key=lambda found: found == 2)
+    assert outcomes.count(old) > 15
+    assert outcomes.count(2) > (5 if replaced else 1)
     assert leftovers_of(path) == []
 
 
@@ -202,12 +215,21 @@ def serve() -> None:
         os.read(ready_read, 1)
         os.close(ready_read)
         start = time.perf_counter()
-        if "delay" in request:
-            time.sleep(request["delay"])
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+        status = killed_after(request["delay"], child) if "delay" in request else os.waitpid(child, 0)[1]
         reply = {"killed": status != 0, "seconds": time.perf_counter() - start}
         print(json.dumps(reply), flush=True)
+
+
+def killed_after(delay: float, child: int) -> int:
+    """The exit status of `child`, which is killed if it still lives after `delay` seconds."""
+    deadline = time.perf_counter() + delay
+    while (left := deadline - time.perf_counter()) > 0:
+        time.sleep(min(left, 0.001))
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
 
 
 def save_in_child(request: dict[str, Any], ready: int) -> None:
