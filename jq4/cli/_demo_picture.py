@@ -76,7 +76,7 @@ def _draw_perplexity(axes: Any, variants: Sequence[Mapping[str, Any]], colours: 
     axes.hlines(places, found[0], found, color=[colours[each["name"]] for each in variants], linewidth=3)
     axes.scatter(found, places, s=90, color=[colours[each["name"]] for each in variants], zorder=3)
     for place, (value, each) in enumerate(zip(found, variants, strict=True)):
-        extra = "" if not place else f"  (+{100 * (value / found[0] - 1):.1f} %)"
+        extra = "" if not place else f"  ({100 * (value / found[0] - 1):+.1f} %)"
         agreement = each.get("top1_agreement")
         extra += "" if agreement is None else f", top-1 agreement {agreement:.1%}"
         label = f"{value:.2f}{extra}"
