@@ -171,7 +171,7 @@ def _checked(tensor: StoredTensor, place: Place) -> StoredTensor:
     if tensor.dtype not in _FLOATS:
         raise JQ4Error(
             f"{tensor.file}: tensor {tensor.name!r} is {tensor.dtype}, wanted one of {', '.join(_FLOATS)}. "
-            "The checkpoint is quantized; open it with jq4 convert."
+            "The checkpoint is quantized already; jq4 reads dense ones: take the original."
         )
     return tensor
 
@@ -188,7 +188,7 @@ def _missing(folder: Path, missing: list[str], stored: Mapping[str, StoredTensor
     raw = json.loads(config.source) if config.source else {}
     method = (raw.get("quantization_config") or {}).get("quant_method")
     if method:
-        return JQ4Error(f"{folder}: the weights are packed ({method}), wanted dense ones. Open it with jq4 convert.")
+        return JQ4Error(f"{folder}: the weights are packed ({method}), wanted dense ones. Take the dense original.")
     remedy = "Take the config.json that belongs to these weights, or download them again."
     if missing == ["lm_head.weight"]:
         remedy = 'Write "tie_word_embeddings": true in config.json if the head is the embedding.'

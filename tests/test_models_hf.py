@@ -161,7 +161,7 @@ def test_packed_weights_are_refused_by_their_method(tmp_path):
     config = DecoderConfig.from_hf(LLAMA | {"quantization_config": {"quant_method": "gptq"}})
     packed = {QUERY: None, QUERY.replace("weight", "qweight"): np.zeros((1, 8), np.int32)}
     _rewrite(folder, _changed(tensors, **packed))
-    with pytest.raises(JQ4Error, match=r"the weights are packed \(gptq\), wanted dense ones. Open it with jq4 convert"):
+    with pytest.raises(JQ4Error, match=r"the weights are packed \(gptq\), wanted dense ones. Take the dense original"):
         load_params(folder, config)
 
 
