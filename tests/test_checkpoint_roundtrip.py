@@ -1,5 +1,6 @@
 """Oracle: the arrays that were saved, bit for bit; zarr and JSON as read by tensorstore and Orbax alone, not by jq4."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -22,6 +23,7 @@ from flax import nnx
 from jq4 import CheckpointError, QArray
 from jq4.checkpoint import arrays as checkpoint_arrays
 from jq4.checkpoint import files_folder, read_extra_file, read_manifest, restore, save
+from jq4.checkpoint.manifest import ArrayInfo, FileInfo, Manifest, QArrayInfo, ScalarInfo, from_bytes, to_bytes
 from jq4.formats import FORMATS
 from jq4.layouts import prepare
 from jq4.paths import flatten_with_paths
@@ -204,6 +206,55 @@ def test_the_manifest_tells_recipe_source_versions_and_files(tmp_path):
     assert {name: read_extra_file(tmp_path / "m", name) for name in files} == files
     with pytest.raises(CheckpointError, match=r"holds no file 'vocab\.txt', only config\.json"):
         read_extra_file(tmp_path / "m", "vocab.txt")
+
+
+GOLDEN = b"""{
+"format": "jq4-checkpoint",
+"version": 1,
+"versions": {
+  "jq4": "0.1.0"
+},
+"data": "data-0123456789abcdef",
+"recipe": null,
+"source": {
+  "weights": "sha256:00"
+},
+"tree": {
+  "dict": [["n", {"leaf": 0}], ["w", {"list": [{"leaf": 1}, null]}]]
+},
+"leaves": [
+  {"path": "n", "kind": "scalar", "type": "float", "value": "0.1"},
+  {"path": "w/0", "kind": "qarray", "shape": [5, 2], "dtype": "bfloat16", "format": "int4", "group_size": 8, \
+"axis": -2, "padding": 1, "parts": {"codes": {"path": "w/0/codes", "kind": "dense", "shape": [3, 2], "dtype": "uint8", \
+"array": "arrays-00000/w.0.codes"}, "scale": {"path": "w/0/scale", "kind": "dense", "shape": [1, 2], \
+"dtype": "float32", "array": "arrays-00000/w.0.scale"}}}
+],
+"files": {
+  "arrays-00000/w.0.codes/.zarray": {"size": 2, "sha256": "aa"},
+  "arrays-00000/w.0.scale/.zarray": {"size": 3, "sha256": "bb"}
+},
+"checksum": "sha256:(of all the bytes before this member)"
+}
+"""
+
+
+def test_the_text_of_the_manifest_is_what_the_format_says():
+    codes = ArrayInfo("w/0/codes", (3, 2), "uint8", "arrays-00000/w.0.codes")
+    scale = ArrayInfo("w/0/scale", (1, 2), "float32", "arrays-00000/w.0.scale")
+    parts = {"codes": codes, "scale": scale}
+    manifest = Manifest(
+        data="data-0123456789abcdef",
+        tree={"dict": [["n", {"leaf": 0}], ["w", {"list": [{"leaf": 1}, None]}]]},
+        leaves=(ScalarInfo("n", 0.1), QArrayInfo("w/0", (5, 2), "bfloat16", "int4", 8, -2, 1, parts)),
+        files={f"{codes.array}/.zarray": FileInfo(2, "aa"), f"{scale.array}/.zarray": FileInfo(3, "bb")},
+        source={"weights": "sha256:00"},
+        versions={"jq4": "0.1.0"},
+    )
+    body = GOLDEN[: GOLDEN.index(b',\n"checksum"')]
+    tail = f',\n"checksum": "sha256:{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+    assert len(tail) == 90
+    assert to_bytes(manifest) == body + tail
+    assert from_bytes(body + tail, "jq4.json") == manifest
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
