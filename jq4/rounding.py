@@ -20,6 +20,7 @@ Integers round half to even. Codebooks (nf4, fp4) take the nearest level, ties t
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -133,6 +134,11 @@ def quantize_weight(
         scale_dtype=scale_dtype,
         **options,
     )
+    return _round_weight(weight, encoding)
+
+
+@functools.partial(jax.jit, static_argnames=("encoding",))
+def _round_weight(weight: jax.Array, encoding: Encoding) -> QArray:
     return encode_weight(weight, encoding, find_parameters)
 
 
@@ -218,12 +224,20 @@ def parameters_of_range(low: jax.Array, high: jax.Array, encoding: Encoding) -> 
     """The parameters whose levels span [low, high]; f32, rounded to the encoding's scale dtype."""
     form = encoding.number_format
     if encoding.symmetric:
-        return Parameters(storable_scale(high / form.max_level, encoding.scale_dtype))
-    scale = storable_scale((high - low) / form.max_code, encoding.scale_dtype)
+        return Parameters(storable_scale(_divide(high, form.max_level), encoding.scale_dtype))
+    scale = storable_scale(_divide(high - low, form.max_code), encoding.scale_dtype)
     if encoding.zero_point == "integer":
         return Parameters(scale, zero_point=jnp.clip(jnp.round(-low / scale), 0, form.max_code))
     offset = jnp.where(high > low, low + form.center * scale, 0)
     return Parameters(scale, offset=storable(offset, encoding.scale_dtype))
+
+
+def _divide(values: jax.Array, divisor: float) -> jax.Array:
+    """The correctly rounded quotient, so that a weight on the grid gets its own scale back.
+
+    XLA turns a division by a constant into a product with its reciprocal, unless it is kept from seeing it.
+    """
+    return values / jax.lax.optimization_barrier(jnp.full_like(values, divisor))
 
 
 def search_range(blocks: jax.Array, low: jax.Array, high: jax.Array, encoding: Encoding) -> Parameters:
