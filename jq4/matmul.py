@@ -192,7 +192,7 @@ def _positive(pair: Any, x: jax.Array, q: QArray) -> tuple[list[int], list[int]]
 
 
 def _accumulator(dtype: Any, summed: int) -> Any:
-    return jnp.promote_types(dtype, jnp.float32) if summed and jnp.dtype(dtype).itemsize < 4 else dtype
+    return jnp.float32 if summed and jnp.dtype(dtype).itemsize < 4 else dtype
 
 
 def _in_packed_order(

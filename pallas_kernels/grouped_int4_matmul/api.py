@@ -5,16 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.grouped_int4_matmul.reference import grouped_int4_matmul_reference
 from pallas_kernels.grouped_int4_matmul.xla import grouped_input_cotangent, grouped_xla, rows_of_expert
 from pallas_kernels.int4_matmul import gradients, tiles, xla
-from pallas_kernels.int4_matmul.api import by_lowering_platform
+from pallas_kernels.int4_matmul.api import by_lowering_platform, no_cotangent
 from pallas_kernels.int4_matmul.registry import UnsupportedError
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.manual_axes import vary_alike
 
 IMPLEMENTATIONS = ("xla", "reference")
 
@@ -50,7 +50,8 @@ def grouped_int4_matmul(
     w = Packed(codes, scale, zero_point, offset)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise UnsupportedError(
-            f"unknown implementation {implementation!r} of grouped_int4_matmul: wanted one of {', '.join(IMPLEMENTATIONS)}"
+            f"unknown implementation {implementation!r} of grouped_int4_matmul: "
+            f"wanted one of {', '.join(IMPLEMENTATIONS)}"
         )
     if codes.ndim != 3 or x.ndim != 2 or x.shape[1] != spec.length or codes.shape[spec.k_axis] != spec.packed_length:
         raise ValueError(f"x {x.shape} and codes {codes.shape} are not [M, K] and packed [E, K, N] of {spec}")
@@ -65,16 +66,19 @@ def _jitted(x, w: Packed, group_sizes, spec: PackedSpec, implementation: str, dt
     flat = tiles.flat_scales(w, spec)
     if implementation == "reference":
         return grouped_int4_matmul_reference(x, *w, group_sizes, spec=spec, precision=precision).astype(dtype)
+    x, flat, group_sizes = vary_alike((x, flat, group_sizes))
     return _product(x, flat, group_sizes, spec, precision).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _product(x, w: Packed, group_sizes, spec: PackedSpec, precision) -> Any:
+def _value(x, w: Packed, group_sizes, spec: PackedSpec, precision) -> Any:
     def on(platform: str):
         run = functools.partial(grouped_xla, spec=spec, platform=platform, precision=precision)
         return lambda x, w, sizes: run(x, w, sizes).astype(xla.accumulator(x.dtype))
 
     return by_lowering_platform({platform: on(platform) for platform in ("cpu", "tpu", "gpu")}, x, w, group_sizes)
+
+
+_product: Any = jax.custom_vjp(_value, nondiff_argnums=(3, 4))
 
 
 def _forward(x, w, group_sizes, spec, precision):
@@ -102,8 +106,7 @@ def _backward(spec, precision, residuals, dy):
     experts = jnp.arange(w.codes.shape[0])
     dscale = gradients.like(lax.map(to_scale, (experts, w)), w.scale)
     doffset = None if w.offset is None else gradients.like(lax.map(to_offset, experts), w.offset)
-    none = lambda part: None if part is None else np.zeros(part.shape, jax.dtypes.float0)  # noqa: E731
-    return dx, Packed(none(w.codes), dscale, none(w.zero_point), doffset), none(group_sizes)
+    return dx, Packed(no_cotangent(w.codes), dscale, no_cotangent(w.zero_point), doffset), no_cotangent(group_sizes)
 
 
 _product.defvjp(_forward, _backward)

@@ -18,6 +18,7 @@ from pallas_kernels.int4_matmul import gradients, tiles, xla
 from pallas_kernels.int4_matmul.registry import BACKENDS, Implementation, by_platform
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.manual_axes import vary_alike
 
 
 def int4_matmul(
@@ -61,12 +62,11 @@ def int4_matmul(
 def _int4_matmul(x, w: Packed, spec: PackedSpec, implementation, dtype, precision) -> jax.Array:
     batch = w.codes.shape[:-2]
     rows = x if batch else x.reshape(-1, x.shape[-1])
-    out = _product(rows, w, spec, implementation, precision)
+    out = _product(*vary_alike((rows, w)), spec, implementation, precision)
     return out.reshape(*x.shape[:-1], out.shape[-1]).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _product(x, w: Packed, spec: PackedSpec, implementation, precision) -> Any:
+def _value(x, w: Packed, spec: PackedSpec, implementation, precision) -> Any:
     """f32[*B, M, N] from x[*B, M, K] and codes [*B, ...]."""
     chosen = by_platform(implementation, spec)
 
@@ -75,6 +75,9 @@ def _product(x, w: Packed, spec: PackedSpec, implementation, precision) -> Any:
         return lambda x, w: _batched(run, platform)(x, w).astype(xla.accumulator(x.dtype))
 
     return by_lowering_platform({platform: on(platform) for platform in chosen}, x, w)
+
+
+_product: Any = jax.custom_vjp(_value, nondiff_argnums=(2, 3, 4))
 
 
 def _forward(x, w, spec, implementation, precision):
@@ -92,18 +95,18 @@ def _backward(spec, implementation, precision, residuals, dy):
 
     dx = by_lowering_platform({platform: to_input(platform) for platform in ("cpu", "tpu", "gpu")}, dy, flat)
     batched = functools.partial(_batched, platform="cpu")
-    dscale = batched(lambda both, w: gradients.scale_cotangent(*both, w, spec))((x, dy), flat)
+    dscale = batched(lambda both, w: gradients.scale_cotangent(both[0], both[1], w, spec))((x, dy), flat)
     doffset = None
     if w.offset is not None:
-        doffset = batched(lambda both, w: gradients.offset_cotangent(*both, spec))((x, dy), flat)
+        doffset = batched(lambda both, w: gradients.offset_cotangent(both[0], both[1], spec))((x, dy), flat)
         doffset = gradients.like(doffset, w.offset)
-    return dx, Packed(_no_cotangent(w.codes), gradients.like(dscale, w.scale), _no_cotangent(w.zero_point), doffset)
+    return dx, Packed(no_cotangent(w.codes), gradients.like(dscale, w.scale), no_cotangent(w.zero_point), doffset)
 
 
 _product.defvjp(_forward, _backward)
 
 
-def _no_cotangent(part: Any) -> Any:
+def no_cotangent(part: Any) -> Any:
     return None if part is None else np.zeros(part.shape, jax.dtypes.float0)
 
 

@@ -76,7 +76,7 @@ def as_int4(w: Packed, spec: PackedSpec, layout: str) -> tuple[Packed, PackedSpe
 
 def accumulator(dtype: Any) -> Any:
     """float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
 def by_column_tiles(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) -> jax.Array:

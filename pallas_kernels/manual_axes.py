@@ -1,0 +1,32 @@
+"""Inside `jax.shard_map`: operands of one custom derivative rule must vary over the same mesh axes.
+
+JAX makes the operands of its own primitives vary alike, and so sums a cotangent over the axes that its operand does
+not vary over. A `custom_vjp` is left alone: without this, its rule would owe x a cotangent that is summed already.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def vary_alike(tree: Any) -> Any:
+    """The tree with every float array cast to vary over all manual mesh axes that any leaf varies over."""
+    varying = [_varying(leaf) for leaf in jax.tree.leaves(tree)]
+    union = frozenset().union(*varying)
+    if not union:
+        return tree
+
+    def cast(leaf: Any) -> Any:
+        missing = tuple(sorted(union - _varying(leaf)))
+        return (
+            jax.lax.pcast(leaf, missing, to="varying") if missing and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        )
+
+    return jax.tree.map(cast, tree)
+
+
+def _varying(leaf: Any) -> frozenset[str]:
+    aval = jax.typeof(leaf)
+    manual = getattr(aval, "manual_axis_type", None) or getattr(aval, "mat", None)  # JAX 0.10 on; `vma` between
+    return frozenset(manual.varying if manual is not None else getattr(aval, "vma", ()))
