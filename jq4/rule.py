@@ -165,11 +165,13 @@ class Rule:
             raise JQ4Error(f"rule: options is {self.options!r}, wanted a mapping")
         options = dict(self.options)
         known = (*_OBSERVER_OPTIONS, *method.options)
-        for key in options:
+        for key, value in options.items():
             if key not in known:
                 raise JQ4Error(
                     f"rule: unknown option {key!r} of method {self.method}, wanted one of {', '.join(known)}"
                 )
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise JQ4Error(f"rule: option {key} is {value!r}, wanted a number")
         self._set("options", tuple(sorted(options.items())))
 
 
