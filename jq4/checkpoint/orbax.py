@@ -54,7 +54,7 @@ def save(
       CheckpointError: for a leaf or a name that cannot be saved, a folder that is not ours, a save in progress. Nothing
         on disk is changed then.
     """
-    target = _folder(path)
+    target = _folder_of_one_process(path)
     atomic.check_ours(target)
     if not overwrite and (target / manifest.MANIFEST).exists():
         raise CheckpointError(f"{target}: a checkpoint is there already; pass overwrite=True or choose another path")
@@ -99,7 +99,7 @@ def restore(path: Any, *, shardings: placement.Shardings = None, verify: bool = 
     Raises:
       CheckpointError: naming the file or leaf that is missing, damaged, too new, or does not fit its sharding.
     """
-    target = _folder(path)
+    target = _folder_of_one_process(path)
 
     def read(found: Manifest) -> Any:
         if verify:
@@ -149,14 +149,18 @@ def read_extra_file(path: Any, name: str) -> bytes:
     return _with_manifest(target, read)
 
 
-def _folder(path: Any) -> Path:
-    if "://" in str(path):
-        raise CheckpointError(f"{path}: found a URL, wanted a local folder; copy the checkpoint to or from it")
+def _folder_of_one_process(path: Any) -> Path:
     if jax.process_count() > 1:
         raise CheckpointError(
             f"{path}: this is one of {jax.process_count()} processes; jq4 checkpoints are saved and restored by one "
             "process: gather the weights in a job of one process first"
         )
+    return _folder(path)
+
+
+def _folder(path: Any) -> Path:
+    if "://" in str(path):
+        raise CheckpointError(f"{path}: found a URL, wanted a local folder; copy the checkpoint to or from it")
     return Path(path).expanduser().resolve()
 
 
