@@ -13,11 +13,12 @@ import numpy as np
 
 from jq4 import jax_compat
 from jq4.paths import leaf_path
+from jq4.statistics import ContractionAxes
 from jq4.watch import Watcher
 from jq4.watched import Watched
 
 
-def contraction_axes(function: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> dict[str, int]:
+def contraction_axes(function: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> ContractionAxes:
     """The axis (negative) that `function(tree, *args)` contracts, for every leaf of `tree` that it contracts.
 
     Of several contracted axes of one product it is the last (a DenseGeneral's [H, D, O] contracted over H and D gives
@@ -34,7 +35,7 @@ def contraction_axes(function: Callable[..., Any], tree: Any, *args: Any, **kwar
     watcher = Watcher(lambda path: frozenset())
     leaves, run = watched_call(function, watcher, tree, args, kwargs)
     jax.eval_shape(run, leaves)
-    return watcher.axes
+    return ContractionAxes(watcher.axes, watcher.looked_up)
 
 
 def watched_call(

@@ -38,6 +38,7 @@ def observe(function: Callable[..., Any], tree: Any, batches: Iterable[Any], *, 
     """
     collects = _collector(collect)
     axes: dict[str, int] = {}
+    tables: dict[str, int] = {}
     steps: dict[Any, Any] = {}
     total: dict[str, WeightStatistics] | None = None
     for batch in batches:
@@ -46,13 +47,13 @@ def observe(function: Callable[..., Any], tree: Any, batches: Iterable[Any], *, 
         static = tuple((place, leaf) for place, leaf in enumerate(leaves) if not is_array(leaf))
         key = (structure, static, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves if is_array(leaf)))
         if key not in steps:
-            steps[key] = _step(function, tree, args, collects, axes)
+            steps[key] = _step(function, tree, args, collects, axes, tables)
         arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
         first, more = steps[key]
         total = first(arrays) if total is None else more(total, arrays)
     if total is None:
         raise JQ4Error("observe was given no batches: wanted at least one")
-    return Statistics(dict(total), tuple(axes.items()))
+    return Statistics(dict(total), tuple(axes.items()), tuple(tables))
 
 
 def _collector(collect: Collect) -> Callable[[str], frozenset[str]]:
@@ -63,17 +64,24 @@ def _collector(collect: Collect) -> Callable[[str], frozenset[str]]:
 
 
 def _step(
-    function: Callable[..., Any], tree: Any, args: tuple[Any, ...], collects: Any, axes: dict[str, int]
+    function: Callable[..., Any],
+    tree: Any,
+    args: tuple[Any, ...],
+    collects: Any,
+    axes: dict[str, int],
+    tables: dict[str, int],
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(statistics of one batch, the same added to a donated total), jitted, for arguments of these shapes."""
+    """(statistics of one batch, the same added to a donated total), jitted, for arguments of these shapes.
+
+    `axes` and `tables` are filled with what the trace learns.
+    """
 
     def statistics(arrays: list[Any]) -> dict[str, WeightStatistics]:
         watcher = Watcher(collects)
         _, run = watched_call(function, watcher, tree, args, {})
-        outputs = run(arrays)
-        del outputs
-        for path, axis in watcher.axes.items():
-            axes.setdefault(path, axis)
+        run(arrays)
+        axes.update(watcher.axes)
+        tables.update(watcher.looked_up)
         return _by_path(watcher.frame)
 
     def add(total: dict[str, WeightStatistics], arrays: list[Any]) -> dict[str, WeightStatistics]:

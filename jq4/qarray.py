@@ -190,6 +190,8 @@ def _unpermute(weight: jax.Array, permutation: jax.Array, axis: int) -> jax.Arra
 
 def validate(q: QArray, path: str = "QArray") -> QArray:
     """Checks the invariants by shapes and dtypes alone; returns `q`, or raises JQ4Error naming `path`."""
+    if q.group_size < 1:
+        raise JQ4Error(f"{path}: group_size is {q.group_size}, wanted 1 or more")
     if q.axis >= 0 or -q.axis > q.codes.ndim:
         raise JQ4Error(f"{path}: axis {q.axis} is not a negative axis of a {q.codes.ndim}-d weight")
     if jnp.dtype(q.codes.dtype) != jnp.uint8:

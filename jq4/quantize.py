@@ -35,7 +35,7 @@ from jq4.quantize_report import LeafReport, QuantizeReport, sqnr
 from jq4.recipe import Recipe
 from jq4.rounding import Encoding
 from jq4.rule import Rule
-from jq4.targets import axis_by_name
+from jq4.targets import EMBEDDING, LINEAR, axis_by_name
 
 _WORK_ELEMENTS = 2**24  # weights of a stacked leaf that are worked on at a time
 
@@ -125,13 +125,23 @@ def contraction_axis(path: str, ndim: int, rule: Rule, stats: Any, axes: Mapping
     return known
 
 
+def role_of(path: str, stats: Any, axes: Mapping[str, int] | None) -> str | None:
+    """What the function was seen to do with a leaf: multiply by it (Linear) or look rows up in it (Embedding)."""
+    for known in (axes or {}, getattr(stats, "axes", {})):
+        if find_path(known, path) is not None:
+            tables = getattr(known, "looked_up", ())
+            return EMBEDDING if find_path(dict.fromkeys(tables, True), path) else LINEAR
+    return None
+
+
 def _plan_leaf(path: str, leaf: Any, recipe: Recipe, stats: Any, axes: Mapping[str, int] | None) -> LeafReport:
     if not (is_qarray(leaf) or (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))):
         return LeafReport(path, status="not an array")
     entry = LeafReport.of(path, leaf)
-    if recipe.ignores(path):
+    role = role_of(path, stats, axes)
+    if recipe.ignores(path, role):
         return entry.with_status("ignored")
-    index = recipe.index_of_rule(path)
+    index = recipe.index_of_rule(path, role)
     if index is None:
         return entry.with_status("packed already" if is_qarray(leaf) else "no rule")
     rule = recipe.rules[index]

@@ -121,14 +121,14 @@ class Recipe:
             json.dumps(value, indent=2) + "\n" if as_json else yaml.safe_dump(value, sort_keys=False), encoding="utf-8"
         )
 
-    def ignores(self, path: str) -> bool:
-        return any(patterns.matches(pattern, path) for pattern in self.ignore)
+    def ignores(self, path: str, role: str | None = None) -> bool:
+        return any(patterns.matches(pattern, path, role) for pattern in self.ignore)
 
-    def index_of_rule(self, path: str) -> int | None:
+    def index_of_rule(self, path: str, role: str | None = None) -> int | None:
         """The index of the first rule that means the leaf at `path`, or None if none does or it is ignored."""
-        if self.ignores(path):
+        if self.ignores(path, role):
             return None
-        return next((i for i, rule in enumerate(self.rules) if rule.matches(path)), None)
+        return next((i for i, rule in enumerate(self.rules) if rule.matches(path, role)), None)
 
 
 def _shortened(value: Any) -> str:

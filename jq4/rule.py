@@ -74,9 +74,9 @@ class Rule:
     def method_options(self) -> dict[str, Any]:
         return {key: value for key, value in self.options if key in get_method(self.method).options}
 
-    def matches(self, path: str) -> bool:
-        return any(patterns.matches(p, path) for p in self.targets) and not any(
-            patterns.matches(p, path) for p in self.ignore
+    def matches(self, path: str, role: str | None = None) -> bool:
+        return any(patterns.matches(p, path, role) for p in self.targets) and not any(
+            patterns.matches(p, path, role) for p in self.ignore
         )
 
     def encoding(self, axis: int) -> Encoding:

@@ -16,7 +16,7 @@ A Hessian is collected only where asked: for 14336 inputs it is 822 MB.
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -61,7 +61,17 @@ class WeightStatistics:
         return total / jnp.expand_dims(rows, tuple(range(-feature_axes, 0)))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("weights",), meta_fields=("grouped_axes",))
+class ContractionAxes(dict[str, int]):
+    """Path -> the axis (negative) to group along; `looked_up` holds the paths of tables that rows are looked up in."""
+
+    def __init__(self, axes: Mapping[str, int], looked_up: Iterable[str] = ()) -> None:
+        super().__init__(axes)
+        self.looked_up = frozenset(looked_up)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("weights",), meta_fields=("grouped_axes", "looked_up")
+)
 @dataclasses.dataclass(frozen=True)
 class Statistics(Mapping[str, WeightStatistics]):
     """Statistics by leaf path, and the axis that each leaf is contracted along; a pytree.
@@ -69,15 +79,17 @@ class Statistics(Mapping[str, WeightStatistics]):
     Attributes:
       weights: path -> WeightStatistics.
       grouped_axes: (path, negative axis of the leaf) for every leaf that the function contracts or looks up.
+      looked_up: paths of the tables that rows are looked up in.
     """
 
     weights: dict[str, WeightStatistics]
     grouped_axes: tuple[tuple[str, int], ...] = ()
+    looked_up: tuple[str, ...] = ()
 
     @property
-    def axes(self) -> dict[str, int]:
+    def axes(self) -> ContractionAxes:
         """Path -> the axis to group along, as jq4.contraction_axes gives it."""
-        return dict(self.grouped_axes)
+        return ContractionAxes(dict(self.grouped_axes), self.looked_up)
 
     def __getitem__(self, path: str) -> WeightStatistics:
         return self.weights[path]

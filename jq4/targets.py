@@ -2,6 +2,7 @@
 
     Linear                   every matrix that a layer multiplies by: a leaf called kernel, weight or w
     Embedding                every table that is looked up: a leaf called embedding, or a weight under *embed*
+                             (what jq4.contraction_axes or jq4.observe saw a function do with a leaf goes before names)
     up_proj, mlp/up_proj     whole components of the path that follow one another, anywhere in it
     layers/*/up_proj/**      a glob over the whole path: * within one component, ** over any number of them
     re:mlp.*(up|down)_proj   a regular expression, searched for anywhere in the path
@@ -24,12 +25,15 @@ NORMS = "re:(?i)norm|(^|/)ln_?[0-9f]*(/|$)"
 HEADS = "re:(?i)(^|/)(lm_?head[^/]*|unembed[^/]*)(/|$)|(^|/)(head|output|output_layer|logits[^/]*)/(kernel|weight|w)$"
 
 
-def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern means the leaf at `path`."""
-    if pattern == "Linear":
-        return leaf_name(path) in KERNEL_NAMES
-    if pattern == "Embedding":
-        return is_embedding(path)
+LINEAR, EMBEDDING = "Linear", "Embedding"
+
+
+def matches(pattern: str, path: str, role: str | None = None) -> bool:
+    """Whether a pattern means the leaf at `path`; its `role`, where the function told it, goes before its name."""
+    if pattern == LINEAR:
+        return leaf_name(path) in KERNEL_NAMES if role is None else role == LINEAR
+    if pattern == EMBEDDING:
+        return is_embedding(path) if role is None else role == EMBEDDING
     if pattern.startswith("re:"):
         return re.search(pattern[3:], path) is not None
     if "*" in pattern or "?" in pattern:

@@ -45,7 +45,7 @@ class Watcher(Interpreter):
       collects: what to collect for the leaf at a path, some of jq4.statistics.COLLECTABLE.
       frame: the statistics gathered at this level of the program.
       contracted: path -> the axis (negative) that products contract.
-      looked_up: path -> the last axis of rows that were looked up in the leaf.
+      looked_up: path -> the axis of rows that were looked up in the leaf.
     """
 
     def __init__(self, collects: Callable[[str], frozenset[str]]) -> None:

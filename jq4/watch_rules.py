@@ -80,12 +80,13 @@ def _sliced(weight: Watched, starts: list[Any], out: jax.Array) -> Any:
 
 
 def gather(watcher: Any, eqn: Any, values: Values) -> Values:
-    """Rows looked up in a table: the axis to group along is the last one that is taken whole."""
+    """Rows looked up in a table: the axis to group along is the one that is taken whole."""
     weight = values[0]
     outputs = watcher.compute(eqn, values)
-    tracked = isinstance(weight, Watched) and weight.axes and weight.axes[-1]
-    if tracked and eqn.params["slice_sizes"][-1] == weight.shape[-1]:
-        watcher.looked_up.setdefault(weight.path, weight.axes[-1][-1].axis)
+    if isinstance(weight, Watched):
+        rows = [axis for axis, size in enumerate(eqn.params["slice_sizes"]) if size > 1]
+        if len(rows) == 1 and eqn.params["slice_sizes"][rows[0]] == weight.shape[rows[0]] and weight.axes[rows[0]]:
+            watcher.looked_up.setdefault(weight.path, weight.axes[rows[0]][-1].axis)
     return outputs
 
 

@@ -218,6 +218,21 @@ def test_a_tied_embedding_is_grouped_along_its_rows():
     assert contraction_axes(lambda t, ids: t["e"][ids], tree, jnp.asarray([1, 2])) == {"e": -1}
 
 
+def test_what_a_function_does_with_a_leaf_goes_before_its_name():
+    """Bare leaves of any name are quantized where they are multiplied by, and tables are left as embeddings."""
+    tree = {"table": normal(64, 32), "up": normal(32, 64, seed=1), "down": normal(32, 64, seed=2)}
+    f = lambda t, ids: jnp.take(t["table"], ids, axis=0) @ t["up"] @ t["down"].T  # noqa: E731
+    axes = contraction_axes(f, tree, jnp.asarray([1, 2]))
+    assert axes == {"table": -1, "up": -2, "down": -1} and axes.looked_up == {"table"}
+    packed = jq4.quantize(tree, "rtn-w4g32", axes=axes)
+    assert [type(packed[name]) for name in tree] == [type(tree["table"]), jq4.QArray, jq4.QArray]
+    assert (packed["up"].axis, packed["down"].axis) == (-2, -1)
+    assert jq4.explain(f, packed, jnp.asarray([1, 2])).entries == []
+    stats = observe(f, tree, [jnp.asarray([1, 2])])
+    assert stats.axes == axes and stats.axes.looked_up == {"table"}
+    assert isinstance(jq4.quantize(tree, jq4.Recipe.preset("rtn-w4g32", embeddings=True), stats)["table"], jq4.QArray)
+
+
 def test_nnx_and_equinox():
     x = normal(3, 4)
     layer = eqx.nn.Linear(4, 6, key=jax.random.key(0))
