@@ -85,7 +85,8 @@ def _step(
         return _by_path(watcher.frame)
 
     def add(total: dict[str, WeightStatistics], arrays: list[Any]) -> dict[str, WeightStatistics]:
-        return {path: merge(total[path], new) for path, new in statistics(arrays).items()}
+        found = statistics(arrays)
+        return total | {path: merge(total[path], new) if path in total else new for path, new in found.items()}
 
     return jax.jit(statistics), jax.jit(add, donate_argnums=0)
 
