@@ -141,7 +141,11 @@ class Interpreter:
 
             return run
 
-        outputs = jax.lax.switch(which, [branch_function(branch) for branch in branches], *operands)
+        functions = [branch_function(branch) for branch in branches]
+        if platforms := eqn.params.get("branches_platforms"):
+            outputs = _by_platform(platforms, functions, operands)
+        else:
+            outputs = jax.lax.switch(which, functions, *operands)
         return merge_placed(passing, outputs)
 
     # Loops ----------------------------------------------------------------------------------------------------
@@ -336,6 +340,13 @@ def _live_equations(jaxpr: Any) -> list[tuple[Any, list[Any]]]:
         live.append((eqn, [*(operands - needed), *unused]))
         needed |= operands
     return live[::-1]
+
+
+def _by_platform(platforms: Any, functions: list[Callable[..., Values]], operands: Values) -> Values:
+    """A cond that JAX decides at lowering, by the platform: each branch's platforms, None for all the others."""
+    chosen = {name: function for names, function in zip(platforms, functions, strict=True) for name in names or ()}
+    others = [function for names, function in zip(platforms, functions, strict=True) if names is None]
+    return jax.lax.platform_dependent(*operands, default=others[0] if others else None, **chosen)
 
 
 def merge_placed(placed: dict[int, Any], rest: Sequence[Any]) -> Values:

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jq4 import matmul, qarray_ops
+from jq4 import qarray_ops
+from jq4.matmul import dot_general as packed_dot_general
 from jq4.packed_leaf import is_packed
 from jq4.qarray import QArray
 from jq4.qarray_ops import NoPackedForm
@@ -38,7 +39,7 @@ def conv_general_dilated(eqn: Any, values: Values) -> Values:
     for position in itertools.product(*map(range, kernel.shape[:-2])):
         rows = _window(x, position, out_shape, params["window_strides"], params["rhs_dilation"])  # [B, *O, Cin]
         contract = (((rows.ndim - 1,), (0,)), ((), ()))
-        term = matmul.dot_general(
+        term = packed_dot_general(
             rows, _matrix_at(kernel, position), contract, weight_side="rhs",
             preferred_element_type=accumulator, precision=params["precision"],
         )  # fmt: skip

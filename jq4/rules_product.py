@@ -4,7 +4,8 @@ from typing import Any
 
 import jax
 
-from jq4 import matmul
+from jq4.matmul import dot_general as packed_dot_general
+from jq4.matmul import ragged_dot as packed_ragged_dot
 from jq4.packed_leaf import PackedLeaf, is_packed
 from jq4.qarray import QArray
 from jq4.qarray_ops import NoPackedForm
@@ -20,7 +21,7 @@ def dot_general(eqn: Any, values: Values) -> Values:
     leaf, x = (lhs, rhs) if side == "lhs" else (rhs, lhs)
     at = 0 if side == "lhs" else 1
     q, numbers = _through_pending_transpose(leaf, eqn.params["dimension_numbers"], at)
-    out = matmul.dot_general(
+    out = packed_dot_general(
         x, q, numbers, weight_side=side,
         preferred_element_type=eqn.params["preferred_element_type"], precision=eqn.params["precision"],
     )  # fmt: skip
@@ -43,7 +44,7 @@ def ragged_dot_general(eqn: Any, values: Values) -> Values:
     columns = next(axis for axis in range(3) if axis not in (group[0], w_k[0]))
     experts = leaf.transposed((group[0], w_k[0], columns)).settle()  # [E, K, N]
     rows = x if x_k[0] == 1 else x.T  # [M, K]
-    out = matmul.ragged_dot(
+    out = packed_ragged_dot(
         rows, experts, group_sizes,
         preferred_element_type=eqn.params["preferred_element_type"], precision=eqn.params["precision"],
     )  # fmt: skip

@@ -19,6 +19,7 @@ from jq4.packed_leaf import PackedLeaf
 from jq4.qarray import NEUTRAL, QArray
 from jq4.qarray_ops import NoPackedForm
 from pallas_kernels import packing
+from pallas_kernels.int4_matmul.spec import TPU
 
 Values = list[Any]
 
@@ -32,8 +33,6 @@ def leaf_specs(leaf: PackedLeaf, spec: PartitionSpec, mesh: Any) -> tuple[Packed
     entries: list[Any] = [None] * leaf.ndim
     for axis, entry in enumerate(spec):
         entries[leaf.axes[axis]] = entry
-    if leaf.q.layout != NEUTRAL and any(entries[-2:]):
-        leaf = dataclasses.replace(leaf, q=qarray_ops.neutral(leaf.q, "sharding"))
     q = qarray_ops.plain_scales(leaf.q)
     _check_grouped_axis(q, entries[q.axis], mesh, leaf.path)
     return dataclasses.replace(leaf, q=q), dataclasses.replace(leaf, q=_part_specs(q, entries))
@@ -73,22 +72,34 @@ def constrained(leaf: PackedLeaf, sharding: Any, place: Callable[[Any, Any], Any
 
 
 def _part_specs(q: QArray, entries: list[Any]) -> QArray:
+    of_codes, of_scales = _entries_of_layout(q, entries)
+
     def spec_of(part: Any) -> Any:
         if part is None:
             return None
-        return PartitionSpec(*(entry if size > 1 else None for entry, size in zip(entries, part.shape, strict=True)))
+        return PartitionSpec(*(entry if size > 1 else None for entry, size in zip(of_scales, part.shape, strict=True)))
 
     permutation = None
     if q.permutation is not None:
         permutation = PartitionSpec(*entries[: q.permutation.ndim - 1], None)
     return dataclasses.replace(
         q,
-        codes=PartitionSpec(*entries),
+        codes=PartitionSpec(*of_codes),
         scale=spec_of(q.scale),
         zero_point=spec_of(q.zero_point),
         offset=spec_of(q.offset),
         permutation=permutation,
     )
+
+
+def _entries_of_layout(q: QArray, entries: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The spec's entries in the order of the axes of the codes, and of the scales (jq4.layouts)."""
+    if q.layout == NEUTRAL:
+        return entries, entries
+    lead, k, n = entries[:-2], entries[q.axis], entries[-3 - q.axis]
+    if q.layout == TPU:
+        return [*lead, k, n], [*lead, k, None, n]
+    return [*lead, n, k], [*lead, n, k]
 
 
 def _check_grouped_axis(q: QArray, entry: Any, mesh: Any, path: str) -> None:
@@ -101,8 +112,8 @@ def _check_grouped_axis(q: QArray, entry: Any, mesh: Any, path: str) -> None:
     if not whole or q.permutation is not None or q.padding:
         raise JQ4Error(
             f"{path}: axis {q.axis} of shape {q.shape} is the grouped one, and {shards} shards over {entry!r} "
-            f"leave {rows:g} rows each; wanted whole groups of {q.group_size} (and whole units of {unit} codes) in each "
-            "shard, in file order. Shard another axis, use fewer shards, or quantize with a smaller group_size"
+            f"leave {rows:g} rows each; wanted whole groups of {q.group_size} (and whole units of {unit} codes) in "
+            "each shard, in file order. Shard another axis, use fewer shards, or quantize with a smaller group_size"
         )
 
 

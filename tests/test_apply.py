@@ -14,6 +14,7 @@ from zoo import LinenScanRemat, arrays_of, model, packed, rows
 
 from jq4.apply import explain, quantized
 from jq4.errors import DensifiedError, JQ4Error
+from jq4.layouts import prepare
 from jq4.qarray import QArray
 from jq4.quantize import quantize
 from jq4.record import DensifiedWarning
@@ -222,8 +223,9 @@ def mesh(kind=AxisType.Auto):
     return Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"), axis_types=(kind, kind))
 
 
+@pytest.mark.parametrize("device_kind", ["cpu", "TPU v6 lite", "NVIDIA H200"])
 @pytest.mark.parametrize("spec", [PartitionSpec(None, "model"), PartitionSpec("model"), PartitionSpec()])
-def test_a_shard_map_inside_cuts_the_packed_weight(spec):
+def test_a_shard_map_inside_cuts_the_packed_weight(spec, device_kind):
     summed = spec and spec[0] == "model"
 
     def product(w, x):
@@ -236,7 +238,7 @@ def test_a_shard_map_inside_cuts_the_packed_weight(spec):
         mapped = jax.shard_map(product, mesh=mesh(), in_specs=(spec, x_spec), out_specs=out_spec)
         return mapped(w, x)
 
-    q, x = packed((32, 12)), jnp.concatenate([rows(1)[0]] * 2, axis=1)
+    q, x = prepare(packed((32, 12)), device_kind), jnp.concatenate([rows(1)[0]] * 2, axis=1)
     g = quantized(f, strict=True)
     close(jax.jit(g)(q, x), x @ q.dequantize())
     assert not g.record.entries

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from zoo import MODELS, Model, arrays_of, model
 
 from jq4.apply import Quantized, quantized
+from jq4.layouts import prepare
 from jq4.qarray import is_qarray
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
@@ -84,9 +85,10 @@ def check_grad_by_float_leaves(use: Use, _):
 
 
 def check_vmap(use: Use, _):
-    stacked = jnp.stack([use.m.x, use.m.x[::-1]])
-    by_input = jax.jit(jax.vmap(use.call, in_axes=(None, 0)))(use.arrays, stacked)
-    close(by_input[0], use.m.expected)
+    if use.m.vmaps_by_x:
+        stacked = jnp.stack([use.m.x, use.m.x[::-1]])
+        by_input = jax.jit(jax.vmap(use.call, in_axes=(None, 0)))(use.arrays, stacked)
+        close(by_input[0], use.m.expected)
     trees = [jnp.stack([array, jnp.zeros_like(array)]) for array in use.arrays]
     by_tree = jax.jit(jax.vmap(use.call, in_axes=(0, None)))(trees, use.m.x)
     close(by_tree[0], use.m.expected)
@@ -156,6 +158,17 @@ def test_there_are_twelve_checks():
 def test_every_weight_is_packed(name):
     m = model(name)
     assert sum(map(is_qarray, jax.tree.leaves(m.qtree, is_leaf=is_qarray))) == m.packed
+
+
+@pytest.mark.parametrize("device_kind", ["TPU v6 lite", "NVIDIA H200"])
+@pytest.mark.parametrize("name", ["linen_scan_remat", "nnx_stack", "equinox", "nnx_attention", "tied_embedding"])
+def test_prepared_trees_run_as_neutral_ones(name, device_kind):
+    m = model(name)
+    f = quantized(m.function, strict=True)
+    arrays, rebuild = arrays_of(prepare(m.qtree, device_kind))
+    close(jax.jit(lambda arrays, x: f(rebuild(arrays), x))(arrays, m.x), m.expected)
+    relaid = {entry.path for entry in f.record.relaid}  # [heads, head, out] contracts two axes: not the prepared form
+    assert relaid == ({"out/kernel"} if name == "nnx_attention" else set())
 
 
 def dense_input_gradient(m: Model, head: Callable[[Any], Any]) -> jax.Array:

@@ -32,6 +32,7 @@ class Model:
     x: Any
     packed: int
     axes: dict[str, int] = dataclasses.field(default_factory=dict)
+    vmaps_by_x: bool = True  # JAX's own ragged_dot has no batching rule for rows alone
 
     @functools.cached_property
     def qtree(self) -> Any:
@@ -199,7 +200,7 @@ def _equinox() -> Model:
 def _mixture_of_experts() -> Model:
     shapes = {"router": (WIDTH, EXPERTS), "up": (EXPERTS, WIDTH, HIDDEN), "down": (EXPERTS, HIDDEN, WIDTH)}
     tree = {name: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)} for name, shape in shapes.items()}
-    return Model(top1_experts, _filled(tree), rows(2), 3)
+    return Model(top1_experts, _filled(tree), rows(2), 3, vmaps_by_x=False)
 
 
 def top1_experts(tree, x):
