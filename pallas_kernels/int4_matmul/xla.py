@@ -10,8 +10,9 @@ ten times slower than a float product, on a TPU it doubles the bytes of the bf16
           Many rows: N tiles of scaled bf16 weights, so that each is one deep dot.
     gpu   int4 [N, K]. Few rows: as on a TPU. Many: scaled weights and one dot, which Triton fuses in this order.
 
-A neutral weight on a TPU or GPU is first re-laid to int4 inside the program, at every call: `jq4.prepare` does it once.
-What has no int4 form (other bits, codebooks) goes by N tiles everywhere. All sums are float32.
+Neutral bytes on a TPU or GPU, and what has no int4 form (other bits, codebooks), go by N tiles everywhere: slower, as
+the bytes are unpacked by vector operations at every call, but in bounded memory (re-laying the whole weight inside the
+program takes more memory than the dense one, by the TPU's compiler). `jq4.prepare` re-lays once. Sums are float32.
 """
 
 import dataclasses
@@ -33,6 +34,9 @@ DECODE_ROWS = 32
 # On a CPU, up to so many rows of x go through [K, N] in blocks of K: narrow tiles of columns stride through memory.
 ROW_BLOCK_ROWS = 8
 
+# Elements of a column tile on a TPU or GPU: enough for a dot to fill the chip, small beside a large weight.
+ACCELERATOR_TILE = 2**22
+
 
 def int4_matmul_xla(x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str, precision: Any = None) -> jax.Array:
     """f32[M, N] = x[M, K] @ W[K, N] for lowering on `platform` ("cpu", "tpu" or "gpu")."""
@@ -40,16 +44,12 @@ def int4_matmul_xla(x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str,
         x, w = x.astype(accumulator(x.dtype)), tiles.flat_scales(w, spec)
         few = x.shape[0] <= ROW_BLOCK_ROWS and spec.orientation == "kn"
         return (by_row_blocks if few else by_column_tiles)(x, w, spec, precision)
-    if has_int4_form(spec):
-        w, spec = as_int4(w, spec, TPU if platform == "tpu" else GPU)
     w = tiles.flat_scales(w, spec)
-    if spec.layout == NEUTRAL:
-        return by_column_tiles(x, w, spec, precision)
-    if x.shape[0] <= DECODE_ROWS:
+    if spec.layout != NEUTRAL and x.shape[0] <= DECODE_ROWS:
         return by_groups(x, w, spec, precision)
-    if platform == "gpu":
+    if spec.layout == GPU and platform == "gpu":
         return _product(x, tiles.weight_fields(w, spec, x.dtype), spec, precision)
-    return by_column_tiles(x, w, spec, precision)
+    return by_column_tiles(x, w, spec, precision, ACCELERATOR_TILE)
 
 
 def has_int4_form(spec: PackedSpec) -> bool:
@@ -79,10 +79,12 @@ def accumulator(dtype: Any) -> Any:
     return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
-def by_column_tiles(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) -> jax.Array:
+def by_column_tiles(
+    x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None, elements: int | None = None
+) -> jax.Array:
     """Tiles of columns, each unpacked to x's dtype and multiplied: at most one tile is ever dense. Scales are flat."""
     n = spec.columns(w.codes.shape)
-    tile = tiles.column_tile(spec, n, tiles.tile_elements(x.shape[0]))
+    tile = tiles.column_tile(spec, n, elements or tiles.tile_elements(x.shape[0]))
     parts = tiles.split_columns(x, spec)
 
     def one(index: Any, size: int) -> jax.Array:

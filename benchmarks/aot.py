@@ -1,0 +1,142 @@
+"""Compile-only devices: the real TPU and GPU compilers on a machine that has neither.
+
+    TPU   libtpu (pip install libtpu) describes a topology and compiles for it.
+    GPU   the CUDA plugin without its CUDA libraries, in a folder of its own:
+              pip install --no-deps --target DIR jax-cuda13-plugin==$JAX jax-cuda13-pjrt==$JAX
+          and JQ4_CUDA_PLUGIN=DIR; the chip is described in benchmarks/targets/.
+
+The environment must be set before jax is imported (`environment`), so everything here runs in its own process:
+
+    python -m benchmarks.aot --device v6e:2x2 --rows 16            # or --device h200
+    {"device": "v6e:2x2", "rows": 16, "layout": "tpu", "temp_bytes": 0, ...}
+
+`temp_bytes` is the compiler's own count of temporaries: below the dense weight's bytes, nothing was unpacked as a whole.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+TARGETS = Path(__file__).parent / "targets"
+CUDA_PLUGIN = "JQ4_CUDA_PLUGIN"
+
+# What jax.devices()[0].device_kind says there, by the name of the topology or target.
+DEVICE_KINDS = {"v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6 lite", "tpu7x": "TPU7x", "h200": "NVIDIA H200"}
+
+
+def environment(device: str) -> dict[str, str]:
+    """The environment in which a process can compile for `device`."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    if is_gpu(device):
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), env[CUDA_PLUGIN]]))
+        env["XLA_FLAGS"] = "--xla_gpu_cuda_data_dir=."
+    else:
+        env.pop("XLA_FLAGS", None)
+    return env
+
+
+def is_gpu(device: str) -> bool:
+    return (TARGETS / f"{device}.txtpb").is_file()
+
+
+def missing(device: str) -> str | None:
+    """Why this machine cannot compile for `device`, or None."""
+    from importlib.util import find_spec
+
+    if is_gpu(device):
+        return None if os.environ.get(CUDA_PLUGIN) else f"{CUDA_PLUGIN} names no folder with the CUDA plugin"
+    return None if find_spec("libtpu") else "libtpu is not installed"
+
+
+def compile_device(device: str) -> Any:
+    """A jax.Device to compile for: a topology ("v6e:2x2", "tpu7x:2x2x1") or a target file's name ("h200")."""
+    from jax.experimental import topologies
+
+    if is_gpu(device):
+        target = (TARGETS / f"{device}.txtpb").read_text()
+        topology = topologies.get_topology_desc("gpu", platform="cuda", target_config=target, topology="1x1x1")
+    else:
+        topology = topologies.get_topology_desc(device, platform="tpu")
+    return topology.devices[0]
+
+
+def compile_for(device: str, function: Any, *args: Any) -> Any:
+    """The compiled executable of `function` on ShapeDtypeStructs `args`, all on one device."""
+    import jax
+
+    sharding = jax.sharding.SingleDeviceSharding(compile_device(device))
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
+    platform = "cuda" if is_gpu(device) else "tpu"
+    return jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,)).compile()
+
+
+def measure_matmul(
+    device: str, rows: int, k: int, n: int, group_size: int, asymmetric: bool, prepared: bool
+) -> dict[str, Any]:
+    """Compiles jq4.matmul and its gradient by x for bf16 rows; the compiler's counts of bytes."""
+    import jax
+    import jax.numpy as jnp
+
+    from jq4.layouts import prepare
+    from jq4.matmul import matmul
+    from jq4.qarray import QArray
+
+    def weight() -> QArray:
+        groups = -(-k // group_size)
+        zero_point = jnp.zeros((groups, n), jnp.uint8) if asymmetric else None
+        codes, scale = jnp.zeros((-(-k // 2), n), jnp.uint8), jnp.zeros((groups, n), jnp.bfloat16)
+        q = QArray(codes, scale, zero_point, group_size=group_size, padding=k % 2, dtype="bfloat16")
+        return prepare(q, DEVICE_KINDS[device.split(":")[0]]) if prepared else q
+
+    q = jax.eval_shape(weight)
+    x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
+    start = time.perf_counter()
+    forward = compile_for(device, matmul, x, q)
+    back = compile_for(device, jax.grad(lambda x, q: jnp.sum(matmul(x, q).astype(jnp.float32))), x, q)
+    return {
+        "device": device, "jax": jax.__version__, "rows": rows, "k": k, "n": n, "group_size": group_size,
+        "asymmetric": asymmetric, "layout": q.layout,
+        "dense_bytes": 2 * k * n, "packed_bytes": q.nbytes,
+        "argument_bytes": forward.memory_analysis().argument_size_in_bytes,
+        "temp_bytes": forward.memory_analysis().temp_size_in_bytes,
+        "gradient_temp_bytes": back.memory_analysis().temp_size_in_bytes,
+        "bytes_accessed": (forward.cost_analysis() or {}).get("bytes accessed"),  # a GPU has none
+        "seconds": round(time.perf_counter() - start, 1),
+    }  # fmt: skip
+
+
+def run_in_its_own_process(*arguments: str, timeout: float = 300) -> list[dict[str, Any]]:
+    """`python -m benchmarks.aot ARGUMENTS`, with the environment its device needs; the JSON lines it printed."""
+    device = arguments[arguments.index("--device") + 1]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.aot", *arguments],
+        env=environment(device), cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"compiling for {device} failed:\n{done.stderr[-3000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", required=True, help='a TPU topology ("v6e:2x2") or a target ("h200")')
+    parser.add_argument("--rows", type=int, nargs="+", default=[16])
+    parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], metavar=("K", "N"))
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--neutral", action="store_true", help="do not prepare the weight for the device")
+    options = parser.parse_args()
+    for rows in options.rows:
+        result = measure_matmul(
+            options.device, rows, *options.shape, options.group_size, options.asymmetric, not options.neutral
+        )
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
