@@ -78,6 +78,15 @@ def split(eqn: Any, values: Values) -> Values:
     return pieces
 
 
+def rev(eqn: Any, values: Values) -> Values:
+    """The weight backwards along axes that are not the grouped one (the kernel of a transposed convolution)."""
+    leaf, axes = values[0], eqn.params["dimensions"]
+    q = qarray_ops.plain_scales(qarray_ops.neutral(leaf.settle(), "rev"))
+    if q.axis % q.ndim in axes or q.permutation is not None:
+        raise NoPackedForm(f"reversing axes {axes} of {q!r}, which would cut through its groups or its row order")
+    return [leaf.holding(jax.tree.map(lambda part: lax.rev(part, axes), q))]
+
+
 def gather(eqn: Any, values: Values) -> Values:
     """Slices that are whole along the grouped axis (`jnp.take`, `w[i]`): the same gather of codes and of scales.
 
@@ -206,6 +215,7 @@ RULES = {
     "slice": slice_,
     "dynamic_slice": dynamic_slice,
     "split": split,
+    "rev": rev,
     "gather": gather,
     "concatenate": concatenate,
     "mul": scale_by_scalar,

@@ -76,6 +76,7 @@ STRUCTURE = {
     "concatenate": lambda w, x: x @ jnp.concatenate([w, w[:, :3]], axis=1),
     "scaled": lambda w, x: x @ (w * 0.5 / 3.0),
     "scaled by an array": lambda w, x: x @ (w * x[0, 0]),
+    "reversed": lambda w, x: x @ jnp.flip(w, axis=1),
     "negated": lambda w, x: x @ -w,
     "stop_gradient": lambda w, x: x @ lax.stop_gradient(w),
     "copy": lambda w, x: x @ jnp.copy(w),
