@@ -26,7 +26,14 @@ TARGETS = Path(__file__).parent / "targets"
 CUDA_PLUGIN = "JQ4_CUDA_PLUGIN"
 
 # What jax.devices()[0].device_kind says there, by the name of the topology or target.
-DEVICE_KINDS = {"v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6 lite", "tpu7x": "TPU7x", "h200": "NVIDIA H200"}
+DEVICE_KINDS = {
+    "v4": "TPU v4",
+    "v5e": "TPU v5e",
+    "v5p": "TPU v5p",
+    "v6e": "TPU v6 lite",
+    "tpu7x": "TPU7x",
+    "h200": "NVIDIA H200",
+}
 
 
 def environment(device: str) -> dict[str, str]:

@@ -8,7 +8,8 @@ ten times slower than a float product, on a TPU it doubles the bytes of the bf16
           with an eighth of its memory (benchmarks/cpu_matmul.py).
     tpu   int4 [K, N]. Few rows: one dot a group, whose convert the compiler fuses, and the partial sums scaled.
           Many rows: N tiles of scaled bf16 weights, so that each is one deep dot.
-    gpu   int4 [N, K]. Few rows: as on a TPU. Many: scaled weights and one dot, which Triton fuses in this order.
+    gpu   int4 [N, K], by the same two forms. (One scaled product of the whole is fused by JAX 0.12's Triton, but
+          JAX 0.10.2 writes its dense weight to memory.)
 
 Neutral bytes on a TPU or GPU, and what has no int4 form (other bits, codebooks), go by N tiles everywhere: slower, as
 the bytes are unpacked by vector operations at every call, but in bounded memory (re-laying the whole weight inside the
@@ -24,7 +25,7 @@ from jax import lax
 
 from pallas_kernels import packing
 from pallas_kernels.int4_matmul import tiles
-from pallas_kernels.int4_matmul.spec import GPU, NEUTRAL, TPU, PackedSpec
+from pallas_kernels.int4_matmul.spec import NEUTRAL, TPU, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 
 # Up to so many rows the partial sums of the groups are scaled; above, the weights are. KERNELS: the crossing lies
@@ -34,8 +35,8 @@ DECODE_ROWS = 32
 # On a CPU, up to so many rows of x go through [K, N] in blocks of K: narrow tiles of columns stride through memory.
 ROW_BLOCK_ROWS = 8
 
-# Elements of a column tile on a TPU or GPU: enough for a dot to fill the chip, small beside a large weight.
-ACCELERATOR_TILE = 2**22
+# Elements of a column tile: enough for a dot to fill the chip, small beside a large weight.
+ACCELERATOR_TILE = {"tpu": 2**22, "gpu": 2**24}
 
 
 def int4_matmul_xla(x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str, precision: Any = None) -> jax.Array:
@@ -47,9 +48,7 @@ def int4_matmul_xla(x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str,
     w = tiles.flat_scales(w, spec)
     if spec.layout != NEUTRAL and x.shape[0] <= DECODE_ROWS:
         return by_groups(x, w, spec, precision)
-    if spec.layout == GPU and platform == "gpu":
-        return _product(x, tiles.weight_fields(w, spec, x.dtype), spec, precision)
-    return by_column_tiles(x, w, spec, precision, ACCELERATOR_TILE)
+    return by_column_tiles(x, w, spec, precision, ACCELERATOR_TILE[platform])
 
 
 def has_int4_form(spec: PackedSpec) -> bool:
@@ -152,10 +151,6 @@ def _constant(scales: list[Any], spec: PackedSpec) -> Any:
     if offset is None:
         return constant
     return offset if constant is None else constant + offset
-
-
-def _product(x: jax.Array, weights: list[jax.Array], spec: PackedSpec, precision: Any) -> jax.Array:
-    return _sum_of_products(tiles.split_columns(x, spec), weights, spec, precision)
 
 
 def _sum_of_products(parts: list[jax.Array], weights: list[jax.Array], spec: PackedSpec, precision: Any) -> jax.Array:
