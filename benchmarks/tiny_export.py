@@ -119,11 +119,13 @@ def export(
     calibration = tiny_corpus.join_documents(corpus.calibration())
     (folder / "calibration.txt").write_text(calibration, encoding="utf-8", newline="\n")
     rows = tiny_corpus.rows_of(tiny_corpus.encode(tokenizer, held_out), options.context)
+    trained_on = tiny_corpus.rows_of(tiny_corpus.encode(tokenizer, calibration), options.context)
     metrics = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "context": options.context,
         "held_out": {"perplexity": perplexity(model, params, rows), "rows": len(rows)},
         "slice": {"perplexity": perplexity(model, params, rows[:SLICE_ROWS]), "rows": SLICE_ROWS},
+        "calibration": {"perplexity": perplexity(model, params, trained_on), "rows": len(trained_on)},
         "training": _training_record(options, about, corpus),
         "held_out_modules": sorted({document.title.partition(".")[0] for document in corpus.held_out}),
         "calibration_documents": [document.title for document in corpus.calibration()],
@@ -190,6 +192,7 @@ there is no network. It writes what looks like Python's documentation. It is no 
 {metrics["held_out"]["rows"]} rows of {options.context} tokens, positions 0 to {options.context - 2} of each; \
 bf16 weights, f32 arithmetic) |
 | of its first {metrics["slice"]["rows"]} rows | {metrics["slice"]["perplexity"]:.3f} |
+| of `calibration.txt`, which it was trained on | {metrics["calibration"]["perplexity"]:.3f} |
 
 ## Data
 

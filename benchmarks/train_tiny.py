@@ -11,6 +11,9 @@ Flax interceptor adds it. The learning rate warms up, stays, and falls to zero o
 (warmup-stable-decay, Hu et al. 2024). Until the fall begins a run does not depend on its length: `--resume` with
 another `--steps` gives what that number would have given from the start, on a machine whose speed is not known
 beforehand. Each step's crops and dropout come from (seed, step), so that a resumed run is the same run.
+
+XLA takes and frees its buffers at every step. With glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in the
+environment keeps them from going back to the system each time, which saves about a fifth of the time.
 """
 
 from __future__ import annotations

@@ -45,13 +45,21 @@ def _ids(tokenizer: Tokenizer, name: str) -> np.ndarray:
     return np.asarray(tokenizer.encode((FOLDER / name).read_text(encoding="utf-8")).ids, np.int32)
 
 
-def _loss(model: tuple[Decoder, Any], rows: np.ndarray) -> float:
+@jax.jit
+def _mean_loss(params: Any, rows: jax.Array) -> jax.Array:
+    logits: Any = Decoder(hf.load_config(FOLDER)).apply({"params": params}, rows[:, :-1])  # f32[R, T - 1, V]
+    chosen = jnp.take_along_axis(logits, rows[:, 1:, None], axis=-1)[..., 0]
+    return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean()
+
+
+def _loss(params: Any, rows: np.ndarray) -> float:
     """Mean cross-entropy in nats over positions 0 to T - 2 of each row."""
-    decoder, params = model
-    logits = np.asarray(jax.jit(decoder.apply)({"params": params}, jnp.asarray(rows[:, :-1])), np.float64)
-    peak = logits.max(axis=-1)
-    log_sum = peak + np.log(np.exp(logits - peak[..., None]).sum(axis=-1))
-    return float((log_sum - np.take_along_axis(logits, rows[:, 1:, None], axis=-1)[..., 0]).mean())
+    return float(np.mean([_mean_loss(params, jnp.asarray(part)) for part in np.split(rows, 4)]))
+
+
+@pytest.fixture(scope="module")
+def dense_loss(model: tuple[Decoder, Any], rows: np.ndarray) -> float:
+    return _loss(model[1], rows)
 
 
 def test_size_is_what_the_card_says(model: tuple[Decoder, Any], metrics: dict[str, Any]) -> None:
@@ -69,24 +77,24 @@ def test_every_matrix_is_in_bf16_and_in_whole_groups() -> None:
         assert all(size % 64 == 0 for size in leaf.shape[-2:] if leaf.ndim > 2)
 
 
-def test_held_out_perplexity_is_the_cards(
-    model: tuple[Decoder, Any], rows: np.ndarray, metrics: dict[str, Any]
-) -> None:
-    assert math.exp(_loss(model, rows)) == pytest.approx(metrics["slice"]["perplexity"], rel=0.01)
+def test_held_out_perplexity_is_the_cards(dense_loss: float, metrics: dict[str, Any]) -> None:
+    assert math.exp(dense_loss) == pytest.approx(metrics["slice"]["perplexity"], rel=0.01)
     assert f"{metrics['held_out']['perplexity']:.3f}" in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
 def test_it_guesses_unseen_documentation_better_than_a_compressor(
-    model: tuple[Decoder, Any], rows: np.ndarray, tokenizer: Tokenizer
+    dense_loss: float, rows: np.ndarray, tokenizer: Tokenizer
 ) -> None:
-    characters = len(tokenizer.decode(rows.reshape(-1).tolist(), skip_special_tokens=False).encode())
-    bits_per_byte = _loss(model, rows) / math.log(2) * rows.size / characters
-    text = (FOLDER / "heldout.txt").read_bytes()
-    assert bits_per_byte < 0.9 * 8 * len(lzma.compress(text, preset=9)) / len(text)
+    """LZMA has read the calibration text before, and all of the slice's rows before each; the model only the row."""
+    known = (FOLDER / "calibration.txt").read_bytes()
+    unseen = tokenizer.decode(rows.reshape(-1).tolist(), skip_special_tokens=False).encode()
+    theirs = 8 * (len(lzma.compress(known + unseen, preset=9)) - len(lzma.compress(known, preset=9)))
+    ours = dense_loss / math.log(2) * rows.size
+    assert ours < theirs
 
 
 def test_four_bits_round_to_nearest_cost_something_but_not_everything(
-    model: tuple[Decoder, Any], rows: np.ndarray
+    model: tuple[Decoder, Any], rows: np.ndarray, dense_loss: float
 ) -> None:
     def rounded(path: Any, leaf: jax.Array) -> jax.Array:  # symmetric, absmax / 7, groups of 32 along K
         if "kernel" not in jax.tree_util.keystr(path):
@@ -95,10 +103,9 @@ def test_four_bits_round_to_nearest_cost_something_but_not_everything(
         scale = np.abs(groups).max(axis=2, keepdims=True) / 7
         return jnp.asarray((np.clip(np.round(groups / scale), -8, 7) * scale).reshape(leaf.shape))
 
-    decoder, params = model
-    packed = jax.tree_util.tree_map_with_path(rounded, params)
-    cost = math.exp(_loss((decoder, packed), rows) - _loss(model, rows)) - 1
-    assert 0.005 < cost < 0.3
+    packed = jax.tree_util.tree_map_with_path(rounded, model[1])
+    cost = math.exp(_loss(packed, rows) - dense_loss) - 1
+    assert 0.01 < cost < 0.3
 
 
 def test_held_out_modules_are_not_in_the_calibration_text(metrics: dict[str, Any]) -> None:
@@ -132,7 +139,7 @@ def test_transformers_opens_it_and_gives_the_same_logits(model: tuple[Decoder, A
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
-    few = rows[:4]
+    few = rows[:2]
     with torch.no_grad():
         theirs = loaded(torch.from_numpy(few.astype(np.int64))).logits.numpy()
     ours = np.asarray(model[0].apply({"params": model[1]}, jnp.asarray(few)))
