@@ -6,16 +6,16 @@
 
 Objective: the next token's cross-entropy over random crops of the training part (`tiny_corpus`), in f32, by Muon
 (Jordan et al. 2024; sized as in Liu et al. 2025), which came to the same loss in fewer steps than AdamW. The text is
-short, so it is read six times over: dropout on both residual branches (Srivastava et al. 2014) keeps the model from
-learning it by heart; the decoder knows nothing of it, a Flax interceptor adds it. The learning rate warms up, stays,
+short, so it is read six times over: dropout on both residual branches (Srivastava et al. 2014) slows its learning
+it by heart; the decoder knows nothing of it, a Flax interceptor adds it. The learning rate warms up, stays,
 and falls to zero over the last part of the run (warmup-stable-decay, Hu et al. 2024). Until the fall begins a run
 does not depend on its length: `--resume` with another `--steps` gives what that number would have given from the
 start, on a machine whose speed is not known beforehand. Each step's crops and dropout come from (seed, step), so that
 a resumed run is the same run.
 
 XLA takes and frees its buffers at every step. With glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in the
-environment keeps them from going back to the system each time, which otherwise
-takes about a quarter of the processor time.
+environment keeps them from going back to the system each time, which otherwise takes about a quarter of the
+processor time.
 """
 
 from __future__ import annotations
