@@ -5,7 +5,8 @@
 The default is TinyStories-656K on the rows that the peers were measured on (97 rows of 256 tokens, mean over the
 positions 0..254 of each; f32; every linear layer but the embedding and the head). The model runs on packed weights
 through `jq4.quantized(strict=True)`. `peer` is the KLD measured there for a peer's RTN
-(llm-compressor 0.14) or HQQ (hqq 0.2.8, float zero points). A name may end in `:float16` or `:float32` for the scales' dtype.
+(llm-compressor 0.14) or HQQ (hqq 0.2.8, float zero points). A name may end in `:float16` or `:float32`, for the dtype
+of the scales.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def recipe_of(name: str) -> jq4.Recipe:
 def measure(folder: Path, ids: np.ndarray, names: list[str], console: Console) -> list[dict[str, Any]]:
     """One row of figures for each recipe."""
     config = load_config(folder)
-    params = load_params(folder, config, dtype=np.float32)
+    params = {"params": load_params(folder, config, dtype=np.float32)}
     model = Decoder(config)
     dense, packed = jax.jit(model.apply), jax.jit(jq4.quantized(model.apply, strict=True))
     kept: dict[bytes, jax.Array] = {}

@@ -15,7 +15,7 @@ def kld_of(shared_data):
     """The mean KLD of a preset's packed model against the dense one, over the 97 rows of 256 tokens."""
     folder = shared_data / "tinystories-656k"
     config = load_config(folder)
-    params, model = load_params(folder, config), Decoder(config)
+    params, model = {"params": load_params(folder, config)}, Decoder(config)
     ids = np.load(folder / "evaluation_ids.npy")
     dense, packed = jax.jit(model.apply), jax.jit(jq4.quantized(model.apply, strict=True))
     batches = {}
