@@ -10,6 +10,7 @@ The figures are for symmetric formats; zero points add a byte a group and column
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -255,6 +256,6 @@ def parse_memory(text: str) -> int:
         amount = float(match[1]) if match else 0.0
     except ValueError:
         amount = 0.0
-    if not match or amount <= 0:
+    if not match or not 0 < amount < math.inf:
         raise JQ4Error(f"memory {text!r}: wanted an amount such as 40GB, 24GiB or 500MB")
     return round(amount * _UNITS[match[2] or ""])

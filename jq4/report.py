@@ -119,7 +119,8 @@ def quantize_table(data: Mapping[str, Any]) -> Table:
         )
     for leaf in data["dense"]:
         sizes = [format_bytes(leaf["dense_nbytes"]), format_bytes(leaf["nbytes"])]
-        rows.append([leaf["path"], " ".join(map(str, leaf["shape"])), f"dense: {leaf['status']}", *sizes, "-"])
+        became = leaf["status"] if leaf["status"] == "packed already" else f"dense: {leaf['status']}"
+        rows.append([leaf["path"], " ".join(map(str, leaf["shape"])), became, *sizes, "-"])
     return make_table(data["destination"], ("leaf", "shape", "became", "from", "to", "SQNR dB"), rows)
 
 

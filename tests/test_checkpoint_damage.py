@@ -264,6 +264,20 @@ def test_a_folder_or_file_that_is_not_ours_is_left_alone(tmp_path):
         restore("gs://bucket/model")
 
 
+def test_a_folder_or_file_that_is_merely_called_data_is_not_ours(tmp_path):
+    (tmp_path / "data-train").mkdir()
+    (tmp_path / "data-train" / "rows.csv").write_text("precious")
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError, match="holds something else"):
+        save(tmp_path, TREE)
+    assert snapshot(tmp_path) == before
+    save(tmp_path / "model", {"n": 1})
+    (tmp_path / "model" / "data-notes.txt").write_text("precious")
+    save(tmp_path / "model", {"n": 2})
+    assert (tmp_path / "model" / "data-notes.txt").read_text() == "precious"
+    assert restore(tmp_path / "model") == {"n": 2}
+
+
 def test_an_empty_folder_is_used_and_overwrite_false_keeps_a_checkpoint(tmp_path):
     save(tmp_path, {"n": 1}, overwrite=False)
     with pytest.raises(CheckpointError, match="a checkpoint is there already; pass overwrite=True"):

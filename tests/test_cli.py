@@ -246,10 +246,28 @@ def test_destinations_that_would_destroy_are_refused(capsys, source, tmp_path):
     assert sorted(source.iterdir()) == before
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
-    assert "not empty and not one of jq4's" in run_error(capsys, "quantize", source, tmp_path / "thesis")
+    assert "holds something else than a jq4 checkpoint" in run_error(capsys, "quantize", source, tmp_path / "thesis")
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter1.tex"]
     (tmp_path / "file").write_text("")
-    assert "is a file" in run_error(capsys, "quantize", source, tmp_path / "file")
+    assert "a file stands there" in run_error(capsys, "quantize", source, tmp_path / "file")
+
+
+def test_the_same_command_goes_on_where_a_first_save_was_killed(capsys, source, tmp_path):
+    (tmp_path / "out" / ".saving" / "data").mkdir(parents=True)
+    (tmp_path / "out" / "data-0123456789abcdef").mkdir()
+    run_json(capsys, "quantize", source, tmp_path / "out", "--recipe", "rtn-w4g32")
+    assert len(list((tmp_path / "out").iterdir())) == 2  # jq4.json and its data
+
+
+def test_quantizing_nothing_and_what_is_packed_already_is_told(capsys, source, packed, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("rules:\n  - {targets: [nothing]}\n")
+    assert main(["quantize", str(source), str(tmp_path / "dense"), "--recipe", str(file)]) == 0
+    captured = capsys.readouterr()
+    assert "- bits a packed weight" in captured.out and "quantized no leaf" in captured.err
+    assert main(["quantize", str(packed), str(tmp_path / "again"), "--recipe", "rtn-w4g32"]) == 0
+    out = capsys.readouterr().out
+    assert "packed already" in out and "dense: packed already" not in out
 
 
 def test_models_that_are_none(capsys, source, tmp_path):
@@ -266,7 +284,11 @@ def test_models_that_are_none(capsys, source, tmp_path):
     assert "neither jq4.json nor safetensors" in run_error(capsys, "inspect", tmp_path / "empty")
 
 
-def test_a_weight_that_is_not_finite_writes_nothing(capsys, source, tmp_path):
+@pytest.mark.parametrize(
+    ("tensor", "leaf"),
+    [("model.layers.1.mlp.up_proj.weight", "mlp/up_proj/kernel"), ("model.norm.weight", "final_norm/scale")],
+)
+def test_a_weight_that_is_not_finite_writes_nothing(capsys, source, tmp_path, tensor, leaf):
     from safetensors.numpy import load_file, save_file
 
     broken = tmp_path / "broken"
@@ -274,10 +296,10 @@ def test_a_weight_that_is_not_finite_writes_nothing(capsys, source, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (broken / name).write_bytes((source / name).read_bytes())
     tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    tensors[tensor].flat[5] = np.nan
     save_file(tensors, broken / "model.safetensors")
     message = run_error(capsys, "quantize", broken, tmp_path / "out", "--recipe", "rtn-w4g32")
-    assert "mlp/up_proj/kernel" in message and "nan" in message
+    assert leaf in message and "nan" in message.lower()
     assert not (tmp_path / "out").exists()
 
 
@@ -289,6 +311,7 @@ def test_a_weight_that_is_not_finite_writes_nothing(capsys, source, tmp_path):
         (np.zeros((2, 8), np.int32), ("--context", "9"), "the rows have 8 tokens, fewer than the context of 9"),
         (np.full((2, 8), 300), (), "token 300 at [0, 0] is outside of the model's vocabulary of 300"),
         (np.zeros((0, 8), np.int32), (), "there are no tokens in it"),
+        (np.int32(3), (), "shape (), wanted a text [n] or rows"),
     ],
 )
 def test_bad_ids_are_told(capsys, source, tmp_path, array, options, message):

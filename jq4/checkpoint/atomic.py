@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jq4.checkpoint.manifest import MANIFEST, FileInfo
+from jq4.checkpoint.manifest import DATA_NAME, MANIFEST, FileInfo
 from jq4.errors import CheckpointError
 
 WORKSPACE = ".saving"
@@ -52,7 +52,7 @@ def check_ours(target: Path) -> None:
     if not target.is_dir():
         raise CheckpointError(f"{target}: a file stands there, wanted a folder; choose another path or remove it")
     found = sorted(entry.name for entry in target.iterdir())
-    if MANIFEST in found or all(name == WORKSPACE or name.startswith("data-") for name in found):
+    if MANIFEST in found or all(name == WORKSPACE or DATA_NAME.fullmatch(name) for name in found):
         return
     raise CheckpointError(
         f"{target}: holds something else than a jq4 checkpoint (found {', '.join(found[:5])}, wanted {MANIFEST}); "
@@ -77,7 +77,7 @@ def install(prepared: Path, target: Path, data: str, files: Mapping[str, FileInf
     sync_folder(target)
     sync_folder(target.parent)
     for other in target.glob("data-*"):
-        if other.name != data:
+        if other.name != data and DATA_NAME.fullmatch(other.name):
             _remove_unless_read(other)
 
 

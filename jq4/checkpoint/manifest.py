@@ -24,6 +24,7 @@ from jq4.qarray import QArray, validate
 MANIFEST = "jq4.json"
 NAME = "jq4-checkpoint"
 VERSION = 1
+DATA_NAME = re.compile(r"data-[0-9a-f]{16}")
 PARTS = ("codes", "scale", "zero_point", "offset", "permutation")
 DTYPES = (
     "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
@@ -32,7 +33,6 @@ DTYPES = (
 )  # fmt: skip
 _SCALARS = {"bool": bool, "int": int, "float": float, "str": str}
 _TAIL = ',\n"checksum": "sha256:%s"\n}\n'
-_DATA = re.compile(r"data-[0-9a-f]{16}")
 _MAX_BYTES = 2**50
 
 
@@ -253,7 +253,7 @@ def _manifest_from_json(found: dict[str, Any], where: str) -> Manifest:
         raise CheckpointError(
             f"{where}: found format {found['format']!r} version {found['version']!r}, wanted {NAME!r}"
         )
-    if not _DATA.fullmatch(found["data"]):
+    if not DATA_NAME.fullmatch(found["data"]):
         raise CheckpointError(f"{where}: found the data folder {found['data']!r}, wanted data-<16 hexadecimal digits>")
     files = {
         check_relative(name, where): FileInfo(_size(info["size"], where), str(info["sha256"]))

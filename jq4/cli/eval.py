@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     held = totals(inventory(model.params))
     reference = None if arguments.reference is None else _models.open_model(arguments.reference)
     ids = tokenize(model, given, arguments.model) if isinstance(given, str) else given
-    context = choose_context(arguments.context, ids.ndim, model.config.max_position_embeddings, len(ids))
+    context = choose_context(arguments.context, ids.ndim, model.config.max_position_embeddings, ids.size)
     rows, dropped = rows_of(ids, context, vocab_size=model.config.vocab_size, name=str(file))
     model = _models.laid_out(model)
     with _terminal.progress("evaluating") as step:

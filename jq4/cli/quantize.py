@@ -29,7 +29,7 @@ DEFAULT_RECIPE = "hqq-w4g64-asym"
 
 def run(arguments: argparse.Namespace) -> None:
     from jq4.cli import _terminal
-    from jq4.report import format_bytes, quantize_table
+    from jq4.report import format_bytes, format_figure, quantize_table
 
     data = pack(arguments)
     if arguments.json:
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     out.print(quantize_table(data))
     out.print(
         f"{format_bytes(data['bytes_before'])} -> {format_bytes(data['bytes'])} held "
-        f"({data['bits_per_weight_packed']:.3f} bits a packed weight, {data['bits_per_weight']:.3f} over all), "
+        f"({format_figure(data['bits_per_weight_packed'])} bits a packed weight, {data['bits_per_weight']:.3f} over all), "
         f"{format_bytes(data['bytes_on_disk'])} in {data['destination']}, {data['seconds']:.1f} s"
     )
 
@@ -67,6 +67,7 @@ def pack(arguments: argparse.Namespace) -> dict[str, Any]:
             progress=lambda leaf: step(len(report.leaves), len(planned.leaves)),
             donate=True,
         )
+    check_dense_leaves(params)
     packed = dataclasses.replace(model, params=params)
     packed.save(destination, recipe=recipe, source=_models.origin(source))
     return {
@@ -81,6 +82,19 @@ def pack(arguments: argparse.Namespace) -> dict[str, Any]:
         "idle_rules": [{"rule": index, "why": why} for index, *_, why in report.idle_rules()],
         "seconds": watch.seconds,
     }
+
+
+def check_dense_leaves(params: Any) -> None:
+    """The packed leaves were checked as they were packed; the norms and tables that stay dense are checked here."""
+    import jax.numpy as jnp
+
+    from jq4.errors import JQ4Error
+    from jq4.paths import flatten_with_paths
+    from jq4.qarray import is_qarray
+
+    for path, leaf in flatten_with_paths(params):
+        if not is_qarray(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
+            raise JQ4Error(f"{path}: holds NaN or Inf, wanted finite weights; repair the checkpoint")
 
 
 def as_row(leaf: Any) -> dict[str, Any]:
@@ -98,7 +112,7 @@ def read_recipe(given: str) -> Any:
 
 def check_destination(source: Path, destination: Path) -> None:
     """Refuses what would destroy something, before any work is done."""
-    from jq4.cli._models import is_checkpoint
+    from jq4.checkpoint.atomic import check_ours
     from jq4.errors import JQ4Error
 
     here, there = source.resolve(), destination.resolve()
@@ -106,10 +120,7 @@ def check_destination(source: Path, destination: Path) -> None:
         raise JQ4Error(
             f"{destination}: lies in, or is, the source {source}; choose another folder for the packed model"
         )
-    if destination.is_file():
-        raise JQ4Error(f"{destination}: is a file, wanted a folder to write")
-    if destination.is_dir() and any(destination.iterdir()) and not is_checkpoint(destination):
-        raise JQ4Error(f"{destination}: is not empty and not one of jq4's; choose a new folder, or empty this one")
+    check_ours(there)
 
 
 def say_of_calibration(calibration: str | None, recipe: Any) -> None:
