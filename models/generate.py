@@ -22,6 +22,7 @@ from models.config import DecoderConfig
 from models.kv_cache import KVCache, empty_cache
 
 _NEVER = jnp.finfo(jnp.float32).min
+_LEAST = float(jnp.finfo(jnp.float32).tiny)  # a smaller temperature or top_p is zero in f32: the likeliest token
 
 
 class _State(NamedTuple):
@@ -58,18 +59,18 @@ def generate(
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
-    _check(tokens, mask, max_new_tokens, temperature, top_k, top_p)
+    _check(tokens, mask, max_new_tokens, temperature, top_k, top_p, seed)
     return _generate(
         params,
         tokens,
         mask,
         jnp.float32(temperature),
-        jnp.float32(top_p),
+        jnp.float32(max(top_p, _LEAST)),
         jax.random.key(seed),
         apply=apply,
         config=config,
         max_new_tokens=max_new_tokens,
-        sample=temperature > 0,
+        sample=temperature >= _LEAST,
         top_k=min(top_k, config.vocab_size),
         nucleus=top_p < 1,
         eos_ids=tuple(eos_ids),
@@ -103,7 +104,8 @@ def _generate(
     def choose(logits: jax.Array, step: jax.Array) -> jax.Array:  # f32[B, V] -> i32[B]
         if not sample:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        kept = keep_likeliest(logits / temperature, top_k, top_p if nucleus else None)
+        below = logits - jnp.max(logits, axis=-1, keepdims=True)  # a low temperature must not overflow the likeliest
+        kept = keep_likeliest(below / temperature, top_k, top_p if nucleus else None)
         keys = jax.random.split(jax.random.fold_in(key, step), batch)
         return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
@@ -157,17 +159,20 @@ def keep_likeliest(logits: jax.Array, top_k: int, top_p: jax.Array | None) -> ja
     return logits
 
 
-def _check(tokens: jax.Array, mask: jax.Array, limit: int, temperature: float, top_k: int, top_p: float) -> None:
+def _check(
+    tokens: jax.Array, mask: jax.Array, limit: int, temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
     if tokens.ndim != 2 or mask.shape != tokens.shape:
         raise JQ4Error(f"tokens {tokens.shape} and mask {mask.shape}: wanted two of one shape [batch, length].")
     empty = np.flatnonzero(~np.asarray(mask).any(axis=-1))
     if empty.size or not tokens.size:
         raise JQ4Error(f"prompt {empty[0] if empty.size else 0} is empty; begin it with at least one token.")
     for name, value, sound, wanted in (
-        ("max_new_tokens", limit, limit >= 1, "at least 1"),
+        ("max_new_tokens", limit, 1 <= limit < 2**31 - tokens.shape[1], "at least 1, and a text below 2**31 tokens"),
         ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
         ("top_k", top_k, top_k >= 0, "0 (all) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"),
+        ("seed", seed, -(2**31) <= seed < 2**32, "32 bits"),
     ):
         if not sound:
             raise JQ4Error(f"{name} is {value}, wanted {wanted}.")

@@ -157,6 +157,14 @@ def test_the_same_seed_draws_the_same_and_rows_differ(params):
     assert not np.array_equal(one[0], one[1])
 
 
+@pytest.mark.parametrize("options", [{"temperature": t} for t in (1e-300, 1e-40, 1e-37)] + [{"top_p": 1e-60}])
+def test_the_least_temperature_and_top_p_take_the_likeliest(params, options):
+    tokens = np.asarray([[5, 6, 7], [8, 9, 10]], np.int32)
+    greedy = generate(DECODER.apply, params, CONFIG, tokens, max_new_tokens=4)
+    drawn = generate(DECODER.apply, params, CONFIG, tokens, max_new_tokens=4, **{"temperature": 1.0, **options})
+    np.testing.assert_array_equal(drawn, greedy)
+
+
 def test_keep_likeliest_always_keeps_the_likeliest():
     logits = jnp.asarray([[0.0, 3.0, 1.0], [5.0, 5.0, -1.0]])
     found = np.asarray(keep_likeliest(logits, 0, jnp.float32(1e-9))) > -1e30
@@ -170,6 +178,8 @@ def test_keep_likeliest_always_keeps_the_likeliest():
         ({"top_p": 0.0}, "top_p is 0.0, wanted more than 0"),
         ({"top_k": -3}, "top_k is -3, wanted 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, wanted at least 1"),
+        ({"max_new_tokens": 2**31}, "max_new_tokens is 2147483648, wanted at least 1, and a text below"),
+        ({"seed": 2**40}, "seed is 1099511627776, wanted 32 bits"),
         ({"mask": np.asarray([[True, True], [False, False]])}, "prompt 1 is empty"),
         ({"mask": np.ones((2, 3), bool)}, r"wanted two of one shape"),
     ],
