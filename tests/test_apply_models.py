@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from zoo import MODELS, Model, arrays_of, model
+from zoo import MODELS, Model, arrays_of, jit, model
 
 from jq4.apply import Quantized, quantized
 from jq4.layouts import prepare
@@ -50,7 +50,7 @@ def check_eager(use: Use, _):
 
 
 def check_jit(use: Use, _):
-    close(jax.jit(use.call)(use.arrays, use.m.x), use.m.expected)
+    close(jit(use.call)(use.arrays, use.m.x), use.m.expected)
 
 
 def check_eval_shape(use: Use, _):
@@ -61,7 +61,7 @@ def check_eval_shape(use: Use, _):
 def check_grad_by_input(use: Use, folder):
     if not use.x_is_float:  # token ids have no gradient
         return check_grad_by_float_leaves(use, folder)
-    packed = jax.jit(jax.grad(lambda x, arrays: jnp.sum(jnp.sin(use.call(arrays, x)))))(use.m.x, use.arrays)
+    packed = jit(jax.grad(lambda x, arrays: jnp.sum(jnp.sin(use.call(arrays, x)))))(use.m.x, use.arrays)
     return close(packed, dense_input_gradient(use.m, jnp.sin))
 
 
@@ -78,8 +78,8 @@ def check_grad_by_float_leaves(use: Use, _):
         return jnp.sum(jnp.sin(function(jax.tree.unflatten(structure, merged), x)))
 
     values = ([leaves[i] for i in floats], m.x)
-    packed = jax.jit(jax.grad(lambda values, x: loss(values, use.f, leaves, x)))(*values)
-    wanted = jax.jit(jax.grad(lambda values, x: loss(values, m.function, dense, x)))(*values)
+    packed = jit(jax.grad(lambda values, x: loss(values, use.f, leaves, x)))(*values)
+    wanted = jit(jax.grad(lambda values, x: loss(values, m.function, dense, x)))(*values)
     jax.tree.map(close, packed, wanted)
     assert not floats or any(jnp.any(gradient != 0) for gradient in packed)
 
@@ -87,24 +87,24 @@ def check_grad_by_float_leaves(use: Use, _):
 def check_vmap(use: Use, _):
     if use.m.vmaps_by_x:
         stacked = jnp.stack([use.m.x, use.m.x[::-1]])
-        by_input = jax.jit(jax.vmap(use.call, in_axes=(None, 0)))(use.arrays, stacked)
+        by_input = jit(jax.vmap(use.call, in_axes=(None, 0)))(use.arrays, stacked)
         close(by_input[0], use.m.expected)
     trees = [jnp.stack([array, jnp.zeros_like(array)]) for array in use.arrays]
-    by_tree = jax.jit(jax.vmap(use.call, in_axes=(0, None)))(trees, use.m.x)
+    by_tree = jit(jax.vmap(use.call, in_axes=(0, None)))(trees, use.m.x)
     close(by_tree[0], use.m.expected)
 
 
 def check_checkpoint(use: Use, _):
     rematerialized = jax.checkpoint(use.call)
     if not use.x_is_float:
-        return close(jax.jit(rematerialized)(use.arrays, use.m.x), use.m.expected)
-    gradient = jax.jit(jax.grad(lambda x, arrays: jnp.sum(rematerialized(arrays, x))))(use.m.x, use.arrays)
+        return close(jit(rematerialized)(use.arrays, use.m.x), use.m.expected)
+    gradient = jit(jax.grad(lambda x, arrays: jnp.sum(rematerialized(arrays, x))))(use.m.x, use.arrays)
     return close(gradient, dense_input_gradient(use.m, lambda out: out))
 
 
 def check_outer_scan(use: Use, _):
     stacked = jnp.stack([use.m.x, use.m.x[::-1]])
-    _, out = jax.jit(lambda arrays, xs: jax.lax.scan(lambda c, x: (c, use.call(arrays, x)), 0, xs))(use.arrays, stacked)
+    _, out = jit(lambda arrays, xs: jax.lax.scan(lambda c, x: (c, use.call(arrays, x)), 0, xs))(use.arrays, stacked)
     close(out[0], use.m.expected)
 
 
@@ -117,12 +117,12 @@ def check_named_sharding(use: Use, _):
         return jax.device_put(leaf, NamedSharding(mesh(), spec))
 
     arrays, _ = arrays_of(jax.tree.map(place, use.m.qtree, is_leaf=is_qarray))
-    close(jax.jit(use.call)(arrays, jax.device_put(use.m.x, NamedSharding(mesh(), DATA))), use.m.expected)
+    close(jit(use.call)(arrays, jax.device_put(use.m.x, NamedSharding(mesh(), DATA))), use.m.expected)
 
 
 def check_shard_map(use: Use, _):
     mapped = jax.shard_map(use.call, mesh=mesh(), in_specs=(WHOLE, DATA), out_specs=DATA)
-    close(jax.jit(mapped)(use.arrays, use.m.x), use.m.expected)
+    close(jit(mapped)(use.arrays, use.m.x), use.m.expected)
 
 
 def check_orbax(use: Use, folder):
@@ -131,7 +131,7 @@ def check_orbax(use: Use, folder):
         checkpointer.save(folder / "tree", named)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(folder / "tree", jax.tree.map(ocp.utils.to_shape_dtype_struct, named))
-    close(jax.jit(use.call)([restored[name] for name in named], use.m.x), use.m.expected)
+    close(jit(use.call)([restored[name] for name in named], use.m.x), use.m.expected)
 
 
 def check_export(use: Use, _):
@@ -166,7 +166,7 @@ def test_prepared_trees_run_as_neutral_ones(name, device_kind):
     m = model(name)
     f = quantized(m.function, strict=True)
     arrays, rebuild = arrays_of(prepare(m.qtree, device_kind))
-    close(jax.jit(lambda arrays, x: f(rebuild(arrays), x))(arrays, m.x), m.expected)
+    close(jit(lambda arrays, x: f(rebuild(arrays), x))(arrays, m.x), m.expected)
     relaid = {entry.path for entry in f.record.relaid}  # [heads, head, out] contracts two axes: not the prepared form
     assert relaid == ({"out/kernel"} if name == "nnx_attention" else set())
 
@@ -174,4 +174,4 @@ def test_prepared_trees_run_as_neutral_ones(name, device_kind):
 def dense_input_gradient(m: Model, head: Callable[[Any], Any]) -> jax.Array:
     """The oracle's gradient of sum(head(f(tree, x))) by x."""
     arrays, rebuild = arrays_of(m.dense)
-    return jax.jit(jax.grad(lambda x, arrays: jnp.sum(head(m.function(rebuild(arrays), x)))))(m.x, arrays)
+    return jit(jax.grad(lambda x, arrays: jnp.sum(head(m.function(rebuild(arrays), x)))))(m.x, arrays)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from zoo import packed
+from zoo import jit, packed
 
 from jq4.apply import quantized
 from jq4.qarray import QArray
@@ -24,8 +24,8 @@ def x_of(*shape, dtype=jnp.float32):
 def same(f, q, *args, close=close):
     """quantized(f) on q gives what f gives on the dense weight, all of it packed."""
     g = quantized(f, strict=True)
-    out = jax.jit(g)(q, *args)
-    wanted = jax.jit(f)(q.dequantize(), *args)
+    out = jit(g)(q, *args)
+    wanted = jit(f)(q.dequantize(), *args)
     jax.tree.map(lambda a, b: close(np.asarray(a, np.float32), np.asarray(b, np.float32)), out, wanted)
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), out, wanted)
     assert not g.record.entries, g.record.report()
@@ -224,7 +224,7 @@ def test_a_weight_passes_through_a_cond_and_a_loop_packed():
 def test_a_stack_scanned_backwards_and_returned_is_still_packed():
     q = packed((3, 24, 24))
     f = quantized(lambda w, x: lax.scan(lambda c, w: (jnp.tanh(c @ w), w), x, w, reverse=True), strict=True)
-    out, stack = jax.jit(f)(q, x_of(2, 24))
+    out, stack = jit(f)(q, x_of(2, 24))
     assert isinstance(stack, QArray)
     close(stack.dequantize(), q.dequantize())
     wanted = x_of(2, 24)
@@ -246,8 +246,8 @@ def test_gradients_through_calls(name):
     def loss(f):
         return lambda x, w: jnp.sum(jnp.sin(jax.tree.leaves(f(w, x))[0]))
 
-    packed_gradient = jax.jit(jax.grad(loss(quantized(CALLS[name], strict=True))))(x, q)
-    close(packed_gradient, jax.jit(jax.grad(loss(CALLS[name])))(x, q.dequantize()))
+    packed_gradient = jit(jax.grad(loss(quantized(CALLS[name], strict=True))))(x, q)
+    close(packed_gradient, jit(jax.grad(loss(CALLS[name])))(x, q.dequantize()))
 
 
 def test_the_users_own_backward_rule_is_kept():
@@ -275,8 +275,8 @@ def test_the_newer_call_like_primitives(flag):
     try:
         f = _made_anew()
         same(f, q, x)
-        packed_gradient = jax.jit(jax.grad(lambda x, q: jnp.sum(quantized(f)(q, x))))(x, q)
-        close(packed_gradient, jax.jit(jax.grad(lambda x, w: jnp.sum(f(w, x))))(x, q.dequantize()))
+        packed_gradient = jit(jax.grad(lambda x, q: jnp.sum(quantized(f)(q, x))))(x, q)
+        close(packed_gradient, jit(jax.grad(lambda x, w: jnp.sum(f(w, x))))(x, q.dequantize()))
     finally:
         jax.config.update(flag, before)
 
