@@ -4,9 +4,10 @@
                     axis = axes[path], or stats.axes[path], or rule.axis, or what the leaf's name says
                     leaf = method(leaf, stats[path], rule.encoding(axis))      (jq4.methods)
 
-Nothing but the leaf in hand is in memory twice, and of a stacked leaf [L, K, N] the work space is a few slices' worth.
-With `donate` the dense leaf is freed as soon as its codes exist. The functions trace: under `jit` and `jax.eval_shape`
-they do the same and leave out only the checks of values.
+Nothing but the leaf in hand is in memory twice, and the work space is that of a few million weights, however large
+the leaf: slices of a stacked leaf and strips of a matrix are worked on one after another (all at once where several
+devices share it). With `donate` the dense leaf is freed as soon as its codes exist. The functions trace: under `jit`
+and `jax.eval_shape` they do the same and leave out only the checks of values.
 
 Which axis is grouped? That which the weight's function contracts, and a tree does not tell it. `axes` (of
 jq4.contraction_axes) or `stats` (of jq4.observe) do. Without them names decide: Flax `kernel` and `w` along -2 (right
@@ -37,7 +38,7 @@ from jq4.rounding import Encoding
 from jq4.rule import Rule
 from jq4.targets import EMBEDDING, LINEAR, axis_by_name
 
-_WORK_ELEMENTS = 2**24  # weights of a stacked leaf that are worked on at a time
+_WORK_ELEMENTS = 2**22  # weights of a leaf that are worked on at a time
 
 
 class IdleRuleWarning(UserWarning):
@@ -73,8 +74,8 @@ def quantize(
     Warns:
       IdleRuleWarning: for a rule that quantized no leaf, saying why.
     """
+    measured = report is not None and report.measure
     report = QuantizeReport() if report is None else report
-    measured = report.measure
     keyed, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)
     uses = Counter(id(leaf) for _, leaf in keyed)
     plan = quantize_report(params, recipe, stats, axes)
@@ -190,7 +191,8 @@ def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> QArray:
             raise JQ4Error(f"{entry.path}: method {rule.method} needs statistics: pass stats=jq4.observe(...)")
     _check_values(entry.path, leaf)
     try:
-        return _quantize_leaf(leaf, statistics, rule.method, rule.encoding(axis), tuple(rule.method_options.items()))
+        options = tuple(rule.method_options.items())
+        return _quantize_leaf(leaf, statistics, rule.method, rule.encoding(axis), options, _work_of(leaf))
     except JQ4Error as error:
         raise JQ4Error(f"{entry.path}: {error}") from None
 
@@ -213,23 +215,63 @@ def _all_finite(leaf: Any) -> jax.Array:
     return jnp.all(jnp.isfinite(leaf))
 
 
-@functools.partial(jax.jit, static_argnames=("method", "encoding", "options"))
+@functools.partial(jax.jit, static_argnames=("method", "encoding", "options", "work"))
 def _quantize_leaf(
-    weight: jax.Array, statistics: Any, method: str, encoding: Encoding, options: tuple[tuple[str, Any], ...]
+    weight: jax.Array,
+    statistics: Any,
+    method: str,
+    encoding: Encoding,
+    options: tuple[tuple[str, Any], ...],
+    work: int | None,
 ) -> QArray:
-    """One leaf [*B, K, N], its stacked slices a few at a time where there are no statistics."""
+    """One leaf [*B, K, N]; where there are no statistics, `work` of its weights or fewer at a time."""
 
     def run(weight: jax.Array) -> QArray:
         return get_method(method).quantize(weight, statistics, encoding, **dict(options))
 
+    if statistics is not None or work is None:
+        return run(weight)
+    return _over_slices(lambda part: _over_columns(run, part, encoding, work), weight, encoding, work)
+
+
+def _over_slices(run: Callable[[jax.Array], QArray], weight: jax.Array, encoding: Encoding, work: int) -> QArray:
+    """`run` on the stacked slices of a weight, a few at a time."""
     leading = weight.shape[: weight.ndim + min(encoding.axis, -2)]
     slices = math.prod(leading)
-    at_once = max(1, _WORK_ELEMENTS * slices // weight.size)
-    if statistics is not None or at_once >= slices:
+    at_once = max(1, work * slices // weight.size)
+    if at_once >= slices:
         return run(weight)
     flat = weight.reshape(slices, *weight.shape[len(leading) :])
     packed = jax.lax.map(run, flat, batch_size=at_once if at_once > 1 else None)
     return jax.tree.map(lambda part: part.reshape(*leading, *part.shape[1:]), packed)
+
+
+def _over_columns(run: Callable[[jax.Array], QArray], weight: jax.Array, encoding: Encoding, work: int) -> QArray:
+    """`run` on strips of a weight, cut along its longest axis but the grouped one, which no group crosses."""
+    others = [axis for axis in range(-weight.ndim, 0) if axis != encoding.axis]
+    if weight.size <= work or encoding.per_tensor or not others:
+        return run(weight)
+    axis = max(others, key=lambda axis: weight.shape[axis])
+    length = weight.shape[axis]
+    width = max(1, length * work // weight.size)
+
+    def strip(i: jax.Array, packed: QArray) -> QArray:
+        start = jnp.minimum(i * width, length - width)  # the last strip overlaps the one before it, with equal codes
+        part = run(jax.lax.dynamic_slice_in_dim(weight, start, width, axis % weight.ndim))
+        return jax.tree.map(
+            lambda whole, piece: jax.lax.dynamic_update_slice_in_dim(whole, piece, start, axis % weight.ndim),
+            packed,
+            part,
+        )
+
+    empty = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(run, weight))
+    return jax.lax.fori_loop(0, -(-length // width), strip, empty)
+
+
+def _work_of(leaf: Any) -> int | None:
+    """How many weights of a leaf are worked on at a time; None, for all, where many devices share it."""
+    sharding = None if _is_traced(leaf) else getattr(leaf, "sharding", None)
+    return _WORK_ELEMENTS if sharding is None or len(sharding.device_set) == 1 else None
 
 
 def _is_traced(leaf: Any) -> bool:

@@ -1,5 +1,6 @@
 """jq4.quantize on trees. Oracle: jq4.quantize_weight leaf by leaf (itself tested against others' in test_rounding)."""
 
+import importlib
 import warnings
 
 import chex
@@ -15,6 +16,8 @@ import jq4
 from jq4.paths import flatten_with_paths
 from jq4.qarray import is_qarray, leaf_nbytes
 from jq4.quantize_report import sqnr
+
+quantize_module = importlib.import_module("jq4.quantize")  # jq4.quantize is the function
 
 
 def _array(*shape, dtype=jnp.float32):
@@ -180,20 +183,39 @@ def test_donate_frees_each_dense_leaf_and_no_other():
     chex.assert_trees_all_equal(q["b"]["kernel"], expected)
 
 
-def test_stacked_leaves_are_worked_on_a_few_slices_at_a_time(monkeypatch):
-    import importlib
+@pytest.mark.parametrize(
+    ("shape", "axis", "preset"),
+    [
+        ((6, 5, 64, 32), -2, "rtn-w4g32"),
+        ((96, 200), -2, "hqq-w4g32-asym"),
+        ((7, 300, 64), -1, "nf4"),
+        ((64, 97), -2, "rtn-w4gt"),
+    ],
+)
+def test_large_leaves_are_worked_on_piece_by_piece(shape, axis, preset, monkeypatch):
+    """Slices of a stacked leaf, strips of a matrix (the last one overlaps): the codes of the whole, in less memory."""
+    weight, rule, work = _array(*shape), jq4.Recipe.preset(preset).rules[0], 4096
+    whole = jq4.quantize({"kernel": weight}, preset, axes={"kernel": axis})["kernel"]
+    monkeypatch.setattr(quantize_module, "_WORK_ELEMENTS", work)
+    arguments = (weight, None, rule.method, rule.encoding(axis), ())
+    pieces = jq4.quantize({"kernel": weight}, preset, axes={"kernel": axis})["kernel"]
+    chex.assert_trees_all_equal(pieces, whole)
+    if rule.method == "hqq":
+        needed = [
+            quantize_module._quantize_leaf.lower(*arguments, size).compile().memory_analysis().temp_size_in_bytes
+            for size in (None, work)
+        ]
+        assert needed[1] < 0.5 * needed[0]
 
-    module = importlib.import_module("jq4.quantize")
-    weight = _array(6, 5, 64, 32)
-    whole = jq4.quantize({"kernel": weight}, "hqq-w4g32-asym")["kernel"]
-    monkeypatch.setattr(module, "_WORK_ELEMENTS", 4 * 64 * 32)
-    rule = jq4.Recipe.preset("hqq-w4g32-asym").rules[0]
-    module._quantize_leaf.clear_cache()
-    lowered = module._quantize_leaf.lower(weight, None, "hqq", rule.encoding(-2), ())
-    sliced = jq4.quantize({"kernel": weight}, "hqq-w4g32-asym")["kernel"]
-    module._quantize_leaf.clear_cache()
-    chex.assert_trees_all_equal(sliced, whole)
-    assert lowered.compile().memory_analysis().temp_size_in_bytes < 16 * 4 * 64 * 32 * 4 + 2 * sliced.nbytes
+
+@pytest.mark.parametrize("spec", [("x", None, None), (None, None, "x"), (None, "x", None)])
+def test_leaves_that_devices_share_stay_shared(spec):
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    weight = _array(8, 256, 16)
+    q = jq4.quantize({"kernel": jax.device_put(weight, sharding)}, "rtn-w4g32")["kernel"]
+    assert q.codes.sharding.is_equivalent_to(sharding, 3) and q.scale.sharding.is_equivalent_to(sharding, 3)
+    chex.assert_trees_all_equal(jax.device_get(q), jax.device_get(jq4.quantize_weight(weight, group_size=32)))
 
 
 def test_progress_is_told_of_every_leaf_in_order():
