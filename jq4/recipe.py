@@ -75,6 +75,8 @@ class Recipe:
         """A recipe from a recipe, a single rule, or a preset's name."""
         if isinstance(value, str):
             return cls.preset(value)
+        if not isinstance(value, Recipe | Rule):
+            raise JQ4Error(f"recipe: found {_shortened(value)}, wanted a jq4.Recipe, a jq4.Rule or a preset's name")
         return cls((value,)) if isinstance(value, Rule) else value
 
     @classmethod
@@ -82,10 +84,10 @@ class Recipe:
         """Reads a YAML or JSON file; a JQ4Error names the file, the key, what it holds and what is wanted."""
         path = Path(path)
         try:
-            value = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+            value = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # JSON is YAML
         except FileNotFoundError:
             raise JQ4Error(f"{path}: no such recipe file") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise JQ4Error(f"{path}: not a readable YAML or JSON file: {error}") from error
         return cls.from_dict(value, str(path))
 
@@ -129,6 +131,16 @@ class Recipe:
         if self.ignores(path, role):
             return None
         return next((i for i, rule in enumerate(self.rules) if rule.matches(path, role)), None)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that is given twice instead of taking the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.YAMLError(f"the key {twice!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def _shortened(value: Any) -> str:

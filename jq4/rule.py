@@ -12,6 +12,7 @@ from jq4.rounding import OBSERVERS, SCALE_DTYPES, Encoding, check_encoding
 
 DENSE_BITS = 16
 _OBSERVER_OPTIONS = ("percentile", "norm", "steps", "max_shrink")
+_WHOLE_OPTIONS = ("steps", "iters", "starts")
 _FORMATS = {("int", bits): f"int{bits}" for bits in (2, 3, 4, 8)} | {("float", 4): "fp4", ("nf", 4): "nf4"}
 
 
@@ -161,17 +162,20 @@ class Rule:
             raise JQ4Error(f"rule: zero_point is {self.zero_point} with symmetric true, wanted none")
         if not self.symmetric:
             self._set("zero_point", self.zero_point or method.asymmetric_zero_point)
-        if not isinstance(self.options, Mapping | tuple | list):
-            raise JQ4Error(f"rule: options is {self.options!r}, wanted a mapping")
-        options = dict(self.options)
+        try:
+            options = dict(self.options)
+        except (TypeError, ValueError):
+            raise JQ4Error(f"rule: options is {self.options!r}, wanted a mapping") from None
         known = (*_OBSERVER_OPTIONS, *method.options)
         for key, value in options.items():
             if key not in known:
                 raise JQ4Error(
                     f"rule: unknown option {key!r} of method {self.method}, wanted one of {', '.join(known)}"
                 )
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise JQ4Error(f"rule: option {key} is {value!r}, wanted a number")
+            kinds = int if key in _WHOLE_OPTIONS else int | float
+            if isinstance(value, bool) or not isinstance(value, kinds) or value != value:  # the last is true of NaN
+                wanted = "a whole number" if key in _WHOLE_OPTIONS else "a number"
+                raise JQ4Error(f"rule: option {key} is {value!r}, wanted {wanted}")
         self._set("options", tuple(sorted(options.items())))
 
 

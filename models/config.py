@@ -16,6 +16,7 @@ from models.rope import ROPE_KINDS, RopeConfig
 
 NO_WINDOW = 2**31 - 1  # a layer that sees all of the text before it
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+_MOST_LAYERS = 10_000  # beyond any model: what follows makes lists of this length before the weights are looked at
 _ROPE_FLOATS = (
     *("low_freq_factor", "high_freq_factor", "attention_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
@@ -57,17 +58,31 @@ class DecoderConfig:
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "DecoderConfig":
         """Reads a parsed config.json. Raises JQ4Error for an unknown architecture, a missing or an impossible value."""
+        try:
+            return cls._from_hf(raw)
+        except JQ4Error:
+            raise
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a value of another kind than ours
+            raise JQ4Error(
+                f"config.json: a value is not of the kind that its key wants ({error}). "
+                "Take the config.json that belongs to the weights."
+            ) from error
+
+    @classmethod
+    def _from_hf(cls, raw: Mapping[str, Any]) -> "DecoderConfig":
         family, text = _family_and_text(raw)
         read = _Reader(family, text)
         heads, width = read.size("num_attention_heads"), read.size("hidden_size")
-        head_dim = int(read.get("head_dim") or width // heads)
-        kv_heads = int(read.get("num_key_value_heads") or heads)
+        head_dim = read.size("head_dim") if read.get("head_dim") else width // heads
+        kv_heads = read.size("num_key_value_heads") if read.get("num_key_value_heads") else heads
         if heads % kv_heads:
             raise read.error("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
         layers, gemma = read.size("num_hidden_layers"), family.startswith("gemma")
+        if layers > _MOST_LAYERS:
+            raise read.error("num_hidden_layers", layers, f"at most {_MOST_LAYERS}")
         sliding = _sliding_layers(read, layers)
         rope, local_rope = _ropes(read, head_dim)
-        window = read.get("sliding_window")
+        window = read.size("sliding_window") if any(sliding) else None
         attention_bias = bool(read.get("attention_bias") or False)
         return cls(
             vocab_size=read.size("vocab_size"),
@@ -79,7 +94,7 @@ class DecoderConfig:
             head_dim=head_dim,
             rope=rope,
             max_position_embeddings=read.size("max_position_embeddings"),
-            windows=tuple(int(window) if is_sliding else NO_WINDOW for is_sliding in sliding) if any(sliding) else (),
+            windows=tuple(window if is_sliding else NO_WINDOW for is_sliding in sliding) if window else (),
             local_rope=local_rope,
             activation=_activation(read, gemma),
             norm_eps=float(read.get("rms_norm_eps")),
@@ -210,6 +225,8 @@ def _rope(read: _Reader, values: Mapping[str, Any], head_dim: int) -> RopeConfig
     factor = values.get("factor")
     if factor is None and kind in ("linear", "dynamic", "llama3"):
         raise read.error("rope factor", None, f"a number, as rope_type {kind!r} stretches by it")
+    if factor is not None and not float(factor) > 0:
+        raise read.error("rope factor", factor, "a number above 0")
     rope = RopeConfig(
         theta=float(values["rope_theta"]),
         head_dim=head_dim,

@@ -57,7 +57,10 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tokenizers.Encoding:
         """The text's tokens; `.ids` are their numbers. Special tokens are those that tokenizer.json adds by itself."""
-        return self.inner.encode(text, add_special_tokens=add_special_tokens)
+        try:
+            return self.inner.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            raise JQ4Error(f"the text {text[:40]!r} is not valid Unicode; give it as UTF-8.") from error
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids, without the tokens that begin and end a text, even where tokenizer.json has them as
@@ -94,10 +97,15 @@ def _token_ids(inner: tokenizers.Tokenizer, settings: list[dict[str, Any]], whic
     for holder in settings:
         ids = holder.get(f"{which}_token_id")
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
+            ids = tuple(ids) if isinstance(ids, list) else (ids,)
+            if not all(type(one) is int for one in ids):
+                raise JQ4Error(
+                    f"{which}_token_id is {holder[f'{which}_token_id']!r}, wanted a token's number or a list."
+                )
+            return ids
         token = holder.get(f"{which}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        found = None if token is None else inner.token_to_id(token)
+        found = inner.token_to_id(token) if isinstance(token, str) else None
         if found is not None:
             return (found,)
     return ()

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jq4
 from jq4.errors import JQ4Error
 from jq4.evaluate import evaluate, rows_of, sqnr_db
 from jq4.inventory import bytes_on_disk, inventory, totals, with_errors
 from jq4.qarray import QArray
+from jq4.quantize_report import QuantizeReport
 
 VOCABULARY = 23
 
@@ -190,3 +192,10 @@ def test_bytes_on_disk_are_those_of_all_files(tmp_path):
     (tmp_path / "y").write_bytes(b"678")
     assert bytes_on_disk(tmp_path) == 8
     assert bytes_on_disk(tmp_path / "y") == 3
+
+
+def test_sqnr_of_a_leaf_of_zeros_is_infinite_in_reports_too():
+    zeros = jnp.zeros((8, 4))
+    report = QuantizeReport()
+    packed = jq4.quantize({"kernel": zeros}, "hqq-w4g4-asym", report=report)["kernel"]
+    assert report.leaves[0].sqnr_db == sqnr_db(zeros, packed) == float("inf")

@@ -126,6 +126,16 @@ def _same_bytes(one: Any, other: Any) -> None:
         assert np.asarray(mine).tobytes() == np.asarray(theirs).tobytes()
 
 
+def test_text_that_is_no_unicode_and_token_ids_that_are_none_are_refused(dense, folder):
+    with pytest.raises(JQ4Error, match="is not valid Unicode"):
+        dense.tokenizer.encode("a\udcff")
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    for wrong in ("x", [[1]], 1.5):
+        files = {"tokenizer.json": tokenizer, "config.json": json.dumps({"eos_token_id": wrong}).encode()}
+        with pytest.raises(JQ4Error, match=r"eos_token_id is .*, wanted a token's number or a list"):
+            Tokenizer.from_files(files.get, "folder")
+
+
 def test_a_folder_without_a_tokenizer_takes_ids_and_refuses_text(folder, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, tmp_path / name)

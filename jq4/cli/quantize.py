@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     out.print(quantize_table(data))
     out.print(
         f"{format_bytes(data['bytes_before'])} -> {format_bytes(data['bytes'])} held "
-        f"({format_figure(data['bits_per_weight_packed'])} bits a packed weight, {data['bits_per_weight']:.3f} over all), "
+        f"({format_figure(data['bits_per_weight_packed'])} bits a packed weight, "
+        f"{data['bits_per_weight']:.3f} over all), "
         f"{format_bytes(data['bytes_on_disk'])} in {data['destination']}, {data['seconds']:.1f} s"
     )
 

@@ -38,6 +38,6 @@ METHODS: dict[str, Method] = {
 
 def get_method(name: str) -> Method:
     """The method called `name`; an error that lists the known ones if there is none."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise JQ4Error(f"unknown method {name!r}: wanted one of {', '.join(METHODS)}")
     return METHODS[name]
