@@ -10,7 +10,8 @@ The environment must be set before jax is imported (`environment`), so everythin
     python -m benchmarks.aot --device v6e:2x2 --rows 16            # or --device h200
     {"device": "v6e:2x2", "rows": 16, "layout": "tpu", "temp_bytes": 0, ...}
 
-`temp_bytes` is the compiler's own count of temporaries: below the dense weight's bytes, nothing was unpacked as a whole.
+`temp_bytes` is the compiler's own count of temporaries: if it is below the dense weight's bytes, nothing was unpacked
+as a whole.
 """
 
 import argparse

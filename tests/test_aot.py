@@ -1,4 +1,4 @@
-"""Oracle: the production compilers of TPUs and of an H200, which count the memory that a program needs without the chip.
+"""Oracle: the production compilers of TPUs and of an H200, which count what memory a program needs without the chip.
 
 A packed product whose temporaries are below the dense weight's bytes cannot have unpacked it as a whole.
 """

@@ -81,6 +81,7 @@ def small_tiles(monkeypatch):
     """Tiles of 32 rows or columns, so that loops and their remainders run at test sizes."""
     monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1)
     monkeypatch.setattr(tiling, "TILE_ELEMENTS_OF_ONE_ROW", 1)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,7 +99,9 @@ def test_every_form_in_small_tiles_matches_float64(case, small_tiles):
 
     @jax.jit
     def run(few, many, packed):
-        out = [(by_column_tiles(few, packed, w.spec), few), (by_row_blocks(few, packed, w.spec), few)]
+        out = [(by_column_tiles(x, packed, w.spec), x) for x in (few, few[:1])]
+        if w.spec.orientation == "kn":
+            out += [(by_row_blocks(x, packed, w.spec), x) for x in (few, few[:1])]
         if has_int4_form(w.spec):
             for platform in ("tpu", "gpu"):  # re-laid inside at every call, and once before
                 out += [(int4_matmul_xla(few, packed, w.spec, platform=platform), few)]
@@ -273,8 +276,8 @@ def test_unasked_cotangents_are_not_computed():
         program = jax.jit(jax.grad(loss, argnums)).lower(x, w.packed.scale).compile().as_text()
         return len(re.findall(r" dot\(|custom-call\(", program))
 
-    assert products(0) == 4  # two fields forwards, two backwards
-    assert products((0, 1)) == 6  # and x^T dy of two fields
+    assert products(0) == 3  # one forwards, two fields backwards
+    assert products((0, 1)) == 5  # and x^T dy of two fields
 
 
 def test_errors_name_what_was_found_and_wanted():

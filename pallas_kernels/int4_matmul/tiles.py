@@ -25,10 +25,10 @@ from jax import lax
 from pallas_kernels import packing
 from pallas_kernels.int4_matmul.spec import NEUTRAL, TPU, PackedSpec
 
-# Floats of one tile: they stay in a CPU's cache, yet are enough for a matrix product to run at full speed, which
-# takes more of them when there is more than one row of x.
+# Floats of one tile: they stay in a CPU's cache, yet are enough for a product to run at full speed. One row of x is
+# bound by the unpacking, and gains from fewer, larger steps.
 TILE_ELEMENTS = 2**20
-TILE_ELEMENTS_OF_ONE_ROW = 2**19
+TILE_ELEMENTS_OF_ONE_ROW = 2**21
 
 # A weight smaller than a tile is still cut in so many, down to tiles of so many floats: unpacked as a whole it would
 # take as much as the dense one.
@@ -74,7 +74,7 @@ def columns(w: Packed, spec: PackedSpec, start: Any, size: int) -> Packed:
 
 
 def tile_elements(rows_of_x: int) -> int:
-    """How many floats a tile should have."""
+    """How many floats a tile should have on a CPU."""
     return TILE_ELEMENTS_OF_ONE_ROW if rows_of_x == 1 else TILE_ELEMENTS
 
 
@@ -120,14 +120,27 @@ def rows(w: Packed, spec: PackedSpec, block: Any, size: int, length: int) -> tup
     return Packed(codes, *map(cut, w[1:])), sub
 
 
-def over_tiles(length: int, tile: int, function: Callable[[Any, int], jax.Array], axis: int) -> jax.Array:
+def on_all_threads(index: jax.Array) -> jax.Array:
+    """The index of a loop, by way of a sort that changes nothing.
+
+    From JAX 0.12 on, XLA's CPU compiler turns a loop whose body calls nothing into one single-threaded function. A
+    body with one row of x calls nothing; a sort it must call, and the loop stays one of parallel kernels: 1.1 ms
+    instead of 1.8 at 4096 x 4096 on two cores (benchmarks/cpu_matmul.py).
+    """
+    return lax.sort(jnp.stack([index, index]))[0]
+
+
+def over_tiles(
+    length: int, tile: int, function: Callable[[Any, int], jax.Array], axis: int, threads: bool = False
+) -> jax.Array:
     """Concatenates function(tile_index, size) along `axis`: whole tiles in one loop, the rest after it."""
     whole = length // tile
     parts = []
     if whole == 1:
         parts.append(function(0, tile))
     elif whole:
-        stacked = lax.map(lambda i: function(i, tile), jnp.arange(whole))  # [tiles, ..., tile, ...]
+        index_of = on_all_threads if threads else lambda i: i
+        stacked = lax.map(lambda i: function(index_of(i), tile), jnp.arange(whole))  # [tiles, ..., tile, ...]
         moved = jnp.moveaxis(stacked, 0, axis % (stacked.ndim - 1))
         at = axis % (stacked.ndim - 1)
         parts.append(moved.reshape(*moved.shape[:at], whole * tile, *moved.shape[at + 2 :]))
@@ -149,6 +162,25 @@ def weight_fields(w: Packed, spec: PackedSpec, dtype: Any) -> list[jax.Array]:
             weight = weight + _of_field(w.offset, i, spec, levels)
         weights.append(weight.astype(dtype))
     return weights
+
+
+def stacks(spec: PackedSpec) -> bool:
+    """Whether `stacked_weights` can serve: [K, N] bytes whose fields share their scales."""
+    aligned = spec.num_groups == 1 or spec.group_size % unit_of(spec) == 0
+    return spec.layout == NEUTRAL and spec.orientation == "kn" and 8 % spec.bits == 0 and aligned
+
+
+def stacked_weights(w: Packed, spec: PackedSpec, dtype: Any) -> jax.Array:
+    """All fields, one after the other, `dtype`[unit * rows, N]: one kernel and one product instead of `unit`."""
+    shifts = jnp.arange(unit_of(spec), dtype=jnp.uint8) * jnp.uint8(spec.bits)
+    codes = (w.codes[None] >> shifts[:, None, None]) & jnp.uint8(2**spec.bits - 1)  # u8[unit, rows, N]
+    weight = _levels(codes, spec)
+    if w.zero_point is not None:
+        weight = weight - _of_field(w.zero_point.astype(jnp.float32) - float(spec.center), 0, spec, w.codes)[None]
+    weight = weight * _of_field(w.scale, 0, spec, w.codes)[None]
+    if w.offset is not None:
+        weight = weight + _of_field(w.offset, 0, spec, w.codes)[None]
+    return weight.reshape(-1, weight.shape[-1]).astype(dtype)
 
 
 def level_fields(w: Packed, spec: PackedSpec) -> list[jax.Array]:

@@ -90,26 +90,31 @@ def by_column_tiles(
         weights = tiles.weight_fields(tiles.columns(w, spec, index * tile, size), spec, x.dtype)
         return _sum_of_products(parts, weights, spec, precision)  # [M, size]
 
-    return tiles.over_tiles(n, tile, one, axis=-1)
+    return tiles.over_tiles(n, tile, one, axis=-1, threads=elements is None and x.shape[0] == 1)
 
 
 def by_row_blocks(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) -> jax.Array:
-    """Blocks of rows, each unpacked to x's dtype, multiplied and added up. Scales are flat."""
-    size = tiles.row_block(spec, spec.columns(w.codes.shape), tiles.tile_elements(x.shape[0]))
+    """Blocks of rows of [K, N], each unpacked to x's dtype, multiplied and added up. Scales are flat."""
+    n, one_row = spec.columns(w.codes.shape), x.shape[0] == 1
+    size = tiles.row_block(spec, n, tiles.tile_elements(x.shape[0]))
     per_block = size // tiles.unit_of(spec)
-    parts = tiles.split_columns(x, spec)
+    fields = jnp.stack(tiles.split_columns(x, spec), 1)  # [M, unit, rows]
 
     def one(index: Any, length: int) -> jax.Array:
         block, sub = tiles.rows(w, spec, index, size, length)
-        weights = tiles.weight_fields(block, sub, x.dtype)
-        count = weights[0].shape[spec.k_axis]
-        pieces = [lax.dynamic_slice_in_dim(part, index * per_block, count, 1) for part in parts]
-        return _sum_of_products(pieces, weights, spec, precision)  # [M, N]
+        count = block.codes.shape[0] // (w.codes.shape[0] // fields.shape[-1])
+        rows = lax.dynamic_slice_in_dim(fields, index * per_block, count, 2)  # [M, unit, count]
+        if tiles.stacks(spec):
+            parts, weights = [rows.reshape(rows.shape[0], -1)], [tiles.stacked_weights(block, sub, x.dtype)]
+        else:
+            parts, weights = list(jnp.unstack(rows, axis=1)), tiles.weight_fields(block, sub, x.dtype)
+        return _sum_of_products(parts, weights, spec, precision)  # [M, N]
 
+    index_of = tiles.on_all_threads if one_row else lambda i: i
     whole, rest = divmod(spec.length, size)
     out = one(0, min(size, spec.length))
     if whole > 1:
-        out, _ = lax.scan(lambda total, i: (total + one(i, size), None), out, jnp.arange(1, whole))
+        out, _ = lax.scan(lambda total, i: (total + one(index_of(i), size), None), out, jnp.arange(1, whole))
     return out + one(whole, rest) if whole and rest else out
 
 
