@@ -2,9 +2,10 @@
 
     python -m benchmarks.transform [--json FILE]
 
-32 gated residual layers, not scanned (96 products to trace), are lowered dense and packed. A small function is called jitted,
-plain and through the transform, both on the same packed program, interleaved: the ratio of the best times says what a
-call costs beyond plain jit. A 12-layer scanned Llama is compiled dense and packed: XLA's own count of temporaries.
+32 gated residual layers, not scanned (96 products to trace), are lowered dense and packed. A small function is called
+jitted, plain and through the transform, both on the same packed program, interleaved: the ratio of the best times says
+what a call costs beyond plain jit. A 12-layer scanned Llama is compiled dense and packed: XLA's own count of
+temporaries.
 """
 
 import argparse

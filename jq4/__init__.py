@@ -1,10 +1,10 @@
 """INT4 as a first-class citizen of JAX: quantize any model's weights, keep them packed from disk to matmul.
 
-    recipe  = jq4.Recipe.preset("hqq-w4g64-asym")
-    qparams = jq4.quantize(params, recipe)                        # params -> params, QArray leaves; pure
-    logits  = jax.jit(jq4.quantized(model.apply))({"params": qparams}, tokens)
-    jq4.save("model.jq4", qparams)                                # packed Orbax, self-describing, versioned
-    qparams = jq4.restore("model.jq4")
+recipe  = jq4.Recipe.preset("hqq-w4g64-asym")
+qparams = jq4.quantize(params, recipe)                        # params -> params, QArray leaves; pure
+logits  = jax.jit(jq4.quantized(model.apply))({"params": qparams}, tokens)
+jq4.save("model.jq4", qparams)                                # packed Orbax, self-describing, versioned
+qparams = jq4.restore("model.jq4")
 """
 
 from jq4.apply import Quantized as Quantized

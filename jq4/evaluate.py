@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq4.errors import JQ4Error
-from jq4.qarray import is_qarray
+from jq4.sqnr import sqnr
 
 LogitsFunction = Callable[[jax.Array], jax.Array]  # i32[B, T] -> float[B, T, V]
 KLD_PERCENTILES = (50, 90, 99)
@@ -189,23 +189,5 @@ def rows_of(ids: Any, context: int | None, *, vocab_size: int, name: str = "ids"
 
 
 def sqnr_db(weight: Any, approximation: Any) -> float:
-    """Signal to quantization noise of one leaf, 10 log10(sum w^2 / sum (w - w')^2) in dB; inf where nothing differs.
-
-    `approximation` is an array or a QArray of the same shape. Roughly six dB are one bit.
-    """
-    signal, noise = (float(value) for value in _signal_and_noise(weight, approximation))
-    if noise == 0.0:
-        return float("inf")
-    return float(10 * np.log10(signal / noise)) if signal > 0.0 else float("-inf")
-
-
-@jax.jit
-def _signal_and_noise(weight: Any, approximation: Any) -> tuple[jax.Array, jax.Array]:
-    exact, near = _as_float32(weight), _as_float32(approximation)
-    if exact.shape != near.shape:
-        raise JQ4Error(f"shapes {exact.shape} and {near.shape} cannot be compared leaf by leaf")
-    return jnp.sum(jnp.square(exact)), jnp.sum(jnp.square(exact - near))
-
-
-def _as_float32(weight: Any) -> jax.Array:
-    return weight.dequantize(jnp.float32) if is_qarray(weight) else jnp.asarray(weight, jnp.float32)
+    """`jq4.sqnr.sqnr` as a number: signal to quantization noise of one leaf in dB; inf where nothing differs."""
+    return float(sqnr(weight, approximation))

@@ -26,7 +26,7 @@ def flatten_with_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = is_qar
 
 
 def find_path(known: Mapping[str, Any], path: str) -> Any:
-    """What is known of the leaf at `path`, or None: the same path, or the only one that ends in it (or that it ends in).
+    """What is known of the leaf at `path`, or None: the same path, or the only one that ends in it or that it ends in.
 
     A function is often traced on {"params": params} and the recipe applied to `params` alone, so one path may lack
     the other's first names.

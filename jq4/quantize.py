@@ -32,10 +32,11 @@ from jq4.errors import JQ4Error
 from jq4.methods import get_method
 from jq4.paths import find_path, leaf_path
 from jq4.qarray import QArray, is_qarray
-from jq4.quantize_report import LeafReport, QuantizeReport, sqnr
+from jq4.quantize_report import LeafReport, QuantizeReport
 from jq4.recipe import Recipe
 from jq4.rounding import Encoding
 from jq4.rule import Rule
+from jq4.sqnr import sqnr
 from jq4.targets import EMBEDDING, LINEAR, axis_by_name
 
 _WORK_ELEMENTS = 2**22  # weights of a leaf that are worked on at a time
@@ -189,7 +190,7 @@ def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> QArray:
         statistics = find_path(stats or {}, entry.path)
         if statistics is None:
             raise JQ4Error(f"{entry.path}: method {rule.method} needs statistics: pass stats=jq4.observe(...)")
-    _check_values(entry.path, leaf)
+    _check_values(entry.path, leaf, rule)
     try:
         options = tuple(rule.method_options.items())
         return _quantize_leaf(leaf, statistics, rule.method, rule.encoding(axis), options, _work_of(leaf))
@@ -197,9 +198,18 @@ def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> QArray:
         raise JQ4Error(f"{entry.path}: {error}") from None
 
 
-def _check_values(path: str, leaf: Any) -> None:
-    """Raises JQ4Error for a NaN or an Inf; a tracer has no values to look at."""
-    if _is_traced(leaf) or bool(_all_finite(leaf)):
+def _check_values(path: str, leaf: Any, rule: Rule) -> None:
+    """Raises JQ4Error for a NaN, an Inf, or more than scales can hold; a tracer has no values to look at."""
+    if _is_traced(leaf):
+        return
+    largest = float(_largest(leaf))
+    if math.isfinite(largest):
+        limit = float(jnp.finfo(rule.scale_dtype).max)
+        if largest > limit:
+            raise JQ4Error(
+                f"{path}: a weight of magnitude {largest:.4g} may need a scale that {rule.scale_dtype} cannot hold (at "
+                f"most {limit:.4g}): wanted scale_dtype bfloat16 or float32 in the recipe"
+            )
         return
     values = np.asarray(leaf).astype(np.float32)
     bad = ~np.isfinite(values)
@@ -211,8 +221,9 @@ def _check_values(path: str, leaf: Any) -> None:
 
 
 @jax.jit
-def _all_finite(leaf: Any) -> jax.Array:
-    return jnp.all(jnp.isfinite(leaf))
+def _largest(leaf: Any) -> jax.Array:
+    """max |w|, f32[]: NaN or infinite where any weight is."""
+    return jnp.max(jnp.abs(leaf)).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "encoding", "options", "work"))

@@ -121,15 +121,5 @@ class QuantizeReport:
         return idle
 
 
-@jax.jit
-def sqnr(weight: Any, q: QArray) -> jax.Array:
-    """10 log10(sum w**2 / sum (w - dequantized)**2), f32[] in decibels; inf where nothing was lost."""
-    weight = jnp.asarray(weight).astype(jnp.float32)
-    noise = jnp.sum(jnp.square(weight - q.dequantize(jnp.float32)))
-    lossless = noise == 0
-    ratio = jnp.sum(jnp.square(weight)) / jnp.where(lossless, jnp.ones_like(noise), noise)
-    return jnp.where(lossless, jnp.inf, 10 * jnp.log10(ratio))
-
-
 def _has_bytes(dtype: Any) -> bool:
     return not jnp.issubdtype(dtype, jax.dtypes.extended)  # a PRNG key's bytes are its own affair

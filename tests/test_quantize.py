@@ -15,7 +15,7 @@ from flax import nnx
 import jq4
 from jq4.paths import flatten_with_paths
 from jq4.qarray import is_qarray, leaf_nbytes
-from jq4.quantize_report import sqnr
+from jq4.sqnr import sqnr
 
 quantize_module = importlib.import_module("jq4.quantize")  # jq4.quantize is the function
 
@@ -317,3 +317,9 @@ def test_bad_requests_are_named():
         jq4.quantize({"kernel": _array(4, 4)}, jq4.Rule("Linear", method="hqq", options={"lp_norm": 0}))
     with pytest.raises(jq4.JQ4Error, match="wants the method 'magic'"):
         jq4.quantize({"kernel": _array(4, 4)}, "magic-w4g32")
+
+
+def test_weights_that_the_scale_dtype_cannot_hold_are_refused():
+    rule = jq4.Rule(("Linear",), group_size=8, scale_dtype="float16")
+    with pytest.raises(jq4.JQ4Error, match=r"kernel: a weight of magnitude 1e\+06 may need a scale that float16"):
+        jq4.quantize({"kernel": jnp.full((8, 8), 1e6)}, rule)
