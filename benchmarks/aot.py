@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.int4_matmul.shapes import SHAPES
+
 TARGETS = Path(__file__).parent / "targets"
 CUDA_PLUGIN = "JQ4_CUDA_PLUGIN"
 
@@ -134,15 +136,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", required=True, help='a TPU topology ("v6e:2x2") or a target ("h200")')
     parser.add_argument("--rows", type=int, nargs="+", default=[16])
-    parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], metavar=("K", "N"))
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], metavar=("K", "N"))
+    size.add_argument("--named", choices=sorted(SHAPES), help="a shape of a real model")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--neutral", action="store_true", help="do not prepare the weight for the device")
     options = parser.parse_args()
+    k, n = SHAPES[options.named] if options.named else options.shape
     for rows in options.rows:
-        result = measure_matmul(
-            options.device, rows, *options.shape, options.group_size, options.asymmetric, not options.neutral
-        )
+        result = measure_matmul(options.device, rows, k, n, options.group_size, options.asymmetric, not options.neutral)
         print(json.dumps(result), flush=True)
 
 

@@ -1,6 +1,6 @@
 """Packed products on a CPU against `jnp.dot` of the dense float32 weight, in one run.
 
-    python -m benchmarks.cpu_matmul [--shape K N] [--rows 1 16 64] [--seconds S] [--json FILE]
+    python -m benchmarks.cpu_matmul [--shape K N | --named NAME] [--rows 1 16 64] [--seconds S] [--json FILE]
 
 A call is what decoding does: x by WEIGHTS different weights, one after the other, so that weights come from memory and
 temporaries from the cache; times are of one product. Every form is called in turn, again and again, until the time is
@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
@@ -36,6 +37,7 @@ from rich.table import Table
 
 from pallas_kernels.int4_matmul import PackedSpec, int4_matmul
 from pallas_kernels.int4_matmul.reference import int4_matmul_reference
+from pallas_kernels.int4_matmul.shapes import SHAPES
 
 WEIGHTS = 4
 SLOW = 5.0  # times the float32 product
@@ -175,15 +177,24 @@ def machine() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
+def commit() -> str:
+    """The commit that was measured; with a + if its files had been changed since."""
+    described = ["git", "describe", "--always", "--abbrev=12", "--exclude", "*", "--dirty=+"]
+    done = subprocess.run(described, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], metavar=("K", "N"))
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], metavar=("K", "N"))
+    size.add_argument("--named", choices=sorted(SHAPES), help="a shape of a real model")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=15.0, help="time for each number of rows")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
-    k, n = options.shape
+    k, n = SHAPES[options.named] if options.named else options.shape
     results = [r for m in options.rows for r in measure(k, n, m, options.group_size, options.seconds)]
     show(results, f"x[M, {k}] @ W[{k}, {n}], groups of {options.group_size}, JAX {jax.__version__}, {machine()}")
     if options.json:
@@ -192,6 +203,7 @@ def main() -> None:
             "command": f"python -m benchmarks.cpu_matmul --shape {k} {n} --rows {' '.join(map(str, options.rows))} "
             f"--group-size {options.group_size} --seconds {options.seconds:g}",
             "date": date.today().isoformat(),
+            "commit": commit(),
             "machine": machine(),
             "load": [round(load, 1) for load in os.getloadavg()],
             "python": platform.python_version(),
