@@ -202,8 +202,8 @@ def _check_values(path: str, leaf: Any, rule: Rule) -> None:
     """Raises JQ4Error for a NaN, an Inf, or more than scales can hold; a tracer has no values to look at."""
     if _is_traced(leaf):
         return
-    largest = float(_largest(leaf))
-    if math.isfinite(largest):
+    finite, largest = map(float, _finite_and_largest(leaf))
+    if finite:
         limit = float(jnp.finfo(rule.scale_dtype).max)
         if largest > limit:
             raise JQ4Error(
@@ -221,9 +221,9 @@ def _check_values(path: str, leaf: Any, rule: Rule) -> None:
 
 
 @jax.jit
-def _largest(leaf: Any) -> jax.Array:
-    """max |w|, f32[]: NaN or infinite where any weight is."""
-    return jnp.max(jnp.abs(leaf)).astype(jnp.float32)
+def _finite_and_largest(leaf: Any) -> tuple[jax.Array, jax.Array]:
+    """Whether all weights are finite, and max |w|, f32[] (which XLA may compute without regard to a NaN)."""
+    return jnp.all(jnp.isfinite(leaf)), jnp.max(jnp.abs(leaf)).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "encoding", "options", "work"))
