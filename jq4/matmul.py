@@ -81,6 +81,8 @@ def dot_general(
       NoPackedForm: the grouped axis is not contracted.
     """
     wanted = _result_of(x, q, dimension_numbers, weight_side, preferred_element_type)
+    if 0 in wanted.shape:
+        return jnp.zeros(wanted.shape, wanted.dtype)
     contract, batch = dimension_numbers
     if weight_side == "lhs":
         contract, batch = contract[::-1], batch[::-1]

@@ -65,6 +65,13 @@ def test_matmul_broadcasts_as_jnp_does(w_shape, x_shape):
     close(matmul(x, q), wanted)
 
 
+def test_no_rows_of_x_give_no_rows():
+    q = weight((12, 5), -2, 4)
+    for x in (normal(0, 12), normal(3, 0, 12)):
+        close(matmul(x, q), jnp.matmul(x, q.dequantize()))
+        assert jax.grad(lambda x: jnp.sum(matmul(x, q)))(x).shape == x.shape
+
+
 def test_dtypes_are_those_of_the_dense_product():
     q = weight((12, 5), -2, 4, dtype="bfloat16")
     x = normal(3, 12).astype(jnp.bfloat16)
