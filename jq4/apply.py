@@ -67,9 +67,11 @@ class PackedInterpreter(Interpreter):
         inner.tangents = True
         return inner
 
-    def before_slicing(self, value: PackedLeaf) -> PackedLeaf:
+    def before_slicing(self, value: PackedLeaf, eqn: Any) -> Any:
         """Every part with the leading axis of the weight, which no pending transpose moves."""
         leaf = value if len(value.order) < value.ndim else value.holding(value.settle())
+        if leaf.grouped_axis == 0:
+            return self.densify(value, eqn, "the scan slices it along its grouped axis")
         q = qarray_ops.plain_scales(leaf.q)
         length = q.shape[0]
         if q.permutation is not None and q.permutation.ndim == 1:
@@ -119,9 +121,9 @@ class Quantized:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_qarray)
+        self.record.clear()
         if not any(map(is_qarray, leaves)):
             return self.function(*args, **kwargs)
-        self.record.clear()
         values = _name_packed(args, kwargs, leaves)
         dynamic = [place for place, value in enumerate(values) if is_packed(value) or _is_array(value)]
         outputs = _Outputs()

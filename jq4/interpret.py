@@ -43,8 +43,8 @@ class Interpreter:
         """The array that a special value stands for, because `eqn` needs it."""
         raise NotImplementedError
 
-    def before_slicing(self, value: Any) -> Any:
-        """A special value in the form whose every leaf can be cut along its leading axis (for scan)."""
+    def before_slicing(self, value: Any, eqn: Any) -> Any:
+        """A special value in the form whose every leaf can be cut along its leading axis (for scan), or densified."""
         return value
 
     def enter_shard_map(self, value: Any, spec: Any, mesh: Any) -> tuple[Any, Any]:
@@ -154,7 +154,7 @@ class Interpreter:
         num_consts, num_carry = jax_compat.scan_counts(eqn)
         jaxpr = eqn.params["jaxpr"]
         consts, carry, xs = values[:num_consts], values[num_consts:][:num_carry], values[num_consts + num_carry :]
-        xs = [self.before_slicing(x) if self.is_special(x) else x for x in xs]
+        xs = [self.before_slicing(x, eqn) if self.is_special(x) else x for x in xs]
         fixed, moving = self.split_carry(eqn, carry, jaxpr, num_consts)
 
         def body(moving: Values, slices: Values) -> tuple[Values, Values]:

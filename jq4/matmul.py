@@ -81,6 +81,7 @@ def dot_general(
       NoPackedForm: the grouped axis is not contracted.
     """
     wanted = _result_of(x, q, dimension_numbers, weight_side, preferred_element_type)
+    _refuse_other_than_floats(wanted.dtype)
     if 0 in wanted.shape:
         return jnp.zeros(wanted.shape, wanted.dtype)
     contract, batch = dimension_numbers
@@ -131,10 +132,13 @@ def ragged_dot(
     wanted = jax.eval_shape(
         lambda x, w, sizes: lax.ragged_dot(x, w, sizes, preferred_element_type=preferred_element_type), *operands
     )
+    _refuse_other_than_floats(wanted.dtype)
     if q.axis != -2 or q.ndim != 3:
         raise NoPackedForm(f"ragged_dot contracts axis -2 of [E, K, N], but {q!r} is grouped along axis {q.axis}")
     if q.permutation is not None:
         raise NoPackedForm("a ragged product with activation-ordered experts")
+    if 0 in wanted.shape:
+        return jnp.zeros(wanted.shape, wanted.dtype)
     q = _with_whole_batch(q)
     return grouped_int4_matmul(
         x, q.codes, q.scale, q.zero_point, q.offset, group_sizes=group_sizes, spec=spec_of(q),
@@ -176,6 +180,11 @@ def _with_whole_batch(q: QArray) -> QArray:
         return jnp.broadcast_to(part, (*batch, *part.shape[len(batch) :]))
 
     return dataclasses.replace(q, scale=whole(q.scale), zero_point=whole(q.zero_point), offset=whole(q.offset))
+
+
+def _refuse_other_than_floats(dtype: Any) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise NoPackedForm(f"a product of dtype {dtype}")
 
 
 def _result_of(x: jax.Array, q: QArray, numbers: Any, weight_side: str, preferred: Any) -> jax.ShapeDtypeStruct:

@@ -44,7 +44,7 @@ def observe(function: Callable[..., Any], tree: Any, batches: Iterable[Any], *, 
     for batch in batches:
         args = batch if isinstance(batch, tuple) else (batch,)
         leaves, structure = jax.tree.flatten((tree, args))
-        static = tuple((place, leaf) for place, leaf in enumerate(leaves) if not is_array(leaf))
+        static = tuple((place, type(leaf), leaf) for place, leaf in enumerate(leaves) if not is_array(leaf))
         key = (structure, static, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves if is_array(leaf)))
         if key not in steps:
             steps[key] = _step(function, tree, args, collects, axes, tables)

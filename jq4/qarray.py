@@ -16,7 +16,7 @@ slices along leading axes stay valid under `scan` and `vmap`):
 
 `shape` is derived from `codes`, so a slice of a QArray (a layer under `scan`, a shard of whole groups under
 `shard_map`) is a QArray. Other layouts than "neutral" hold the same codes re-packed for one backend's kernel:
-see jq4.matmul.prepare.
+see jq4.layouts.prepare.
 """
 
 import dataclasses

@@ -130,13 +130,6 @@ def plain_scales(q: QArray) -> QArray:
     return dataclasses.replace(q, scale=dense(q.scale), offset=dense(q.offset))
 
 
-def with_group_axis_last_merged(q: QArray, merged: int) -> QArray:
-    """Merges the `merged` axes on the left of the grouped one into it. Raises NoPackedForm if groups break."""
-    at = q.axis % q.ndim
-    shape = (*q.shape[: at - merged], math.prod(q.shape[at - merged : at + 1]), *q.shape[at + 1 :])
-    return reshape(q, shape)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,8 @@ def conv_general_dilated(eqn: Any, values: Values) -> Values:
     params = eqn.params
     _refuse_what_does_not_contract(x, leaf, params)
     numbers = params["dimension_numbers"]
+    if 0 in eqn.outvars[0].aval.shape:
+        return [jnp.zeros(eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype)]
     x = lax.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))  # [B, *S, Cin]
     _, _, *kernel_axes = numbers.rhs_spec
     kernel = leaf.transposed((*kernel_axes, numbers.rhs_spec[1], numbers.rhs_spec[0])).settle()  # [*P, Cin, Cout]

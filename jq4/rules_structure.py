@@ -65,6 +65,7 @@ def dynamic_slice(eqn: Any, values: Values) -> Values:
     leaf, starts, sizes = values[0], values[1:], eqn.params["slice_sizes"]
     for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         if size != leaf.shape[axis]:
+            start = jnp.clip(start, 0, leaf.shape[axis] - size)  # the primitive's own meaning of a start outside
             leaf = _along(leaf, axis, lambda q, at, s=start, n=size: qarray_ops.dynamic_slice_in_dim(q, s, n, axis=at))
     return [leaf]
 
@@ -157,7 +158,7 @@ def scale_by_scalar(eqn: Any, values: Values) -> Values:
     divided = eqn.primitive.name == "div"
     if is_packed(number) or jnp.ndim(number) != 0 or (divided and not is_packed(values[0])):
         raise NoPackedForm("a product with an array")
-    number = jnp.asarray(number, jnp.float32)
+    number = jnp.asarray(number, jnp.promote_types(leaf.dtype, jnp.float32))
     return [_rescaled(leaf, 1 / number if divided else number)]
 
 
@@ -167,6 +168,10 @@ def negate(eqn: Any, values: Values) -> Values:
 
 def identity(eqn: Any, values: Values) -> Values:
     return [values[0]]
+
+
+def stop_gradient(eqn: Any, values: Values) -> Values:
+    return [jax.tree.map(lax.stop_gradient, values[0])]
 
 
 def on_every_part(eqn: Any, values: Values) -> Values:
@@ -198,10 +203,11 @@ def _spelled_out(part: jax.Array, q: QArray, axis: int) -> jax.Array:
 
 
 def _rescaled(leaf: PackedLeaf, factor: jax.Array) -> PackedLeaf:
+    """The weight times a number: scale and offset in its dtype (float32), since their own would round the product."""
     q = qarray_ops.plain_scales(leaf.q)
 
     def scaled(part: Any) -> Any:
-        return None if part is None else (part.astype(jnp.float32) * factor).astype(part.dtype)
+        return None if part is None else part.astype(factor.dtype) * factor
 
     return dataclasses.replace(leaf, q=dataclasses.replace(q, scale=scaled(q.scale), offset=scaled(q.offset)))
 
@@ -224,7 +230,7 @@ RULES = {
     "copy": identity,
     "copy_p": identity,
     "name": identity,
-    "stop_gradient": identity,
+    "stop_gradient": stop_gradient,
     "pvary": on_every_part,
     "pcast": on_every_part,
     "optimization_barrier": on_every_part,

@@ -23,6 +23,14 @@ def same_axes(watcher: Any, eqn: Any, values: Values) -> Values:
     return [values[0].holding(out)]
 
 
+def by_scalar(watcher: Any, eqn: Any, values: Values) -> Values:
+    """A weight times or over a number is still that weight; anything else is a plain array."""
+    (out,) = watcher.compute(eqn, values)
+    weight, number = values if isinstance(values[0], Watched) else reversed(values)
+    inverse = eqn.primitive.name == "div" and weight is values[1]
+    return [out if inverse or len(number.shape) else weight.holding(out)]
+
+
 def each_same_axes(watcher: Any, eqn: Any, values: Values) -> Values:
     outputs = watcher.compute(eqn, values)
     return [v.holding(out) if isinstance(v, Watched) else out for v, out in zip(values, outputs, strict=True)]
@@ -75,7 +83,8 @@ def _sliced(weight: Watched, starts: list[Any], out: jax.Array) -> Any:
     cut = [axis for axis, (old, new) in enumerate(zip(weight.shape, out.shape, strict=True)) if old != new]
     current: Watched | None = weight.holding(out)
     for axis in cut:
-        current = current.at(axis, starts[axis], out) if out.shape[axis] == 1 and current is not None else None
+        index = jnp.clip(starts[axis], 0, weight.shape[axis] - 1)  # as lax.dynamic_slice takes a start outside
+        current = current.at(axis, index, out) if out.shape[axis] == 1 and current is not None else None
     return out if current is None else current
 
 
@@ -185,6 +194,9 @@ RULES: dict[str, Callable[[Any, Any, Values], Values]] = {
     "slice": slice_,
     "dynamic_slice": dynamic_slice,
     "convert_element_type": same_axes,
+    "neg": same_axes,
+    "mul": by_scalar,
+    "div": by_scalar,
     "reduce_precision": same_axes,
     "copy": same_axes,
     "copy_p": same_axes,
