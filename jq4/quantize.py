@@ -103,6 +103,12 @@ def quantize_report(
 ) -> QuantizeReport:
     """What `quantize` would do, leaf by leaf, from shapes and dtypes alone: ShapeDtypeStructs are enough."""
     recipe = Recipe.of(recipe)
+    if recipe.has_steps:
+        names = ", ".join(step.step for step in (*recipe.before, *recipe.after))
+        raise JQ4Error(
+            f"the recipe has steps ({names}), which need to know the model's blocks, and quantize sees a tree alone: "
+            "use jq4.quantize_blocks or `jq4 quantize`, or leave the steps out"
+        )
     keyed = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qarray)
     report = QuantizeReport(recipe)
     report.leaves.extend(_plan_leaf(leaf_path(keys), leaf, recipe, stats, axes) for keys, leaf in keyed)

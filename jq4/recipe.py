@@ -16,6 +16,11 @@ The keys are compressed-tensors' where it has them, so that exporting a `quantiz
         zero_point: float               # integer, or float for an offset; where symmetric is false
         method: hqq                     # see jq4.methods
         scale_dtype: bfloat16
+
+A recipe may also have steps (jq4.steps), which need to know the model:
+
+    before: [{step: NAME, OPTION: VALUE}]   # change the dense weights first
+    after: [{step: NAME}]                   # learn codes and scales afterwards
 """
 
 import dataclasses
@@ -29,6 +34,7 @@ import yaml
 from jq4 import targets as patterns
 from jq4.errors import JQ4Error
 from jq4.rule import Rule
+from jq4.steps import AFTER, BEFORE, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +45,14 @@ class Recipe:
       rules: asked in order, the first that matches wins.
       ignore: patterns of leaves that stay dense whatever the rules say.
       name: the preset's, if it was made from one; of no consequence for equality.
+      before, after: the steps around the rules, in order.
     """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
     name: str | None = dataclasses.field(default=None, compare=False)
+    before: tuple[Step, ...] = ()
+    after: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -53,6 +62,15 @@ class Recipe:
                 raise JQ4Error(f"recipe: rules holds {rule!r}, wanted a jq4.Rule")
         if not self.rules:
             raise JQ4Error("recipe: rules is empty, wanted one rule or more")
+        for when in (BEFORE, AFTER):
+            object.__setattr__(self, when, tuple(getattr(self, when)))
+            for step in getattr(self, when):
+                if not isinstance(step, Step) or step.when != when:
+                    raise JQ4Error(f"recipe: {when} holds {step!r}, wanted steps that run {when} the rules")
+
+    @property
+    def has_steps(self) -> bool:
+        return bool(self.before or self.after)
 
     @classmethod
     def preset(cls, name: str, *, embeddings: bool = False, head: bool = False) -> "Recipe":
@@ -98,13 +116,15 @@ class Recipe:
             value = {"rules": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("rules"), list):
             raise JQ4Error(f"{source}: wanted a mapping with a list called 'rules', found {_shortened(value)}")
-        unknown = set(value) - {"rules", "ignore", "name"}
+        unknown = set(value) - {"rules", "ignore", "name", BEFORE, AFTER}
         if unknown:
-            raise JQ4Error(f"{source}: unknown key {sorted(unknown, key=str)[0]!r}, wanted rules, ignore or name")
+            first = sorted(unknown, key=str)[0]
+            raise JQ4Error(f"{source}: unknown key {first!r}, wanted rules, ignore, before, after or name")
         rules = tuple(Rule.from_dict(rule, f"{source}: rules[{i}]") for i, rule in enumerate(value["rules"]))
         ignore = patterns.as_patterns(value.get("ignore", ()), source, "ignore")
+        steps = {when: _steps_of(value.get(when, []), f"{source}: {when}") for when in (BEFORE, AFTER)}
         try:
-            return cls(rules, ignore, value.get("name"))
+            return cls(rules, ignore, value.get("name"), **steps)
         except JQ4Error as error:
             raise JQ4Error(f"{source}: {error}") from None
 
@@ -112,7 +132,9 @@ class Recipe:
         """Plain lists, strings and numbers, ready for YAML and JSON; `from_dict` gives the same recipe back."""
         named = {} if self.name is None else {"name": self.name}
         ignored = {"ignore": list(self.ignore)} if self.ignore else {}
-        return named | ignored | {"rules": [rule.to_dict() for rule in self.rules]}
+        steps = {when: [step.to_dict() for step in getattr(self, when)] for when in (BEFORE, AFTER)}
+        given = {when: listed for when, listed in steps.items() if listed}
+        return named | ignored | {"rules": [rule.to_dict() for rule in self.rules]} | given
 
     def save(self, path: str | Path) -> None:
         """Writes the recipe as JSON if the file is called *.json, as YAML otherwise."""
@@ -141,6 +163,12 @@ class _Loader(yaml.SafeLoader):
         if twice := next((key for key in keys if keys.count(key) > 1), None):
             raise yaml.YAMLError(f"the key {twice!r} is given twice{node.start_mark}")
         return super().construct_mapping(node, deep)
+
+
+def _steps_of(value: Any, source: str) -> tuple[Step, ...]:
+    if not isinstance(value, list):
+        raise JQ4Error(f"{source}: found {_shortened(value)}, wanted a list of steps")
+    return tuple(Step.from_dict(step, f"{source}[{i}]") for i, step in enumerate(value))
 
 
 def _shortened(value: Any) -> str:

@@ -30,7 +30,7 @@ _ACTIVATIONS = {
 _initializer = nn.initializers.normal(0.02)
 
 
-class _Shared(NamedTuple):
+class Shared(NamedTuple):
     """What all layers of a call look at: who sees whom, and the angles' cosines and sines f32[ropes, B, T, R/2]."""
 
     sight: Sight
@@ -38,7 +38,7 @@ class _Shared(NamedTuple):
     sines: jax.Array
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """What tells one layer from another: its number, its window in tokens, and its rotary embedding. i32[L] each."""
 
     number: jax.Array
@@ -80,11 +80,9 @@ class Decoder(nn.Module):
             embedding_init=_initializer,
             name="embed",
         )
-        x = embed(tokens)  # [B, T, D]
-        if config.gemma:
-            x = x * jnp.asarray(config.hidden_size**0.5, self.dtype)
+        x = scaled_embedding(config, embed(tokens))  # [B, T, D]
         store = None if cache is None else (cache.keys, cache.values, cache.used)
-        x, store = self._layers()((x, store), _shared(config, sight), _layer_arrays(config))[0]
+        x, store = self._layers()((x, store), shared_by_layers(config, sight), layer_arrays(config))[0]
         if select is not None:
             x = jnp.take_along_axis(x, select[:, None, None].astype(jnp.int32), axis=1)  # [B, 1, D]
         x = RMSNorm(config, self.dtype, self.param_dtype, name="final_norm")(x)
@@ -107,13 +105,8 @@ class Decoder(nn.Module):
     def _head(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
         """x[B, T, D] -> f32[B, T, V]; the products are summed and kept in f32, whatever the decoder computes in."""
         config = self.config
-        if config.tied_embeddings:
-            weight, contracted = embed.embedding, 1  # [V, D]
-        else:
-            weight, contracted = LanguageHead(config, self.param_dtype, name="lm_head")(), 0  # [D, V]
-        axes = (((2,), (contracted,)), ((), ()))
-        logits = jax.lax.dot_general(x, weight.astype(self.dtype), axes, preferred_element_type=jnp.float32)
-        return _softcap(logits, config.final_softcap)
+        head = None if config.tied_embeddings else LanguageHead(config, self.param_dtype, name="lm_head")()
+        return logits_of(config, x, embed.embedding, head)
 
 
 class LanguageHead(nn.Module):
@@ -136,7 +129,7 @@ class Block(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Any], shared: _Shared, layer: _Layer) -> tuple[Any, None]:
+    def __call__(self, carry: tuple[jax.Array, Any], shared: Shared, layer: Layer) -> tuple[Any, None]:
         x, store = carry
         arguments = (self.config, self.dtype, self.param_dtype)
         attended, store = Attention(*arguments, name="attention")(
@@ -160,7 +153,7 @@ class Attention(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, store: Any, shared: _Shared, layer: _Layer) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, store: Any, shared: Shared, layer: Layer) -> tuple[jax.Array, Any]:
         config = self.config
         queries = self._heads(x, "q_proj", config.num_heads)  # [B, T, Hq, hd]
         keys = self._heads(x, "k_proj", config.num_kv_heads)  # [B, T, Hkv, hd]
@@ -226,6 +219,19 @@ class RMSNorm(nn.Module):
         return (x * (1.0 + scale if self.config.gemma else scale)).astype(self.dtype)
 
 
+def scaled_embedding(config: DecoderConfig, x: jax.Array) -> jax.Array:
+    """What the first layer sees of the embeddings x[B, T, D]."""
+    return x * jnp.asarray(config.hidden_size**0.5, x.dtype) if config.gemma else x
+
+
+def logits_of(config: DecoderConfig, x: jax.Array, embedding: jax.Array, head: jax.Array | None) -> jax.Array:
+    """x[B, T, D], embedding [V, D], an untied head's kernel [D, V] -> f32[B, T, V]."""
+    weight, contracted = (embedding, 1) if head is None else (head, 0)
+    axes = (((2,), (contracted,)), ((), ()))
+    logits = jax.lax.dot_general(x, weight.astype(x.dtype), axes, preferred_element_type=jnp.float32)
+    return _softcap(logits, config.final_softcap)
+
+
 def _dense(owner: Any, features: int, bias: bool, name: str) -> nn.Dense:
     return nn.Dense(
         features,
@@ -241,16 +247,16 @@ def _softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else jnp.tanh(x / cap) * cap
 
 
-def _shared(config: DecoderConfig, sight: Sight) -> _Shared:
+def shared_by_layers(config: DecoderConfig, sight: Sight) -> Shared:
     ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
     angles = [cos_and_sin(rope, sight.query_positions, sight.length) for rope in ropes]
-    return _Shared(sight, *(jnp.stack(each) for each in zip(*angles, strict=True)))
+    return Shared(sight, *(jnp.stack(each) for each in zip(*angles, strict=True)))
 
 
-def _layer_arrays(config: DecoderConfig) -> _Layer:
+def layer_arrays(config: DecoderConfig) -> Layer:
     windows = config.windows or (NO_WINDOW,) * config.num_layers
     local = [int(config.local_rope is not None and window != NO_WINDOW) for window in windows]
-    return _Layer(
+    return Layer(
         number=jnp.arange(config.num_layers, dtype=jnp.int32),
         window=jnp.asarray(windows, jnp.int32),
         rope=jnp.asarray(local, jnp.int32),

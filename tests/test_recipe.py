@@ -248,7 +248,7 @@ def test_bad_rules_name_the_rule_the_key_and_what_is_wanted(rule, text):
         ("[" * 5000, "not a readable YAML or JSON file"),
         ("rules: [{targets: [a], group_size: " + "9" * 5000 + "}]", "not a readable YAML or JSON file"),
         ("rules: [{targets: [a], num_bits: 4, num_bits: 8}]", "the key 'num_bits' is given twice"),
-        ("rules: [{targets: [a]}]\nrule: 1", "unknown key 'rule', wanted rules, ignore or name"),
+        ("rules: [{targets: [a]}]\nrule: 1", "unknown key 'rule', wanted rules, ignore, before, after or name"),
         ("ignore: [3]\nrules: [{targets: [a]}]", r"ignore is \[3\], wanted a list of patterns"),
     ],
 )
