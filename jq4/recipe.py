@@ -17,10 +17,8 @@ The keys are compressed-tensors' where it has them, so that exporting a `quantiz
         method: hqq                     # see jq4.methods
         scale_dtype: bfloat16
 
-A recipe may also have steps (jq4.steps), which need to know the model:
-
-    before: [{step: NAME, OPTION: VALUE}]   # change the dense weights first
-    after: [{step: NAME}]                   # learn codes and scales afterwards
+A recipe may also have steps, `before` its rules and `after` them: lists such as [{step: NAME, OPTION: VALUE}], see
+jq4.steps.
 """
 
 import dataclasses

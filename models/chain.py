@@ -41,8 +41,8 @@ def decoder_chain(config: DecoderConfig, dtype: Any = jnp.float32) -> Chain:
             lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False), layer_arrays(config)
         )
         module = Block(config, dtype, dtype)
-        (x, _), _ = module.apply({"params": tree[LAYERS]}, (x, None), shared_by_layers(config, sight), layer)
-        return x
+        carry: Any = module.apply({"params": tree[LAYERS]}, (x, None), shared_by_layers(config, sight), layer)
+        return carry[0][0]
 
     def head(outside: Any, x: jax.Array) -> jax.Array:
         x = RMSNorm(config, dtype, dtype).apply({"params": outside["final_norm"]}, x)
