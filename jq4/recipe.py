@@ -1,6 +1,8 @@
 """Recipe: an ordered list of rules that says how each leaf of a tree is quantized; the first rule that matches wins.
 
-The keys are compressed-tensors' where it has them, so that exporting a `quantization_config` renames nothing:
+`before` and `after` the rules there may be steps that know the model, such as [{step: NAME, OPTION: VALUE}]: see
+jq4.steps. The keys are compressed-tensors' where it has them, so that exporting a
+`quantization_config` renames nothing:
 
     ignore: [lm_head]                   # leaves that stay dense, before any rule is asked
     rules:
@@ -16,9 +18,6 @@ The keys are compressed-tensors' where it has them, so that exporting a `quantiz
         zero_point: float               # integer, or float for an offset; where symmetric is false
         method: hqq                     # see jq4.methods
         scale_dtype: bfloat16
-
-A recipe may also have steps, `before` its rules and `after` them: lists such as [{step: NAME, OPTION: VALUE}], see
-jq4.steps.
 """
 
 import dataclasses
