@@ -40,13 +40,14 @@ def decoder_chain(config: DecoderConfig, dtype: Any = jnp.float32) -> Chain:
         layer = jax.tree.map(
             lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False), layer_arrays(config)
         )
-        module = Block(config, dtype, dtype)
-        carry: Any = module.apply({"params": tree[LAYERS]}, (x, None), shared_by_layers(config, sight), layer)
+        carry: Any = Block(config, dtype, dtype).apply(
+            {"params": tree[LAYERS]}, (x, None), shared_by_layers(config, sight), layer
+        )
         return carry[0][0]
 
     def head(outside: Any, x: jax.Array) -> jax.Array:
-        x = RMSNorm(config, dtype, dtype).apply({"params": outside["final_norm"]}, x)
+        normed: Any = RMSNorm(config, dtype, dtype).apply({"params": outside["final_norm"]}, x)
         kernel = None if config.tied_embeddings else outside["lm_head"]["kernel"]
-        return logits_of(config, x, outside["embed"]["embedding"], kernel)
+        return logits_of(config, normed, outside["embed"]["embedding"], kernel)
 
     return Chain(config.num_layers, LAYERS, embed, block, head, tuple(_STAGES))
