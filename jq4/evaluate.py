@@ -8,6 +8,11 @@ reports lower figures). With q the model's distribution, p the reference's, and 
     perplexity  = exp(mean nll)
     KLD         = KL(p || q) = sum_v p(v) (log p(v) - log q(v))          nats, a token; mean and percentiles
     agreement   = mean [argmax p == argmax q]                            0..1
+    log ratio   = mean (nll of q - nll of p) = log(perplexity of q / perplexity of p)
+
+Every mean carries a standard error. Tokens of one row share their context and so their luck; the rows are what is
+independent, and so an error is that of the mean of R rows' means, std(ddof=1) / sqrt(R) (llama.cpp takes every token
+for independent, which is smaller); that of perplexity is perplexity * error of nll. One row alone has none.
 
 Perplexity alone hides damage, because errors on the text's own tokens cancel; KLD does not. Log-softmax and sums over v
 are in float32; means over tokens in float64 on the host, so that the batch size changes nothing but rounding. Rows
@@ -26,7 +31,7 @@ from jq4.errors import JQ4Error
 from jq4.sqnr import sqnr
 
 LogitsFunction = Callable[[jax.Array], jax.Array]  # i32[B, T] -> float[B, T, V]
-KLD_PERCENTILES = (50, 90, 99)
+KLD_PERCENTILES = {"kld_p50": 50, "kld_p90": 90, "kld_p99": 99, "kld_p99_9": 99.9}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +42,9 @@ class Evaluation:
       tokens: how many tokens were predicted, rows * (context - 1).
       context: T, tokens in a row.
       nll: mean negative log-likelihood in nats.
-      kld: f32[tokens], the divergence at every position; not part of `as_dict`.
+      log_perplexity_ratio: log(perplexity / reference_perplexity), token by token and so free of the text's own spread.
+      *_standard_error: of the mean of that name, see the module's text; None for a single row.
+      kld: f32[tokens], the divergence at every position, row by row; not part of `as_dict`.
     """
 
     perplexity: float
@@ -50,8 +57,14 @@ class Evaluation:
     kld_p50: float | None = None
     kld_p90: float | None = None
     kld_p99: float | None = None
+    kld_p99_9: float | None = None
     kld_max: float | None = None
     top1_agreement: float | None = None
+    log_perplexity_ratio: float | None = None
+    perplexity_standard_error: float | None = None
+    kld_mean_standard_error: float | None = None
+    top1_agreement_standard_error: float | None = None
+    log_perplexity_ratio_standard_error: float | None = None
     kld: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -133,21 +146,38 @@ def _summarize(figures: dict[str, np.ndarray]) -> Evaluation:
                 "finite. Look for NaN or Inf in the weights (`jq4 inspect`), or for overflow in a narrow dtype."
             )
     rows, length = figures["nll"].shape
-    nll = float(figures["nll"].mean(dtype=np.float64))
-    evaluation = Evaluation(float(np.exp(nll)), nll, rows * length, rows, length + 1)
+    nll, nll_error = _mean(figures["nll"])
+    perplexity = float(np.exp(nll))
+    evaluation = Evaluation(
+        perplexity,
+        nll,
+        rows * length,
+        rows,
+        length + 1,
+        perplexity_standard_error=None if nll_error is None else perplexity * nll_error,
+    )
     if "kld" not in figures:
         return evaluation
     kld = figures["kld"].ravel()
-    percentiles = {f"kld_p{p}": float(np.percentile(kld, p)) for p in KLD_PERCENTILES}
+    increase = figures["nll"].astype(np.float64) - figures["reference_nll"]
+    means = {"kld_mean": figures["kld"], "top1_agreement": figures["agree"], "log_perplexity_ratio": increase}
+    found: dict[str, Any] = {name: float(np.percentile(kld, rank)) for name, rank in KLD_PERCENTILES.items()}
+    for name, values in means.items():
+        found[name], found[f"{name}_standard_error"] = _mean(values)
     return dataclasses.replace(
         evaluation,
-        reference_perplexity=float(np.exp(figures["reference_nll"].mean(dtype=np.float64))),
-        kld_mean=float(kld.mean(dtype=np.float64)),
+        reference_perplexity=float(np.exp(_mean(figures["reference_nll"])[0])),
         kld_max=float(kld.max()),
-        top1_agreement=float(figures["agree"].mean(dtype=np.float64)),
         kld=kld,
-        **percentiles,
+        **found,
     )
+
+
+def _mean(values: np.ndarray) -> tuple[float, float | None]:
+    """The mean over tokens [R, T-1], and its standard error, taken over rows."""
+    rows = values.mean(axis=-1, dtype=np.float64)  # f64[R]
+    error = None if len(rows) < 2 else float(rows.std(ddof=1) / np.sqrt(len(rows)))
+    return float(values.mean(dtype=np.float64)), error
 
 
 def rows_of(ids: Any, context: int | None, *, vocab_size: int, name: str = "ids") -> tuple[np.ndarray, int]:

@@ -46,15 +46,17 @@ def make_table(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]]
     return table
 
 
-_EVALUATION_LABELS = {
+EVALUATION_LABELS = {
     "perplexity": "perplexity",
     "reference_perplexity": "perplexity of the reference",
     "kld_mean": "KLD to the reference, mean (nats a token)",
     "kld_p50": "KLD, median",
     "kld_p90": "KLD, 90th percentile",
     "kld_p99": "KLD, 99th percentile",
+    "kld_p99_9": "KLD, 99.9th percentile",
     "kld_max": "KLD, largest",
     "top1_agreement": "top-1 agreement",
+    "log_perplexity_ratio": "log of perplexity over the reference's",
     "tokens": "tokens predicted",
     "context": "context (tokens a row)",
     "seconds": "seconds",
@@ -62,8 +64,17 @@ _EVALUATION_LABELS = {
 
 
 def evaluation_table(data: Mapping[str, Any]) -> Table:
-    rows = [(label, format_figure(data[key])) for key, label in _EVALUATION_LABELS.items() if key in data]
-    return make_table(f"{data['model']}", ("figure", "value"), rows)
+    return make_table(f"{data['model']}", ("figure", "value"), evaluation_rows(data))
+
+
+def evaluation_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of jq4.evaluate that were measured, in words; a mean with its standard error as "value ± error"."""
+    return [(label, _with_error(data, key)) for key, label in EVALUATION_LABELS.items() if key in data]
+
+
+def _with_error(data: Mapping[str, Any], key: str) -> str:
+    error = data.get(f"{key}_standard_error")
+    return format_figure(data[key]) + ("" if error is None else f" ± {error:.2g}")
 
 
 def inventory_table(data: Mapping[str, Any]) -> Table:

@@ -42,9 +42,8 @@ def test_figures_are_those_of_numpy_in_float64(tokens):
     np.testing.assert_allclose(found.nll, nll.mean(), rtol=1e-6)
     np.testing.assert_allclose(found.perplexity, np.exp(nll.mean()), rtol=1e-6)
     np.testing.assert_allclose(found.kld_mean, kld.mean(), rtol=1e-6)
-    np.testing.assert_allclose(
-        [found.kld_p50, found.kld_p90, found.kld_p99], np.percentile(kld, [50, 90, 99]), rtol=1e-5
-    )
+    percentiles = [found.kld_p50, found.kld_p90, found.kld_p99, found.kld_p99_9]
+    np.testing.assert_allclose(percentiles, np.percentile(kld, [50, 90, 99, 99.9]), rtol=1e-5)
     np.testing.assert_allclose(found.kld_max, kld.max(), rtol=1e-6)
     assert found.top1_agreement == (log_p.argmax(-1) == log_q.argmax(-1)).mean()
     assert (found.tokens, found.rows, found.context) == (7 * 11, 7, 12)
@@ -57,6 +56,22 @@ def test_the_batch_size_changes_nothing(tokens, batch_size):
     again = evaluate(model, tokens, reference=reference, batch_size=batch_size)
     assert once == again
     np.testing.assert_array_equal(once.kld, again.kld)
+
+
+def test_standard_errors_are_those_of_a_mean_of_rows(tokens):
+    """Oracle: the bootstrap, which draws whole rows again and looks at how far the mean moves."""
+    (_, model), (_, reference) = table_model(1), table_model(2)
+    found = evaluate(model, tokens, reference=reference)
+    rows = found.kld.reshape(found.rows, -1).mean(-1)
+    draws = np.random.default_rng(0).integers(0, found.rows, (20000, found.rows))
+    spread = rows[draws].mean(-1).std() * np.sqrt(found.rows / (found.rows - 1))  # the bootstrap's own bias
+    np.testing.assert_allclose(found.kld_mean_standard_error, spread, rtol=0.03)
+    np.testing.assert_allclose(
+        found.log_perplexity_ratio, np.log(found.perplexity / found.reference_perplexity), rtol=1e-5
+    )
+    assert found.perplexity_standard_error > 0 and found.top1_agreement_standard_error > 0
+    alone = evaluate(model, tokens[:1], reference=reference)
+    assert alone.kld_mean_standard_error is None and "perplexity_standard_error" not in alone.as_dict()
 
 
 def test_a_model_is_no_distance_from_itself(tokens):
