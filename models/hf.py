@@ -39,9 +39,9 @@ def load_params(folder: str | Path, config: DecoderConfig, dtype: Any = None) ->
     Raises JQ4Error, naming file and tensor, for a missing, unknown or misshapen tensor, a missing or damaged shard,
     a pickle, and a checkpoint whose weights are packed.
     """
-    stored = _open(Path(folder))
-    names = _match(Path(folder), stored, config)
-    return _nested({path: _fill(places(config)[path], each, dtype) for path, each in names.items()})
+    stored = open_tensors(Path(folder))
+    names = matched_tensors(Path(folder), stored, config)
+    return nested({path: fill_leaf(places(config)[path], each, dtype) for path, each in names.items()})
 
 
 def save_params(folder: str | Path, config: DecoderConfig, params: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ def parse_json(content: bytes, where: str) -> Any:
         raise JQ4Error(f"{where}: is not JSON ({error}). It is damaged; download it again.") from error
 
 
-def _open(folder: Path) -> dict[str, StoredTensor]:
+def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a folder by name, from the one file or from the shards of the index."""
     if (folder / _SINGLE).exists():
         return read_header(folder / _SINGLE)
@@ -123,7 +123,7 @@ def _open_shards(folder: Path, index: Any) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _match(
+def matched_tensors(
     folder: Path, stored: Mapping[str, StoredTensor], config: DecoderConfig
 ) -> dict[tuple[str, ...], list[StoredTensor]]:
     """The tensors of every leaf, one for each layer, after all names, shapes and dtypes are found to be as wanted."""
@@ -204,7 +204,7 @@ def _listed(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' * (len(names) > 1)}: {shown}{', ...' * (len(names) > 3)}"
 
 
-def _fill(place: Place, tensors: list[StoredTensor], dtype: Any) -> jax.Array:
+def fill_leaf(place: Place, tensors: list[StoredTensor], dtype: Any) -> jax.Array:
     """The leaf [L, ...] or [...]: allocated once, then filled layer by layer."""
     names = {tensor.dtype for tensor in tensors}
     found = DTYPES[names.pop()] if len(names) == 1 else np.dtype(np.float32)
@@ -239,7 +239,7 @@ def _leaf(params: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     return node
 
 
-def _nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+def nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         node = tree
