@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from random_model import make_random_model
 
+from jq4 import drawing
 from jq4.cli import _demo_picture, demo, main
 
 
@@ -67,7 +68,7 @@ def test_the_page_needs_no_other_file(made):
     assert not re.search(r"""(?:src|href)=(?!"data:)""", page)
     assert f"{data['variants'][1]['perplexity']:.4g}" in page
     pictures = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
-    if _demo_picture.has_matplotlib():
+    if drawing.has_matplotlib():
         assert base64.b64decode(pictures[0]) == (out / "picture.png").read_bytes()
         assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
     else:
@@ -77,7 +78,7 @@ def test_the_page_needs_no_other_file(made):
 def test_without_matplotlib_it_says_so_and_goes_on(made, tmp_path, monkeypatch, capsys):
     _, data = made
     monkeypatch.setattr(demo, "compare", lambda arguments, out, step: (out.mkdir(), (dict(data), {}))[1])
-    monkeypatch.setattr(_demo_picture, "has_matplotlib", lambda: False)
+    monkeypatch.setattr(drawing, "has_matplotlib", lambda: False)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 0
     assert "picture: skipped, for want of matplotlib: pip install jq4[plot]" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]

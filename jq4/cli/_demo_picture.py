@@ -11,34 +11,18 @@ from typing import Any
 
 import numpy as np
 
-_INK, _GREY = "#1d2330", "#8a93a3"
-_COLOURS = ("#8a93a3", "#d1495b", "#2e86ab", "#edae49")
-_SMALLEST_KLD = 1e-6
-
-
-def has_matplotlib() -> bool:
-    """Whether the optional extra `plot` is installed."""
-    import importlib.util
-
-    return importlib.util.find_spec("matplotlib") is not None
+from jq4.drawing import COLOURS, GREY, count_klds, draw_klds, kld_edges, png_of, subplots
 
 
 def draw(data: Mapping[str, Any], kld: Mapping[str, np.ndarray], file: Path) -> None:
     """Writes the PNG. `data` is what `jq4 demo --json` prints, `kld` f32[tokens] of each packed variant by name."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = {each["name"]: colour for each, colour in zip(data["variants"], _COLOURS, strict=False)}
-    style: dict[Any, Any] = {"font.size": 10, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _GREY}
-    style |= {"xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False}
-    style |= {"axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 11}
-    with plt.rc_context(style):
-        figure, panels = plt.subplots(2, 2, figsize=(12.5, 8.6), layout="constrained")
+    colours = {each["name"]: colour for each, colour in zip(data["variants"], COLOURS, strict=False)}
+    with subplots(2, 2, (12.5, 8.6)) as (figure, panels):
         _draw_bytes(panels[0, 0], data["variants"])
         _draw_perplexity(panels[0, 1], data["variants"], colours)
-        _draw_kld(panels[1, 0], kld, colours)
+        edges = kld_edges(list(kld.values()))
+        counts = {name: count_klds(values, edges) for name, values in kld.items()}
+        draw_klds(panels[1, 0], edges, counts, {name: float(values.mean()) for name, values in kld.items()}, colours)
         _draw_sqnr(panels[1, 1], data["variants"][1:], colours)
         figure.suptitle(
             f"{data['model']}: {data['parameters'] / 1e6:.2f} M parameters, dense and at 4 bits",
@@ -47,8 +31,7 @@ def draw(data: Mapping[str, Any], kld: Mapping[str, np.ndarray], file: Path) -> 
             fontsize=14,
             fontweight="bold",
         )
-        figure.savefig(file, dpi=130, facecolor="white")
-        plt.close(figure)
+        file.write_bytes(png_of(figure))
 
 
 def _draw_bytes(axes: Any, variants: Sequence[Mapping[str, Any]]) -> None:
@@ -72,7 +55,7 @@ def _draw_bytes(axes: Any, variants: Sequence[Mapping[str, Any]]) -> None:
 def _draw_perplexity(axes: Any, variants: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
     places = np.arange(len(variants))
     found = np.array([each["perplexity"] for each in variants])
-    axes.axvline(found[0], color=_GREY, linewidth=1, linestyle=":")
+    axes.axvline(found[0], color=GREY, linewidth=1, linestyle=":")
     axes.hlines(places, found[0], found, color=[colours[each["name"]] for each in variants], linewidth=3)
     axes.scatter(found, places, s=90, color=[colours[each["name"]] for each in variants], zorder=3)
     for place, (value, each) in enumerate(zip(found, variants, strict=True)):
@@ -87,23 +70,6 @@ def _draw_perplexity(axes: Any, variants: Sequence[Mapping[str, Any]], colours: 
     axes.set_yticks(places, [each["name"] for each in variants])
     axes.set_xlabel("perplexity on held-out text (the axis does not start at zero)")
     axes.set_title("Perplexity")
-
-
-def _draw_kld(axes: Any, kld: Mapping[str, np.ndarray], colours: Mapping[str, str]) -> None:
-    top = max(float(values.max()) for values in kld.values())
-    least = max(_SMALLEST_KLD, min(float(np.percentile(values, 0.2)) for values in kld.values()))
-    bins = np.geomspace(least, max(top, 10 * least) * 1.01, 70)
-    for name, values in kld.items():
-        mean = float(values.mean())
-        label = f"{name}: mean {mean:.4f}"
-        shown = np.maximum(values, least)
-        axes.hist(shown, bins, histtype="stepfilled", color=colours[name], alpha=0.45, label=label)
-        axes.axvline(mean, color=colours[name], linewidth=1.5)
-    axes.set_xscale("log")
-    axes.set_xlabel("KL(dense || packed) of one predicted token, nats")
-    axes.set_ylabel("tokens")
-    axes.set_title("How far the predictions moved")
-    axes.legend(frameon=False, loc="upper left", fontsize=9)
 
 
 def _draw_sqnr(axes: Any, variants: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:

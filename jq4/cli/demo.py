@@ -29,15 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from jq4.cli import _demo_page, _demo_picture, _terminal
+    from jq4 import drawing
+    from jq4.cli import _demo_page, _demo_picture, _folders, _terminal
     from jq4.report import demo_table
 
     out = Path(arguments.out)
-    check_folder(out)
+    _folders.check_only_ours(out, _WRITTEN, "no demo wrote")
     with _terminal.progress("") as step:
         data, kld = compare(arguments, out, step)
         page = out / _WRITTEN[2]
-        picture = out / _WRITTEN[1] if _demo_picture.has_matplotlib() else None
+        picture = out / _WRITTEN[1] if drawing.has_matplotlib() else None
         if picture is not None:
             _demo_picture.draw(data, kld, picture)
         data["files"] = {"report": str(page), "picture": None if picture is None else str(picture)}
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     same = "bit for bit the same, logits too" if restored["identical"] and restored["same_logits"] else "NOT the same"
     console.print(f"\nsaved to {restored['folder']} and restored: {restored['leaves']} leaves, {same}")
     console.print(f"report: {page}")
-    console.print(f"picture: {picture or 'skipped, for want of matplotlib: pip install jq4[plot]'}")
+    console.print(f"picture: {picture or f'skipped, {drawing.WANTS_MATPLOTLIB}'}")
     console.print(f"{data['seconds']:.0f} s")
 
 
@@ -94,15 +95,6 @@ def compare(arguments: argparse.Namespace, out: Path, step: Any) -> tuple[dict[s
         "versions": _terminal.versions(),
     }
     return data, kld
-
-
-def check_folder(out: Path) -> None:
-    """Refuses to write among files that an earlier demo did not make."""
-    from jq4.errors import JQ4Error
-
-    strangers = sorted({path.name for path in out.iterdir()} - set(_WRITTEN)) if out.is_dir() else []
-    if strangers:
-        raise JQ4Error(f"{out}: holds {strangers[0]}, which no demo wrote; choose another folder with --out")
 
 
 class _Steps:

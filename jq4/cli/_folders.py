@@ -1,0 +1,15 @@
+"""Folders that verbs write their results to."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from jq4.errors import JQ4Error
+
+
+def check_only_ours(out: Path, written: Collection[str], whose: str) -> None:
+    """Refuses to write among other files than those `written` by an earlier run; `whose` says so of a stranger."""
+    if out.exists() and not out.is_dir():
+        raise JQ4Error(f"{out}: a file stands there, wanted a folder; choose another with --out")
+    strangers = sorted({path.name for path in out.iterdir()} - set(written)) if out.is_dir() else []
+    if strangers:
+        raise JQ4Error(f"{out}: holds {strangers[0]}, which {whose}; choose another folder with --out")

@@ -1,0 +1,204 @@
+"""What each packed weight lost, slice by slice: in itself, and in the outputs it makes.
+
+For a weight W[K, N], its approximation W' and D = W - W':
+
+    SQNR            10 log10(sum W**2 / sum D**2)                                dB; every weight counts alike
+    output error    tr(D^T H D) / tr(W^T H W) = E|x D|**2 / E|x W|**2            0: nothing lost; 1: all
+
+with H = E[x x^T] over the inputs x that the weight met (jq4.observe). The second is what a layer's output lost, and
+what GPTQ (Frantar et al. 2022) minimizes. Where H was not collected, its diagonal E[x**2] stands in: exact for inputs
+that are uncorrelated, an estimate otherwise; `weighting` says which it was. Leaves stacked by layers or experts give
+one figure a slice, and a figure of all slices together: the ratio of the sums.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq4.errors import JQ4Error
+from jq4.paths import find_path, flatten_with_paths
+from jq4.qarray import is_qarray
+
+HESSIAN, MEAN_SQUARE = "hessian", "mean_square"
+HESSIAN_BYTES = 2**28  # of one leaf, above which its diagonal is collected instead
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceError:
+    """One slice of a leaf, at `index` along the leaf's stacked axes; () where it has none."""
+
+    index: tuple[int, ...]
+    sqnr_db: float
+    output_error: float | None = None
+    rows: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafError:
+    """A leaf, and its slices where it is stacked.
+
+    Attributes:
+      output_error: None where nothing is known of the leaf's inputs.
+      weighting: "hessian" (exact) or "mean_square" (its diagonal), or None.
+      features: K, the inputs of the weight, where statistics tell it.
+      slices: in row-major order of their index.
+    """
+
+    path: str
+    sqnr_db: float
+    output_error: float | None = None
+    weighting: str | None = None
+    features: int | None = None
+    slices: tuple[SliceError, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return dataclasses.asdict(self)
+
+
+def leaf_errors(
+    dense: Any, packed: Any, stats: Any = None, progress: Callable[[int, int], None] | None = None
+) -> list[LeafError]:
+    """The error of every leaf that is packed in `packed` and dense in `dense`, trees of the same paths.
+
+    Raises:
+      JQ4Error: for a packed leaf whose path or shape is not in `dense`.
+    """
+    exact = dict(flatten_with_paths(dense))
+    pairs = [(path, leaf) for path, leaf in flatten_with_paths(packed) if is_qarray(leaf)]
+    found = []
+    for done, (path, leaf) in enumerate(pairs, 1):
+        if path not in exact:
+            raise JQ4Error(f"{path}: is packed in the model and not in its reference; give the model it was made from")
+        found.append(error_of(path, exact[path], leaf, find_path(stats or {}, path), axis=leaf.axis))
+        if progress is not None:
+            progress(done, len(pairs))
+    return found
+
+
+def error_of(path: str, weight: Any, approximation: Any, statistics: Any = None, *, axis: int) -> LeafError:
+    """The error of one leaf; arrays or QArrays. `axis` is the contracted one, negative."""
+    if tuple(weight.shape) != tuple(approximation.shape):
+        raise JQ4Error(f"{path}: shape {tuple(approximation.shape)}, but {tuple(weight.shape)} in the reference")
+    shape = _matrix_shape(weight.shape, axis, statistics)
+    if shape is None:
+        statistics, shape = None, _matrix_shape(weight.shape, axis, None)
+    weighting, moments = _moments(statistics)
+    energies = jax.device_get(_energies(weight, approximation, moments, shape=shape, axis=axis))
+    energies = {name: np.asarray(value, np.float64) for name, value in energies.items()}
+    leading = shape[:-2]
+    rows = None if statistics is None else np.asarray(statistics.count)
+    slices = tuple(
+        SliceError(index, *_ratios(energies, index), None if rows is None else int(rows[index]))
+        for index in np.ndindex(*leading)
+    )
+    summed = {name: value.sum() for name, value in energies.items()}
+    return LeafError(
+        path, *_ratios(summed, ()), weighting, None if statistics is None else shape[-2], slices if leading else ()
+    )
+
+
+def collect_hessians(
+    params: Any, axes: Mapping[str, int], limit: int = HESSIAN_BYTES
+) -> Callable[[str], tuple[str, ...]]:
+    """For jq4.observe's `collect`: a leaf's Hessian where it takes at most `limit` bytes, else its diagonal."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten_with_paths(params)}
+
+    def collect(path: str) -> tuple[str, ...]:
+        shape, axis = shapes[path], axes.get(path)
+        if axis is None or len(shape) < 2:
+            return (MEAN_SQUARE,)
+        needed = 4 * math.prod(shape[: len(shape) + min(axis, -2)]) * shape[axis] ** 2
+        return (MEAN_SQUARE, HESSIAN) if needed <= limit else (MEAN_SQUARE,)
+
+    return collect
+
+
+def _matrix_shape(shape: Any, axis: int, statistics: Any) -> tuple[int, ...] | None:
+    """[*B, K, N] as statistics see a leaf, or as its last two axes tell; None where statistics are of other axes."""
+    shape = tuple(shape)
+    if statistics is None:
+        leading = shape[: max(0, len(shape) + min(axis, -2))]
+        features = shape[axis]
+    else:
+        leading = tuple(statistics.count.shape)
+        features = _features(statistics)
+        if features is None or shape[: len(leading)] != leading or _features_span(shape, axis, features) is None:
+            return None
+    return (*leading, features, math.prod(shape) // (math.prod(leading) * features))
+
+
+def _features(statistics: Any) -> int | None:
+    known = next((v for v in (statistics.square_total, statistics.total, statistics.absmax) if v is not None), None)
+    known = statistics.outer_total if known is None else known
+    return None if known is None else int(known.shape[-1])
+
+
+def _features_span(shape: tuple[int, ...], axis: int, features: int) -> int | None:
+    """How many axes, ending with `axis`, make up the features; a DenseGeneral's [H, D, O] has two."""
+    size = 1
+    for count in range(1, len(shape) + axis + 2):
+        size *= shape[axis - count + 1]
+        if size == features:
+            return count
+    return None
+
+
+def _moments(statistics: Any) -> tuple[str | None, jax.Array | None]:
+    """H f32[*B, K, K], or its diagonal f32[*B, K]."""
+    if statistics is None:
+        return None, None
+    if statistics.outer_total is not None:
+        return HESSIAN, statistics.hessian
+    return (None, None) if statistics.square_total is None else (MEAN_SQUARE, statistics.mean_square)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "axis"))
+def _energies(
+    weight: Any, approximation: Any, moments: jax.Array | None, *, shape: tuple[int, ...], axis: int
+) -> dict[str, jax.Array]:
+    """Sums over each slice, f32[*B]: of W**2 and D**2, and of the outputs they make where `moments` are known."""
+    exact, near = (_as_matrices(_dense(leaf), shape, axis) for leaf in (weight, approximation))  # f32[*B, K, N]
+    unit = jnp.maximum(jnp.max(jnp.abs(exact)), jnp.max(jnp.abs(near)))  # so that no square overflows
+    unit = jnp.where(unit == 0, jnp.ones_like(unit), unit)
+    exact, lost = exact / unit, (exact - near) / unit
+    energies = {"signal": jnp.sum(exact**2, (-2, -1)), "noise": jnp.sum(lost**2, (-2, -1))}
+    if moments is not None:
+        energies |= {"output_signal": _output_energy(exact, moments), "output_noise": _output_energy(lost, moments)}
+    return energies
+
+
+def _dense(leaf: Any) -> jax.Array:
+    return leaf.dequantize(jnp.float32) if is_qarray(leaf) else jnp.asarray(leaf).astype(jnp.float32)
+
+
+def _as_matrices(weight: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """A leaf as [*B, K, N]: its feature axes, which end with `axis`, moved behind the stacked ones."""
+    leading, span = len(shape) - 2, _features_span(weight.shape, axis, shape[-2])
+    assert span is not None
+    features = [weight.ndim + axis - span + 1 + i for i in range(span)]
+    return jnp.moveaxis(weight, features, range(leading, leading + span)).reshape(shape)
+
+
+def _output_energy(weight: jax.Array, moments: jax.Array) -> jax.Array:
+    """E|x W|**2 of each slice, f32[*B], for W[*B, K, N] and H[*B, K, K] or its diagonal [*B, K]."""
+    if moments.ndim == weight.ndim:
+        made = jnp.einsum("...kl,...ln->...kn", moments, weight, precision="highest")
+        return jnp.maximum(jnp.sum(weight * made, (-2, -1)), 0.0)
+    return jnp.sum(moments[..., None] * weight**2, (-2, -1))
+
+
+def _ratios(energies: Mapping[str, np.ndarray], index: tuple[int, ...]) -> tuple[float, float | None]:
+    """(SQNR in dB, output error) of one slice; a weight whose inputs were all zero has no output error."""
+    signal, noise = energies["signal"][index], energies["noise"][index]
+    with np.errstate(divide="ignore"):
+        sqnr_db = math.inf if noise == 0 else float(10 * np.log10(signal / noise))
+    if "output_signal" not in energies or energies["output_signal"][index] == 0:
+        return sqnr_db, None
+    return sqnr_db, float(energies["output_noise"][index] / energies["output_signal"][index])
