@@ -23,6 +23,7 @@ from jq4.formats import Format as Format
 from jq4.layouts import prepare as prepare
 from jq4.matmul import matmul as matmul
 from jq4.observe import observe as observe
+from jq4.observe_pair import observe_pair as observe_pair
 from jq4.qarray import QArray as QArray
 from jq4.quantize import IdleRuleWarning as IdleRuleWarning
 from jq4.quantize import dequantize as dequantize

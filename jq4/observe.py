@@ -36,27 +36,47 @@ def observe(function: Callable[..., Any], tree: Any, batches: Iterable[Any], *, 
     Raises:
       JQ4Error: no batches, or a name in `collect` that cannot be collected.
     """
-    collects = _collector(collect)
+    collects = collector(collect)
+
+    def gather(arguments: Any) -> Watcher:
+        tree, args = arguments
+        watcher = Watcher(collects)
+        leaves, run = watched_call(function, watcher, tree, args, {})
+        run(leaves)
+        return watcher
+
+    return accumulate(gather, ((tree, as_arguments(batch)) for batch in batches), "observe")
+
+
+def accumulate(gather: Callable[[Any], Watcher], calls: Iterable[Any], name: str) -> Statistics:
+    """The sums of what `gather` finds in each call's arguments, added up under jit to a donated total.
+
+    `gather(arguments)` is traced once for each structure and set of shapes, and returns the watcher that has seen all.
+    """
     axes: dict[str, int] = {}
     tables: dict[str, int] = {}
     steps: dict[Any, Any] = {}
     total: dict[str, WeightStatistics] | None = None
-    for batch in batches:
-        args = batch if isinstance(batch, tuple) else (batch,)
-        leaves, structure = jax.tree.flatten((tree, args))
+    for arguments in calls:
+        leaves, structure = jax.tree.flatten(arguments)
         static = tuple((place, type(leaf), leaf) for place, leaf in enumerate(leaves) if not is_array(leaf))
         key = (structure, static, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves if is_array(leaf)))
         if key not in steps:
-            steps[key] = _step(function, tree, args, collects, axes, tables)
+            steps[key] = _step(gather, leaves, structure, axes, tables)
         arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
         first, more = steps[key]
         total = first(arrays) if total is None else more(total, arrays)
     if total is None:
-        raise JQ4Error("observe was given no batches: wanted at least one")
+        raise JQ4Error(f"{name} was given no batches: wanted at least one")
     return Statistics(dict(total), tuple(axes.items()), tuple(tables))
 
 
-def _collector(collect: Collect) -> Callable[[str], frozenset[str]]:
+def as_arguments(batch: Any) -> tuple[Any, ...]:
+    """A batch as the further arguments of a function."""
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+def collector(collect: Collect) -> Callable[[str], frozenset[str]]:
     if callable(collect):
         return lambda path: check_collectable(collect(path))
     names = check_collectable(collect)
@@ -64,22 +84,24 @@ def _collector(collect: Collect) -> Callable[[str], frozenset[str]]:
 
 
 def _step(
-    function: Callable[..., Any],
-    tree: Any,
-    args: tuple[Any, ...],
-    collects: Any,
+    gather: Callable[[Any], Watcher],
+    leaves: list[Any],
+    structure: Any,
     axes: dict[str, int],
     tables: dict[str, int],
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(statistics of one batch, the same added to a donated total), jitted, for arguments of these shapes.
+    """(statistics of one call, the same added to a donated total), jitted, for arguments like these.
 
     `axes` and `tables` are filled with what the trace learns.
     """
+    dynamic = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
+    kept = [None if is_array(leaf) else leaf for leaf in leaves]
 
     def statistics(arrays: list[Any]) -> dict[str, WeightStatistics]:
-        watcher = Watcher(collects)
-        _, run = watched_call(function, watcher, tree, args, {})
-        run(arrays)
+        merged = list(kept)
+        for place, array in zip(dynamic, arrays, strict=True):
+            merged[place] = array
+        watcher = gather(jax.tree.unflatten(structure, merged))
         axes.update(watcher.axes)
         tables.update(watcher.looked_up)
         return _by_path(watcher.frame)

@@ -8,6 +8,9 @@ order), over all rows x of all batches seen:
     total          f32[*B, K]      sum x          -> mean
     square_total   f32[*B, K]      sum x**2       -> mean_square (the Hessian's diagonal)
     outer_total    f32[*B, K, K]   sum x x^T      -> hessian = E[x x^T]
+    cross_total    f32[*B, K, K]   sum x y^T      -> cross = E[x y^T]; of jq4.observe_pair alone, see there: x are the
+                                                   inputs in the dense model, and all the other sums are of y, the
+                                                   inputs behind layers that are quantized already
 
 `*B` are the axes along which there are many weights in one leaf: scanned layers, experts. Sums, not means, are kept,
 so that statistics of two streams merge exactly as if they were one; zeros are the identity of every merge.
@@ -38,6 +41,7 @@ class WeightStatistics:
     total: Any = None
     square_total: Any = None
     outer_total: Any = None
+    cross_total: Any = None
 
     @property
     def mean(self) -> jax.Array:
@@ -53,6 +57,11 @@ class WeightStatistics:
     def hessian(self) -> jax.Array:
         """E[x x^T], f32[*B, K, K]."""
         return self._average(self.outer_total, "hessian", 2)
+
+    @property
+    def cross(self) -> jax.Array | None:
+        """E[x y^T], f32[*B, K, K], x the dense model's inputs and y those counted here; None where there is no pair."""
+        return None if self.cross_total is None else self._average(self.cross_total, "cross", 2)
 
     def _average(self, total: Any, name: str, feature_axes: int) -> jax.Array:
         if total is None:
@@ -113,7 +122,7 @@ def statistics_of(x: jax.Array, collect: frozenset[str]) -> WeightStatistics:
     """Statistics of rows x[*B, M, K], computed in float32."""
     x = x.astype(jnp.float32)
     rows = jnp.full(x.shape[:-2], x.shape[-2], jnp.int32)
-    outer = jnp.einsum("...mk,...ml->...kl", x, x, precision="highest") if "hessian" in collect else None
+    outer = _outer(x, x) if "hessian" in collect else None
     return WeightStatistics(
         count=rows,
         absmax=jnp.max(jnp.abs(x), axis=-2, initial=0.0) if "absmax" in collect else None,
@@ -121,6 +130,22 @@ def statistics_of(x: jax.Array, collect: frozenset[str]) -> WeightStatistics:
         square_total=jnp.sum(x * x, axis=-2) if "mean_square" in collect else None,
         outer_total=outer,
     )
+
+
+def pair_statistics_of(x: jax.Array, axis: int | None, collect: frozenset[str]) -> WeightStatistics:
+    """Statistics of y, and those across, of rows x[*B, M, K] of which the batch axis `axis` (of two) holds x and y.
+
+    Where there is no such axis, the rows are the same on both sides.
+    """
+    dense, mine = (x, x) if axis is None else (jnp.take(x, side, axis=axis).astype(jnp.float32) for side in (0, 1))
+    statistics = statistics_of(mine, collect)
+    if "hessian" not in collect:
+        return statistics
+    return dataclasses.replace(statistics, cross_total=_outer(dense.astype(jnp.float32), mine.astype(jnp.float32)))
+
+
+def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum("...mk,...ml->...kl", x, y, precision="highest")
 
 
 def ragged_statistics_of(x: jax.Array, group_sizes: jax.Array, collect: frozenset[str]) -> WeightStatistics:

@@ -12,7 +12,8 @@ branches saw, a `shard_map` sums over the mesh axes that the inputs differ along
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -46,10 +47,15 @@ class Watcher(Interpreter):
       frame: the statistics gathered at this level of the program.
       contracted: path -> the axis (negative) that products contract.
       looked_up: path -> the axis of rows that were looked up in the leaf.
+      pair_axes: path -> the axis of size two along which a leaf holds its dense and its quantized self
+        (jq4.observe_pair).
     """
 
-    def __init__(self, collects: Callable[[str], frozenset[str]]) -> None:
+    def __init__(
+        self, collects: Callable[[str], frozenset[str]], pair_axes: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
         self.collects = collects
+        self.pair_axes = pair_axes
         self.frame: Frame = {}
         self.contracted: dict[str, int] = {}
         self.looked_up: dict[str, int] = {}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jq4.statistics import ragged_statistics_of, statistics_of
+from jq4.statistics import pair_statistics_of, ragged_statistics_of, statistics_of
 from jq4.watched import Atom, Watched, reshaped_axes
 
 Values = list[Any]
@@ -120,11 +120,21 @@ def dot_general(watcher: Any, eqn: Any, values: Values) -> Values:
         rows = [axis for axis in range(x.ndim) if axis not in (*x_batch, *x_features, *lost)]
         x = lax.transpose(x, (*x_batch, *rows, *lost, *x_features))
         sizes = [x.shape[i] for i in range(len(x_batch))]
-        x = x.reshape(*sizes, -1, math.prod(atom.size for atom in features))  # [*B, M, K]
-        watcher.add(
-            weight, [run[0] for run, _ in batched if run], features, statistics_of(_drop_ones(x, batched), collect)
-        )
+        x = _drop_ones(x.reshape(*sizes, -1, math.prod(atom.size for atom in features)), batched)  # [*B, M, K]
+        _summarize(watcher, weight, x, [run[0] for run, _ in batched if run], features, collect)
     return outputs
+
+
+def _summarize(
+    watcher: Any, weight: Watched, x: jax.Array, batch: list[Atom], features: list[Atom], collect: frozenset[str]
+) -> None:
+    """Adds the statistics of rows x[*batch, M, K]."""
+    if weight.path not in watcher.pair_axes:
+        watcher.add(weight, batch, features, statistics_of(x, collect))
+        return
+    pair = next((i for i, atom in enumerate(batch) if atom.axis == watcher.pair_axes[weight.path]), None)
+    rest = [atom for i, atom in enumerate(batch) if i != pair]
+    watcher.add(weight, rest, features, pair_statistics_of(x, pair, collect))
 
 
 def _drop_ones(x: jax.Array, batched: list[Any]) -> jax.Array:
@@ -133,18 +143,27 @@ def _drop_ones(x: jax.Array, batched: list[Any]) -> jax.Array:
 
 
 def ragged_dot(watcher: Any, eqn: Any, values: Values) -> Values:
-    """lhs [M, K] rows by expert, rhs [E, K, N]: statistics per expert."""
+    """lhs [M, K] rows by expert, rhs [E, K, N]: statistics per expert.
+
+    Of a pair (jq4.observe_pair) only the quantized side is looked at: the router may send other rows to an expert.
+    """
     outputs = watcher.compute(eqn, values)
     x, weight, group_sizes = values[:3]
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (contract, batch), groups = numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
-    plain = len(groups) == 1 and not batch[0] and len(contract[0]) == 1
-    if not isinstance(weight, Watched) or not plain or not weight.axes[contract[1][0]]:
+    if not isinstance(weight, Watched):
+        return outputs
+    paired = [run[0].axis for run in (weight.axes[axis] for axis in batch[1]) if run]
+    pair = paired == [watcher.pair_axes.get(weight.path)] and len(batch[0]) == 1
+    plain = len(groups) == 1 and (pair or not batch[0]) and len(contract[0]) == 1
+    if not plain or not weight.axes[contract[1][0]]:
         return outputs
     features = list(weight.axes[contract[1][0]])
     watcher.note_contraction(weight.path, features)
     if collect := watcher.collects(weight.path):
         rows = jnp.moveaxis(x, contract[0][0], -1)
+        if pair:
+            rows, group_sizes = jnp.take(rows, 1, axis=batch[0][0]), group_sizes[1]
         statistics = ragged_statistics_of(rows.reshape(-1, rows.shape[-1]), group_sizes, collect)
         watcher.add(weight, list(weight.axes[groups[0]][:1]), features, statistics)
     return outputs

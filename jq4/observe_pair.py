@@ -1,0 +1,120 @@
+"""`observe_pair`: statistics of a weight's inputs behind layers that are quantized already, and against the dense ones.
+
+    x    a row of inputs of a weight W in the dense model
+    y    the same row in the model whose preceding layers are quantized
+
+A method that minimises E|y^T W' - x^T W|^2 undoes some of the damage that the prefix has done (QEP, Arai & Ichikawa
+2025; GPTAQ, Li et al. 2025; Qronos, Zhang et al. 2025). It needs E[y y^T], which takes the place of the Hessian, and
+E[x y^T], the cross-correlation. So both models must run at once, row for row.
+
+They do in one jitted program: the function is vmapped over an axis of two, on which every weight and every input has
+its dense and its quantized self, and `jq4.observe`'s interpreter watches the product. What is traded: the weights of
+both models are copied side by side for a product (XLA frees the copy after it), and convolutions, which vmap rewrites,
+are not seen. Experts that rows are routed to (ragged_dot) get the statistics of y alone, since the two routers may
+send them other rows.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jq4.axes import is_array, watched_call
+from jq4.errors import JQ4Error
+from jq4.observe import Collect, accumulate, as_arguments, collector
+from jq4.paths import flatten_with_paths
+from jq4.qarray import is_qarray
+from jq4.statistics import Statistics
+from jq4.watch import Watcher
+
+
+def observe_pair(
+    function: Callable[..., Any],
+    dense_tree: Any,
+    quantized_tree: Any,
+    batches_of_pairs: Iterable[tuple[Any, Any]],
+    *,
+    collect: Collect = ("hessian",),
+) -> Statistics:
+    """Statistics of every weight's inputs in `function(quantized_tree, y)`, with `cross_total` where they pair.
+
+    Args:
+      function: any traceable function; called as function(tree, batch), or function(tree, *batch) for a tuple.
+      dense_tree: the parameters, dense.
+      quantized_tree: the same tree with what is quantized so far as QArrays or dequantized; its leaves are taken in the
+        dense ones' dtype.
+      batches_of_pairs: pairs (batch of the dense model, batch of the quantized one), of one structure and equal shapes,
+        row for row; may be a generator, of which one pair is held at a time.
+      collect: as in jq4.observe. "hessian" brings the cross-correlation along.
+
+    Returns:
+      Statistics of the quantized side's inputs y (count, absmax, ..., outer_total = sum y y^T), and
+      cross_total = sum x y^T; paths and `.axes` as jq4.observe gives them.
+
+    Raises:
+      JQ4Error: no batches, trees or batches that do not pair, or a name in `collect` that cannot be collected.
+    """
+    collects = collector(collect)
+
+    def gather(arguments: Any) -> Watcher:
+        (dense, quantized), (x, y) = arguments
+        stacked = _side_by_side((dense, as_arguments(x)), (_dequantized_like(dense, quantized), as_arguments(y)))
+        tree, args = stacked
+        weights = flatten_with_paths(tree)
+        watcher = Watcher(collects, {path: -leaf.ndim for path, leaf in weights if is_array(leaf)})
+        leaves, run = watched_call(_over_pairs(function), watcher, tree, args, {})
+        run(leaves)
+        return watcher
+
+    trees = (dense_tree, quantized_tree)
+    return accumulate(gather, ((trees, _pair_of(batches)) for batches in batches_of_pairs), "observe_pair")
+
+
+def _pair_of(batches: Any) -> tuple[Any, Any]:
+    if not isinstance(batches, tuple) or len(batches) != 2:
+        raise JQ4Error(f"observe_pair: a batch is {type(batches).__name__}, wanted a pair (dense, quantized)")
+    return batches
+
+
+def _dequantized_like(dense: Any, quantized: Any) -> Any:
+    """The quantized tree, dense and in the dense one's dtypes."""
+    plain = jax.tree.map(lambda leaf: leaf.dequantize() if is_qarray(leaf) else leaf, quantized, is_leaf=is_qarray)
+    if jax.tree.structure(plain) != jax.tree.structure(dense):
+        raise JQ4Error("observe_pair: the dense and the quantized tree differ in structure: wanted the same leaves")
+    return jax.tree.map(lambda mine, like: mine.astype(like.dtype) if is_array(like) else mine, plain, dense)
+
+
+def _side_by_side(dense: Any, quantized: Any) -> Any:
+    """The tree with each array [2, ...]: the dense one's first; other leaves as the dense tree has them."""
+
+    def stack(path: Any, x: Any, y: Any) -> Any:
+        if not is_array(x):
+            return x
+        if x.shape != y.shape or x.dtype != y.dtype:
+            raise JQ4Error(
+                f"observe_pair: {jax.tree_util.keystr(path)} is {x.dtype}{list(x.shape)} on the dense side and "
+                f"{y.dtype}{list(y.shape)} on the quantized one, wanted the same"
+            )
+        return jnp.stack([x, y])
+
+    return jax.tree_util.tree_map_with_path(stack, dense, quantized)
+
+
+def _over_pairs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` vmapped over the first axis of all arrays among its arguments' leaves."""
+
+    def call(*arguments: Any) -> list[Any]:
+        leaves, structure = jax.tree.flatten(arguments)
+        dynamic = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
+
+        def one(arrays: list[Any]) -> list[Any]:
+            merged = list(leaves)
+            for place, array in zip(dynamic, arrays, strict=True):
+                merged[place] = array
+            outputs = function(*jax.tree.unflatten(structure, merged))
+            return [leaf for leaf in jax.tree.leaves(outputs) if is_array(leaf)]
+
+        return jax.vmap(one)([leaves[place] for place in dynamic])
+
+    return call

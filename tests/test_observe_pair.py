@@ -1,0 +1,101 @@
+"""Oracle: numpy's own sums over the inputs of both models, run one after the other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import jq4
+from jq4.observe_pair import observe_pair
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def check(found, x, y, lead=()):
+    """Compares one slice of statistics with those of rows x (dense) and y (quantized) [M, K] in float64."""
+    x, y = (np.asarray(rows, np.float64).reshape(-1, np.shape(rows)[-1]) for rows in (x, y))
+    assert int(found.count[lead]) == len(y)
+    np.testing.assert_allclose(found.hessian[lead], y.T @ y / len(y), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.cross[lead], x.T @ y / len(y), rtol=1e-4, atol=1e-5)
+
+
+def two_layers(tree, x):
+    return jax.nn.relu(x @ tree["a"]) @ tree["b"].T
+
+
+def test_the_inputs_of_both_models_pair_row_by_row():
+    dense = {"a": normal(8, 6), "b": normal(4, 6, seed=1)}
+    packed = jq4.quantize(dense, jq4.Rule(("a",), num_bits=3, axis=-2))
+    pairs = [(normal(rows, 8, seed=rows), normal(rows, 8, seed=rows) + 0.1) for rows in (3, 7)]
+    stats = observe_pair(two_layers, dense, packed, iter(pairs), collect=("hessian", "absmax"))
+    x, y = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+    check(stats["a"], x, y)
+    hidden = np.maximum(x @ np.asarray(dense["a"]), 0), np.maximum(y @ np.asarray(packed["a"].dequantize()), 0)
+    check(stats["b"], *hidden)
+    np.testing.assert_allclose(stats["b"].absmax, hidden[1].max(0), rtol=1e-5)
+    assert stats.axes == {"a": -2, "b": -1}
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x + jax.nn.silu(nn.Dense(6)(x)), None
+
+
+class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scanned = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return scanned(name="layers")(x, None)[0]
+
+
+def test_scanned_layers_keep_pairs_of_their_own():
+    model, x = Stack(), normal(2, 5, 6)
+    dense = model.init(jax.random.key(0), x)
+    quantized = jax.tree.map(lambda leaf: leaf + 0.05 * jnp.sin(17 * leaf), dense)
+    stats = observe_pair(model.apply, dense, quantized, [(x, x)])
+    inputs = [np.asarray(x)] * 2
+    kernels = [tree["params"]["layers"]["Dense_0"]["kernel"] for tree in (dense, quantized)]
+    biases = [tree["params"]["layers"]["Dense_0"]["bias"] for tree in (dense, quantized)]
+    for layer in range(3):
+        check(stats["params/layers/Dense_0/kernel"], *inputs, lead=(layer,))
+        sides = zip(inputs, kernels, biases, strict=True)
+        inputs = [h + np.asarray(jax.nn.silu(h @ k[layer] + b[layer][None, None])) for h, k, b in sides]
+
+
+def test_a_weight_that_both_sides_feed_alike_has_its_hessian_for_a_cross():
+    constant = normal(9, 5, seed=4)
+    stats = observe_pair(lambda t, x: x * (constant @ t["w"]), {"w": normal(5, 4)}, {"w": normal(5, 4)}, [(1.0, 1.0)])
+    check(stats["w"], constant, constant)
+
+
+def test_experts_are_counted_by_the_quantized_router():
+    dense = {"router": normal(6, 3), "experts": normal(3, 6, 4, seed=1)}
+    quantized = {"router": normal(6, 3, seed=9), "experts": dense["experts"]}
+
+    def mixture(tree, x):
+        expert = jnp.argmax(x @ tree["router"], axis=-1)
+        order = jnp.argsort(expert)
+        return jax.lax.ragged_dot(x[order], tree["experts"], jnp.bincount(expert, length=3).astype(jnp.int32))
+
+    x = normal(40, 6, seed=2)
+    found = observe_pair(mixture, dense, quantized, [(x, x)])["experts"]
+    alone = jq4.observe(mixture, quantized, [x], collect=("hessian",))["experts"]
+    assert found.cross is None
+    np.testing.assert_array_equal(found.count, alone.count)
+    np.testing.assert_allclose(found.hessian, alone.hessian, rtol=1e-5, atol=1e-6)
+
+
+def test_what_does_not_pair_is_refused():
+    tree, x = {"a": normal(8, 6), "b": normal(4, 6)}, normal(3, 8)
+    with pytest.raises(jq4.JQ4Error, match="observe_pair was given no batches"):
+        observe_pair(two_layers, tree, tree, [])
+    with pytest.raises(jq4.JQ4Error, match="differ in structure"):
+        observe_pair(two_layers, tree, {"a": tree["a"]}, [(x, x)])
+    with pytest.raises(jq4.JQ4Error, match=r"float32\[3, 8\] on the dense side and float32\[2, 8\]"):
+        observe_pair(two_layers, tree, tree, [(x, x[:2])])
+    with pytest.raises(jq4.JQ4Error, match="wanted a pair"):
+        observe_pair(two_layers, tree, tree, [x])  # pyright: ignore[reportArgumentType]
