@@ -4,9 +4,10 @@
 
 Ours are made by `jq4 quantize` and everything is measured by `jq4 eval`, as a user would: KLD, perplexity and top-1
 agreement against the dense model, in float32, on rows that calibrated nothing. Peers (`auto-round`,
-`llmcompressor-gptq`) run in Pythons of their own by `benchmarks.peer_quantize`, on the same calibration rows, over
-the same linear layers; `bits` is what their own files hold a weight (float16 scales, packed zero points). `target` is
-the figure to reach on TinyStories-656K: 0.8 of the best peer's when this project began.
+`llmcompressor-gptq`, `bitsandbytes-nf4`, `bitsandbytes-nf4-nested`, `gguf-q4_0`, `gguf-q4_1`) run in Pythons of their
+own by `benchmarks.peer_quantize`, on the same calibration rows, over the same linear layers; `bits` is what their own
+files hold a weight (float16 scales, packed zero points). `target` is the figure to reach on TinyStories-656K: 0.8 of
+the best peer's when this project began.
 """
 
 import argparse
@@ -78,14 +79,17 @@ def run_ours(name: str, work: Path, dense: Path, calibration: Path, ids: Path) -
 
 def run_peer(method: str, python: str, cell: str, work: Path, dense: Path, calibration: Path, ids: Path) -> Any:
     found = re.fullmatch(r"w(\d)g(\d+)(-asym)?", cell)
-    assert found is not None
-    bits, group = int(found[1]), int(found[2])
-    out = work / f"{method}-{cell}"
-    options = ["--bits", str(bits), "--group", str(group), *(["--asym"] if found[3] else [])]
-    run(python, "-m", "benchmarks.peer_quantize", method, dense, calibration, out, *options)
-    held = json.loads((out / "peer.json").read_text())
-    stored = bits + (16 + bits) / group if found[3] else bits + 16 / group
-    return {"method": f"{method}-{cell}", "seconds": held["seconds"], **measure(out, dense, ids), "bits": stored}
+    options = [] if found is None else ["--bits", found[1], "--group", found[2], *(["--asym"] if found[3] else [])]
+    name = f"{method}-{cell}".rstrip("-")
+    run(python, "-m", "benchmarks.peer_quantize", method, dense, calibration, work / name, *options)
+    held = json.loads((work / name / "peer.json").read_text())
+    measured = measure(work / name, dense, ids)
+    return {"method": name, "seconds": held["seconds"], **measured, "bits": held["bits"]}
+
+
+def cells_of(method: str) -> tuple[str, ...]:
+    """The formats that a peer is run at; the others have one of their own."""
+    return CELLS if method in ("auto-round", "llmcompressor-gptq") else ("",)
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
@@ -119,7 +123,8 @@ def main() -> None:
         work = Path(folder)
         dense, calibration, ids = open_rows(arguments.model, work)
         jobs = [(run_ours, (name,)) for name in arguments.ours]
-        jobs += [(run_peer, (*peer.split("=", 1), cell)) for peer in arguments.peer for cell in CELLS]
+        peers = [peer.split("=", 1) for peer in arguments.peer]
+        jobs += [(run_peer, (*peer, cell)) for peer in peers for cell in cells_of(peer[0])]
         for job, names in jobs:
             row = job(*names, work, dense, calibration, ids)
             cell = next((cell for cell in CELLS if row["method"].endswith(cell)), "")

@@ -2,13 +2,14 @@
 
     PEER_PYTHON -m benchmarks.peer_quantize METHOD MODEL IDS.npy OUT --bits 4 --group 32 [--asym] [--iters 200]
 
-METHOD is `auto-round` or `llmcompressor-gptq`. It runs under the Python of an environment that holds the peer (they
+METHOD is one of METHODS below. It runs under the Python of an environment that holds the peer (they
 want other versions of transformers than jq4's tests do, so each has its own): nothing here imports jax or jq4.
 `benchmarks.best` calls it and measures the result with the same `evaluate` as ours. The weights that it saves are the
 peer's own dequantized ones, in float32; embedding and head stay as they were.
 """
 
 import argparse
+import functools
 import json
 import shutil
 import time
@@ -65,7 +66,49 @@ def llmcompressor_gptq(model, tokenizer, rows: torch.Tensor, options: argparse.N
     )
 
 
-METHODS = {"auto-round": auto_round, "llmcompressor-gptq": llmcompressor_gptq}
+def bitsandbytes_nf4(weight: torch.Tensor) -> torch.Tensor:
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4", blocksize=64))
+
+
+def bitsandbytes_nf4_nested(weight: torch.Tensor) -> torch.Tensor:
+    from bitsandbytes import functional
+
+    held = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
+    return functional.dequantize_4bit(*held)
+
+
+def gguf_type(name: str, weight: torch.Tensor) -> torch.Tensor:
+    from gguf import GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType[name]
+    return torch.from_numpy(quants.dequantize(quants.quantize(weight.numpy(), kind), kind))
+
+
+CALIBRATED = {"auto-round": auto_round, "llmcompressor-gptq": llmcompressor_gptq}
+# of one weight [out, in] at a time, and the bits that a weight takes in the peer's own file
+BY_WEIGHT = {
+    "bitsandbytes-nf4": (bitsandbytes_nf4, 4 + 32 / 64),
+    "bitsandbytes-nf4-nested": (bitsandbytes_nf4_nested, 4 + 8 / 64 + 32 / (64 * 256)),
+    "gguf-q4_0": (functools.partial(gguf_type, "Q4_0"), 4.5),
+    "gguf-q4_1": (functools.partial(gguf_type, "Q4_1"), 5.0),
+}
+METHODS = (*CALIBRATED, *BY_WEIGHT)
+
+
+def quantized(options: argparse.Namespace, model, tokenizer) -> tuple[torch.nn.Module, float]:
+    """The model with dequantized weights, and the bits a weight takes."""
+    if options.method in CALIBRATED:
+        rows = torch.from_numpy(np.load(options.ids).astype(np.int64))
+        bits, group = options.bits, options.group
+        stored = bits + (16 + bits) / group if options.asym else bits + 16 / group
+        return CALIBRATED[options.method](model, tokenizer, rows, options), stored
+    convert, bits = BY_WEIGHT[options.method]
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.data = convert(module.weight.data)
+    return model, bits
 
 
 def main() -> None:
@@ -82,9 +125,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    rows = torch.from_numpy(np.load(options.ids).astype(np.int64))
     start = time.perf_counter()
-    found = METHODS[options.method](model, tokenizer, rows, options)
+    found, bits = quantized(options, model, tokenizer)
     seconds = time.perf_counter() - start
     after = found.state_dict()
     tied = model.config.tie_word_embeddings
@@ -95,7 +137,13 @@ def main() -> None:
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         if (options.model / name).exists():
             shutil.copy(options.model / name, options.out / name)
-    report = {"method": options.method, "seconds": seconds, "changed": changed, "torch": torch.__version__}
+    report = {
+        "method": options.method,
+        "seconds": seconds,
+        "bits": bits,
+        "changed": changed,
+        "torch": torch.__version__,
+    }
     (options.out / "peer.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
