@@ -5,6 +5,7 @@ is the function's own and the sums'. The sums are in float32, per weight and per
 expert); see jq4.statistics for their shapes. Another batch size changes them by rounding only.
 """
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -20,7 +21,23 @@ from jq4.watch import Frame, Watcher
 Collect = Collection[str] | Callable[[str], Collection[str]]
 
 
-def observe(function: Callable[..., Any], tree: Any, batches: Iterable[Any], *, collect: Collect = CHEAP) -> Statistics:
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What one call compiled, for later calls with the same function and the same `collect`, such as block by block."""
+
+    steps: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    axes: dict[str, int] = dataclasses.field(default_factory=dict)
+    tables: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def observe(
+    function: Callable[..., Any],
+    tree: Any,
+    batches: Iterable[Any],
+    *,
+    collect: Collect = CHEAP,
+    programs: Programs | None = None,
+) -> Statistics:
     """Statistics of what each weight of `tree` is multiplied by in `function(tree, batch)`, over all batches.
 
     Args:
@@ -29,6 +46,7 @@ def observe(function: Callable[..., Any], tree: Any, batches: Iterable[Any], *, 
       batches: pytrees of arrays; may be a generator, of which one batch is held at a time.
       collect: some of "absmax", "mean", "mean_square", "hessian" (counts always come along), or a function from a
         leaf's path to them. A Hessian of K inputs takes 4*K*K bytes a slice, so it is only collected where asked.
+      programs: of an earlier call with this function and `collect`, so that nothing is compiled again; filled here.
 
     Returns:
       Statistics: path -> WeightStatistics, with `.axes` as jq4.contraction_axes gives them.
@@ -45,30 +63,30 @@ def observe(function: Callable[..., Any], tree: Any, batches: Iterable[Any], *, 
         run(leaves)
         return watcher
 
-    return accumulate(gather, ((tree, as_arguments(batch)) for batch in batches), "observe")
+    return accumulate(gather, ((tree, as_arguments(batch)) for batch in batches), "observe", programs)
 
 
-def accumulate(gather: Callable[[Any], Watcher], calls: Iterable[Any], name: str) -> Statistics:
+def accumulate(
+    gather: Callable[[Any], Watcher], calls: Iterable[Any], name: str, programs: Programs | None = None
+) -> Statistics:
     """The sums of what `gather` finds in each call's arguments, added up under jit to a donated total.
 
     `gather(arguments)` is traced once for each structure and set of shapes, and returns the watcher that has seen all.
     """
-    axes: dict[str, int] = {}
-    tables: dict[str, int] = {}
-    steps: dict[Any, Any] = {}
+    programs = programs or Programs()
     total: dict[str, WeightStatistics] | None = None
     for arguments in calls:
         leaves, structure = jax.tree.flatten(arguments)
         static = tuple((place, type(leaf), leaf) for place, leaf in enumerate(leaves) if not is_array(leaf))
         key = (structure, static, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves if is_array(leaf)))
-        if key not in steps:
-            steps[key] = _step(gather, leaves, structure, axes, tables)
+        if key not in programs.steps:
+            programs.steps[key] = _step(gather, leaves, structure, programs.axes, programs.tables)
         arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
-        first, more = steps[key]
+        first, more = programs.steps[key]
         total = first(arrays) if total is None else more(total, arrays)
     if total is None:
         raise JQ4Error(f"{name} was given no batches: wanted at least one")
-    return Statistics(dict(total), tuple(axes.items()), tuple(tables))
+    return Statistics(dict(total), tuple(programs.axes.items()), tuple(programs.tables))
 
 
 def as_arguments(batch: Any) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from jq4.axes import is_array, watched_call
 from jq4.errors import JQ4Error
-from jq4.observe import Collect, accumulate, as_arguments, collector
+from jq4.observe import Collect, Programs, accumulate, as_arguments, collector
 from jq4.paths import flatten_with_paths
 from jq4.qarray import is_qarray
 from jq4.statistics import Statistics
@@ -36,6 +36,7 @@ def observe_pair(
     batches_of_pairs: Iterable[tuple[Any, Any]],
     *,
     collect: Collect = ("hessian",),
+    programs: Programs | None = None,
 ) -> Statistics:
     """Statistics of every weight's inputs in `function(quantized_tree, y)`, with `cross_total` where they pair.
 
@@ -47,6 +48,7 @@ def observe_pair(
       batches_of_pairs: pairs (batch of the dense model, batch of the quantized one), of one structure and equal shapes,
         row for row; may be a generator, of which one pair is held at a time.
       collect: as in jq4.observe. "hessian" brings the cross-correlation along.
+      programs: as in jq4.observe.
 
     Returns:
       Statistics of the quantized side's inputs y (count, absmax, ..., outer_total = sum y y^T), and
@@ -68,7 +70,7 @@ def observe_pair(
         return watcher
 
     trees = (dense_tree, quantized_tree)
-    return accumulate(gather, ((trees, _pair_of(batches)) for batches in batches_of_pairs), "observe_pair")
+    return accumulate(gather, ((trees, _pair_of(batches)) for batches in batches_of_pairs), "observe_pair", programs)
 
 
 def _pair_of(batches: Any) -> tuple[Any, Any]:
