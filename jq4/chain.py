@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import jax
 
+from jq4.equalize.folds import Folds
+
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
@@ -26,6 +28,7 @@ class Chain:
       embed, block, head: see the module's text.
       stages: the weights of a block in the order of their use, as patterns of jq4.targets; those of one stage see the
         same inputs.
+      folds: where scales and rotations can go, for the steps before the rules (jq4.equalize); None if not known.
     """
 
     num_blocks: int
@@ -34,6 +37,7 @@ class Chain:
     block: Callable[[Any, jax.Array, jax.Array], jax.Array]
     head: Callable[[Any, jax.Array], jax.Array]
     stages: tuple[tuple[str, ...], ...]
+    folds: Folds | None = None
 
 
 class BlockSource(Protocol):

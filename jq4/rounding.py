@@ -153,7 +153,7 @@ def encode_weight(weight: jax.Array, encoding: Encoding, find: Callable[[jax.Arr
         parameters = find(blocks, encoding)
         return codes_of_blocks(blocks, parameters, encoding.number_format), parameters
 
-    codes, parameters = _map_groups(encode_blocks, weight.astype(jnp.float32), axis, group_size)
+    codes, parameters = map_groups(encode_blocks, weight.astype(jnp.float32), axis, group_size)
     stored = jnp.dtype(encoding.scale_dtype)
     bits = encoding.number_format.bits
     return QArray(
@@ -167,6 +167,16 @@ def encode_weight(weight: jax.Array, encoding: Encoding, find: Callable[[jax.Arr
         padding=packing.padding_of(length, bits),
         dtype=jnp.dtype(weight.dtype).name,
     )
+
+
+def round_trip(weight: jax.Array, encoding: Encoding, find: Callable[[jax.Array, Encoding], Parameters]) -> jax.Array:
+    """What a weight f32[*B, K, N] becomes when it is encoded by `find` and dequantized; nothing is packed."""
+    length = weight.shape[encoding.axis]
+
+    def through(blocks: jax.Array) -> jax.Array:
+        return dequantize_blocks(blocks, find(blocks, encoding), encoding.number_format)
+
+    return map_groups(through, weight, encoding.axis, min(encoding.group_size or length, length))
 
 
 def check_encoding(encoding: Encoding, ndim: int) -> None:
@@ -326,7 +336,7 @@ def _smallest(dtype: str) -> float:
     return float(stored.smallest_subnormal if dtype == "float16" else stored.tiny)
 
 
-def _map_groups(f: Callable[[jax.Array], Any], weight: jax.Array, axis: int, group_size: int) -> Any:
+def map_groups(f: Callable[[jax.Array], Any], weight: jax.Array, axis: int, group_size: int) -> Any:
     """Applies `f` to the blocks of the whole groups and of the short last one, and joins what it returns along `axis`.
 
     `f` takes [..., G, g, ...] and returns arrays [..., G, g, ...] or [..., G, 1, ...], which become [..., K, ...] and

@@ -26,7 +26,11 @@ class StepKind:
     options: tuple[str, ...] = ()
 
 
-STEPS: dict[str, StepKind] = {}
+STEPS: dict[str, StepKind] = {
+    "rotate": StepKind(BEFORE, ("residual", "heads", "seed")),
+    "smoothquant": StepKind(BEFORE, ("alpha",)),
+    "awq": StepKind(BEFORE, ("ratios", "by_weights", "hessian")),
+}
 
 
 @dataclasses.dataclass(frozen=True)

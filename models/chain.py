@@ -18,6 +18,7 @@ from models.decoder import (
     scaled_embedding,
     shared_by_layers,
 )
+from models.folds import decoder_folds
 from models.kv_cache import look
 
 LAYERS = "layers"
@@ -50,4 +51,4 @@ def decoder_chain(config: DecoderConfig, dtype: Any = jnp.float32) -> Chain:
         kernel = None if config.tied_embeddings else outside["lm_head"]["kernel"]
         return logits_of(config, normed, outside["embed"]["embedding"], kernel)
 
-    return Chain(config.num_layers, LAYERS, embed, block, head, tuple(_STAGES))
+    return Chain(config.num_layers, LAYERS, embed, block, head, tuple(_STAGES), decoder_folds(config))

@@ -1,0 +1,30 @@
+"""SmoothQuant (Xiao et al. 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for LLMs").
+
+Activations of language models have a few channels a hundred times larger than the rest: a scale per token must reach
+them, and leaves nothing to the others. Weights have none. So half of the difficulty is moved over, channel by channel,
+
+    s = max|x|**alpha / max|w|**(1 - alpha)         x / s,  s * W
+
+with max|x| over the calibration tokens and max|w| over all weights that share the input. At alpha = 1/2 both have the
+same range in each channel. What is traded: weights in few bits suffer from what activations in 8 bits gain, so this is
+for weights in 8 bits; for 4, see jq4.equalize.awq. A channel that is dead on either side keeps s = 1.
+
+The paper scales at norms alone; value heads and the gated MLP's inner channels pass scales on just as exactly, and are
+scaled as well.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jq4.equalize.folds import Fold
+
+
+def smooth_scale(fold: Fold, weights: Sequence[jax.Array], absmax: jax.Array, alpha: float) -> jax.Array:
+    """The s f32[*B, K'] of a fold, for its consumers' weights float[*B, K, N] and their inputs' max |x| f32[*B, K]."""
+    of_inputs = fold.pooled(absmax, jnp.max)
+    largest = [jnp.max(jnp.abs(weight.astype(jnp.float32)), axis=-1) for weight in weights]
+    of_weights = fold.pooled(jnp.max(jnp.stack(largest), axis=0), jnp.max)
+    scale = of_inputs**alpha / of_weights ** (1 - alpha)
+    return jnp.where((of_inputs > 0) & (of_weights > 0), scale, 1.0)
