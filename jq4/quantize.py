@@ -94,7 +94,7 @@ def quantize(
         if progress is not None:
             progress(entry)
     report.recipe = plan.recipe
-    _warn_of_idle_rules(report)
+    warn_of_idle_rules(report)
     return jax.tree_util.tree_unflatten(treedef, out)
 
 
@@ -301,7 +301,8 @@ def _delete(leaf: Any, result: QArray) -> None:
         leaf.delete()
 
 
-def _warn_of_idle_rules(report: QuantizeReport) -> None:
+def warn_of_idle_rules(report: QuantizeReport) -> None:
+    """Warns, at the caller's caller, of each rule that quantized no leaf."""
     for index, rule, why in report.idle_rules():
         warnings.warn(
             f"rule {index} of the recipe, for targets {list(rule.targets)}, quantized no leaf: {why}",
