@@ -63,7 +63,7 @@ def count_klds(divergence: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def draw_klds(
-    axes: Any, edges: np.ndarray, counts: Mapping[str, Sequence[int]], means: Mapping[str, float], colours: Any
+    axes: Any, edges: np.ndarray, counts: Mapping[str, Any], means: Mapping[str, float], colours: Any
 ) -> None:
     """A histogram of each name's divergences, and a line at its mean."""
     for name, mean in means.items():

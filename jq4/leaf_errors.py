@@ -86,9 +86,8 @@ def error_of(path: str, weight: Any, approximation: Any, statistics: Any = None,
     """The error of one leaf; arrays or QArrays. `axis` is the contracted one, negative."""
     if tuple(weight.shape) != tuple(approximation.shape):
         raise JQ4Error(f"{path}: shape {tuple(approximation.shape)}, but {tuple(weight.shape)} in the reference")
+    statistics = statistics if _fit(weight.shape, axis, statistics) else None
     shape = _matrix_shape(weight.shape, axis, statistics)
-    if shape is None:
-        statistics, shape = None, _matrix_shape(weight.shape, axis, None)
     weighting, moments = _moments(statistics)
     energies = jax.device_get(_energies(weight, approximation, moments, shape=shape, axis=axis))
     energies = {name: np.asarray(value, np.float64) for name, value in energies.items()}
@@ -120,24 +119,26 @@ def collect_hessians(
     return collect
 
 
-def _matrix_shape(shape: Any, axis: int, statistics: Any) -> tuple[int, ...] | None:
-    """[*B, K, N] as statistics see a leaf, or as its last two axes tell; None where statistics are of other axes."""
-    shape = tuple(shape)
-    if statistics is None:
-        leading = shape[: max(0, len(shape) + min(axis, -2))]
-        features = shape[axis]
-    else:
-        leading = tuple(statistics.count.shape)
-        features = _features(statistics)
-        if features is None or shape[: len(leading)] != leading or _features_span(shape, axis, features) is None:
-            return None
+def _fit(shape: Any, axis: int, statistics: Any) -> bool:
+    """Whether statistics are of the axes of a leaf that end with `axis`, slice by slice."""
+    if statistics is None or not (features := _features(statistics)):
+        return False
+    leading = tuple(statistics.count.shape)
+    return tuple(shape[: len(leading)]) == leading and _features_span(tuple(shape), axis, features) is not None
+
+
+def _matrix_shape(shape: Any, axis: int, statistics: Any) -> tuple[int, ...]:
+    """[*B, K, N]: as the statistics see a leaf, or as its last two axes tell."""
+    features = shape[axis] if statistics is None else _features(statistics)
+    stacked = max(0, len(shape) + min(axis, -2)) if statistics is None else statistics.count.ndim
+    leading = tuple(shape[:stacked])
     return (*leading, features, math.prod(shape) // (math.prod(leading) * features))
 
 
-def _features(statistics: Any) -> int | None:
-    known = next((v for v in (statistics.square_total, statistics.total, statistics.absmax) if v is not None), None)
-    known = statistics.outer_total if known is None else known
-    return None if known is None else int(known.shape[-1])
+def _features(statistics: Any) -> int:
+    """K, or 0 where nothing but rows was counted."""
+    known = (statistics.square_total, statistics.outer_total, statistics.total, statistics.absmax)
+    return next((int(sums.shape[-1]) for sums in known if sums is not None), 0)
 
 
 def _features_span(shape: tuple[int, ...], axis: int, features: int) -> int | None:

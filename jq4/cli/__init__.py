@@ -9,13 +9,14 @@ import sys
 from collections.abc import Sequence
 
 from jq4 import __version__
-from jq4.cli import _terminal, demo, eval, generate, inspect, plan, quantize
+from jq4.cli import _terminal, demo, eval, generate, inspect, plan, quantize, report
 from jq4.errors import JQ4Error
 
 _VERBS = {
     "demo": demo,
     "quantize": quantize,
     "eval": eval,
+    "report": report,
     "generate": generate,
     "inspect": inspect,
     "plan": plan,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,29 @@ def laid_out(model: "LanguageModel") -> "LanguageModel":
         return model
 
 
+def function_of(model: "LanguageModel") -> Callable[[Any, Any], Any]:
+    """The model as a function of its params and tokens i32[B, T], as jq4.observe takes it."""
+    return lambda params, tokens: model.apply({"params": params}, tokens)
+
+
+def observe_inputs(
+    model: "LanguageModel", rows: Any, batch_size: int, collect: Any, description: str = "observing"
+) -> Any:
+    """jq4.observe of a dense model over rows of tokens, with a progress bar."""
+    from jq4.cli import _terminal
+    from jq4.observe import observe
+
+    starts = range(0, len(rows), batch_size)
+    with _terminal.progress(description) as step:
+
+        def batches() -> Iterator[Any]:
+            for done, start in enumerate(starts):
+                step(done, len(starts))
+                yield rows[start : start + batch_size]
+
+        return observe(function_of(model), model.params, batches(), collect=collect)
+
+
 def went_dense(model: "LanguageModel") -> list[dict[str, Any]]:
     """What the last trace of a model could not keep packed; empty is what it should be."""
     return [dataclasses.asdict(entry) for entry in model.record.entries]
@@ -46,9 +70,10 @@ def origin(folder: Path) -> dict[str, Any]:
         names = [MANIFEST]
     else:
         names = [*sorted(path.name for path in folder.glob("*.safetensors*")), "config.json"]
-    return {"folder": folder.resolve().name, "files": {name: _sha256(folder / name) for name in names}}
+    return {"folder": folder.resolve().name, "files": {name: sha256(folder / name) for name in names}}
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file, as "sha256:0f3a..."."""
     with file.open("rb") as stream:
         return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()

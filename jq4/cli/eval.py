@@ -1,6 +1,7 @@
 """jq4 eval: perplexity of a model, and its distance from another."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,8 @@ DEFAULT_CONTEXT = 2048
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or one that jq4 quantize made")
-    text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument(
-        "--text", metavar="FILE", help="UTF-8 text: tokenized whole, cut into rows, the last short one dropped"
-    )
-    text.add_argument("--ids", metavar="FILE.npy", help="token ids: integers [rows, tokens], or [tokens] as for --text")
-    parser.add_argument(
-        "--context",
-        type=int,
-        metavar="N",
-        help="tokens a row (default: the rows of --ids; the model's longest, at most 2048)",
-    )
+    add_text_arguments(parser)
     parser.add_argument("--reference", metavar="MODEL", help="the model that KLD and agreement are measured against")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default 8)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -48,18 +38,15 @@ def run(arguments: argparse.Namespace) -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `jq4 eval --json` prints."""
     from jq4.cli import _models, _terminal
-    from jq4.evaluate import evaluate, rows_of
+    from jq4.evaluate import evaluate
     from jq4.inventory import bytes_on_disk, inventory, totals
 
     watch = _terminal.Stopwatch()
-    file = Path(arguments.ids or arguments.text)
-    given = read_ids(file) if arguments.ids else read_text(file)
+    given = read_given(arguments)
     model = _models.open_model(arguments.model)
     held = totals(inventory(model.params))
     reference = None if arguments.reference is None else _models.open_model(arguments.reference)
-    ids = tokenize(model, given, arguments.model) if isinstance(given, str) else given
-    context = choose_context(arguments.context, ids.ndim, model.config.max_position_embeddings, ids.size)
-    rows, dropped = rows_of(ids, context, vocab_size=model.config.vocab_size, name=str(file))
+    rows, dropped = given.rows_for(model, arguments.model, arguments.context)
     model = _models.laid_out(model)
     with _terminal.progress("evaluating") as step:
         found = evaluate(
@@ -80,6 +67,63 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": watch.seconds,
         "versions": _terminal.versions(),
     }
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is predicted: --text or --ids, --context, --batch-size."""
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text: tokenized whole, cut into rows, the last short one dropped"
+    )
+    text.add_argument("--ids", metavar="FILE.npy", help="token ids: integers [rows, tokens], or [tokens] as for --text")
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens a row (default: the rows of --ids; the model's longest, at most 2048)",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default 8)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A file of text or of token ids, read before any model is opened."""
+
+    file: Path
+    content: Any
+
+    def rows_for(self, model: Any, folder: str, context: int | None) -> tuple[Any, int]:
+        """(rows i32[R, context] of the model's tokens, how many tokens were dropped)."""
+        from jq4.evaluate import rows_of
+
+        ids = tokenize(model, self.content, folder) if isinstance(self.content, str) else self.content
+        context = choose_context(context, ids.ndim, model.config.max_position_embeddings, ids.size)
+        return rows_of(ids, context, vocab_size=model.config.vocab_size, name=str(self.file))
+
+    def described(self, rows: Any, dropped: int) -> dict[str, Any]:
+        """What a report says of the tokens: the file, its SHA-256, rows and context."""
+        from jq4.cli._models import sha256
+
+        size, context = rows.shape
+        return {
+            "name": self.file.name,
+            "sha256": sha256(self.file),
+            "rows": size,
+            "context": context,
+            "dropped_tokens": dropped,
+        }
+
+
+def read_given(arguments: argparse.Namespace) -> Given:
+    """The file of --text or --ids."""
+    file = Path(arguments.ids or arguments.text)
+    return Given(file, read_ids(file) if arguments.ids else read_text(file))
+
+
+def read_file(file: str) -> Given:
+    """A file of token ids where it is called *.npy, else of text."""
+    path = Path(file)
+    return Given(path, read_ids(path) if path.suffix == ".npy" else read_text(path))
 
 
 def choose_context(asked: int | None, ndim: int, longest: int, length: int) -> int | None:

@@ -1,0 +1,184 @@
+"""jq4 report: how good is a packed model? Measured, and written down as JSON, Markdown and one HTML page."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from jq4.cli.eval import add_text_arguments
+
+HELP = "write a quality report: KLD, perplexity, error by layer, bytes; JSON, Markdown, HTML"
+DESCRIPTION = (
+    "Everything that jq4 eval measures on the text, and with --reference also each packed weight's error: SQNR, and "
+    "what its outputs lost over the inputs that the reference's weights meet on that text. Writes report.json, "
+    "report.md and report.html, a page that needs no other file."
+)
+_COMPARED = ("bits_per_weight_packed", "bytes", "kld_mean", "top1_agreement", "perplexity")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder that jq4 quantize made, or a Hugging Face folder")
+    parser.add_argument("--reference", metavar="MODEL", help="the dense model that it was made from")
+    add_text_arguments(parser)
+    parser.add_argument("--out", default="jq4-report", metavar="DIR", help="where to write (default ./jq4-report)")
+    parser.add_argument(
+        "--compare", action="append", default=[], metavar="REPORT", help="another report's folder; may be repeated"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from jq4.cli import _folders, _terminal
+    from jq4.quality_report import write_report
+    from jq4.quality_report.sections import sections
+    from jq4.quality_report.write import FILES
+    from jq4.report import make_table
+
+    _folders.check_only_ours(Path(arguments.out), FILES, "no report wrote")
+    data = measure(arguments)
+    files = write_report(data, arguments.out)
+    if arguments.json:
+        _terminal.print_json(data | {"files": files})
+        return
+    console = _terminal.console()
+    for section in sections(data):
+        if section.rows and not section.long:
+            console.print(make_table(section.title, section.head, section.rows))
+        elif section.text and not section.long:
+            console.print(section.text)
+    console.print(f"report: {files['html']}, {files['md']}, {files['json']}")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The report's data: what `jq4 report --json` prints."""
+    from jq4.cli import _models, _terminal
+    from jq4.cli.eval import read_given
+    from jq4.evaluate import evaluate
+    from jq4.inventory import bytes_on_disk, inventory, totals
+    from jq4.quality_report import compose_report, expert_coverage, leaf_rows
+
+    watch = _terminal.Stopwatch()
+    given = read_given(arguments)
+    others = [read_compared(path) for path in arguments.compare]
+    model = _models.open_model(arguments.model)
+    reference = None if arguments.reference is None else _models.open_model(arguments.reference)
+    rows, dropped = given.rows_for(model, arguments.model, arguments.context)
+    text = given.described(rows, dropped)
+    for other in others:
+        check_comparable(other, text, arguments.reference)
+    leaves = inventory(model.params)
+    errors, stats = [], {}
+    if reference is not None:
+        errors, stats = measure_leaves(model, reference, rows, arguments.batch_size)
+    runnable = _models.laid_out(model)
+    with _terminal.progress("evaluating") as step:
+        found = evaluate(
+            runnable.logits,
+            rows,
+            reference=None if reference is None else reference.logits,
+            batch_size=arguments.batch_size,
+            progress=step,
+        )
+    held = totals(leaves) | {"bytes_on_disk": bytes_on_disk(arguments.model)}
+    mine = {"name": name_of(arguments.model), **held, **found.as_dict()}
+    compared = [{key: each.get(key) for key in ("name", *_COMPARED)} for each in (mine, *map(as_compared, others))]
+    return compose_report(
+        model=name_of(arguments.model),
+        reference=None if arguments.reference is None else name_of(arguments.reference),
+        leaves=leaf_rows(leaves, errors),
+        evaluation=found,
+        text=text,
+        experts=expert_coverage(stats, list(stats)),
+        totals=held,
+        compared=compared if others else [],
+        notes=notes_on(model, reference, _models.went_dense(runnable)),
+        versions=_terminal.versions(),
+        **made_of(arguments.model),
+    ) | {"seconds": watch.seconds}
+
+
+def measure_leaves(model: Any, reference: Any, rows: Any, batch_size: int) -> tuple[list[Any], Any]:
+    """Each packed leaf's error over the inputs that the reference's weights meet on `rows`, and those statistics."""
+    from jq4.axes import contraction_axes
+    from jq4.cli import _models, _terminal
+    from jq4.leaf_errors import collect_hessians, leaf_errors
+
+    axes = contraction_axes(_models.function_of(reference), reference.params, rows[:1])
+    collect = collect_hessians(reference.params, axes)
+    stats = _models.observe_inputs(reference, rows, batch_size, collect, "observing the reference")
+    with _terminal.progress("comparing weights") as step:
+        return leaf_errors(reference.params, model.params, stats, step), stats
+
+
+def name_of(folder: str) -> str:
+    return Path(folder).resolve().name
+
+
+def made_of(folder: str) -> dict[str, Any]:
+    """How a folder was made, by its own account: recipe, source, and what its own report says of calibration."""
+    from jq4.checkpoint.orbax import read_manifest
+    from jq4.cli import _models
+    from jq4.quality_report import read_report
+    from jq4.quality_report.write import JSON
+
+    if not _models.is_checkpoint(folder):
+        return {}
+    manifest = read_manifest(folder)
+    told = read_report(folder) if (Path(folder) / JSON).is_file() else {}
+    own = {key: told[key] for key in ("calibration", "cost") if key in told}
+    return {"recipe": manifest.recipe, "source": manifest.source, **own}
+
+
+def read_compared(path: str) -> dict[str, Any]:
+    """Another report, which must have an evaluation to compare with."""
+    from jq4.errors import JQ4Error
+    from jq4.quality_report import read_report
+
+    data = read_report(path)
+    if "kld_mean" not in data.get("evaluation", {}):
+        raise JQ4Error(f"{path}: the report has no KLD to compare with; write it with --reference")
+    return data
+
+
+def check_comparable(other: dict[str, Any], text: dict[str, Any], reference: str | None) -> None:
+    """Figures are compared only where they are of the same tokens and the same reference."""
+    from jq4.errors import JQ4Error
+
+    theirs = other["evaluation"].get("text", {})
+    for key in ("sha256", "rows", "context"):
+        if theirs.get(key) != text[key]:
+            raise JQ4Error(
+                f"the report of {other['model']} was measured on other tokens ({key} {theirs.get(key)}, here "
+                f"{text[key]}); measure both on the same text and context"
+            )
+    if reference is None or other.get("reference") != name_of(reference):
+        raise JQ4Error(
+            f"the report of {other['model']} was measured against {other.get('reference')}; give that --reference"
+        )
+
+
+def as_compared(report: dict[str, Any]) -> dict[str, Any]:
+    return {"name": report["model"], **report.get("totals", {}), **report["evaluation"]}
+
+
+def notes_on(model: Any, reference: Any, went_dense: list[dict[str, Any]]) -> list[str]:
+    """What a reader must know before the figures are believed."""
+    import numpy as np
+
+    from jq4.paths import flatten_with_paths
+    from jq4.qarray import is_qarray
+
+    notes = [f"{e['path']} was not kept packed at {e['primitive']}: {e['reason']}" for e in went_dense]
+    if reference is None:
+        return notes
+    exact = dict(flatten_with_paths(reference.params))
+    changed = [
+        path
+        for path, leaf in flatten_with_paths(model.params)
+        if not is_qarray(leaf) and path in exact and not np.array_equal(np.asarray(leaf), np.asarray(exact[path]))
+    ]
+    if changed:
+        notes.append(
+            f"{len(changed)} dense leaves differ from the reference's ({changed[0]}, ...): a step moved scales or "
+            "rotations between leaves, or learned them, so the errors of single weights are not those of one function. "
+            "KLD, perplexity and agreement are of the whole model, and stand."
+        )
+    return notes
