@@ -1,0 +1,100 @@
+"""The blocks of a model one after another, and the activations that run through them beside.
+
+`x` runs through the dense blocks and `x_hat` through the packed ones; either is None where the recipe
+has no use for it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq4.apply import quantized
+from jq4.chain import BlockSource, Chain
+from jq4.driver.block import HESSIAN, BlockQuantizer, check_dense_leaves
+from jq4.driver.calibration_rows import Needs
+from jq4.driver.plan import BlockPlan
+from jq4.driver.report import LeafRow
+from jq4.driver.stage_statistics import Collector, check_finite
+from jq4.driver.streams import Placement, Stream, make_stream
+from jq4.observe import observe
+from jq4.recipe import Recipe
+from jq4.statistics import Statistics
+
+
+class BlocksInOrder:
+    """Reads, quantizes and runs the blocks of a chain; the next block's number is how many were `skip`ped or made."""
+
+    def __init__(
+        self, chain: Chain, source: BlockSource, recipe: Recipe, plan: BlockPlan, needs: Needs, placement: Placement
+    ) -> None:
+        self._source = source
+        self._placement = placement
+        self._needs = needs
+        self._quantizer = BlockQuantizer(chain, plan, needs.pairs)
+        self._chain = chain
+        self._dense_step = jax.jit(chain.block)
+        self._packed_step = jax.jit(quantized(chain.block))
+        self.x: Stream | None = None
+        self.x_hat: Stream | None = None
+        self.next = 0
+
+    def embed(self, outside: Any, rows: np.ndarray, batch_size: int, folder: Path | None) -> None:
+        """Makes the streams of the rows i32[R, T], in files of `folder` if one is given."""
+        step = jax.jit(self._chain.embed)
+        outside = self._placement.everywhere(outside)
+
+        def stream(name: str) -> Stream:
+            file = None if folder is None else folder / f"{name}.npy"
+            return make_stream(rows, lambda tokens: step(outside, tokens), file, batch_size, self._placement)
+
+        self.x_hat = stream("x_hat")
+        self.x = stream("x") if self._needs.dense else None
+
+    def skip(self, packed: Callable[[], Any]) -> None:
+        """Runs the streams through the next block, which an earlier run has quantized: what `packed` gives."""
+        if self.x is not None:
+            self._run_dense(self._dense())
+        if self.x_hat is not None:
+            self._run_packed(self._placement.everywhere(packed()))
+        self.next += 1
+
+    def quantize(self, progress: Callable[[str], None]) -> tuple[Any, list[LeafRow]]:
+        """The next block, packed, and its rows."""
+        dense = self._dense()
+        packed, rows = self._quantizer.quantize(self.next, dense, self.x_hat, self.x, progress)
+        check_dense_leaves(f"block {self.next}: ", packed)
+        if self.x is not None:
+            self._run_dense(dense)
+        del dense
+        if self.x_hat is not None:
+            self._run_packed(packed)
+        self.next += 1
+        return packed, rows
+
+    def head_statistics(self, outside: Any, paths: tuple[str, ...]) -> Statistics | None:
+        """Statistics of the weights that the head multiplies by, behind all blocks; None where none are asked for."""
+        if self.x_hat is None or not paths:
+            return None
+        head, outside = self._chain.head, self._placement.everywhere(outside)
+        collector = Collector(dict.fromkeys(paths, HESSIAN))
+        found = observe(head, outside, ((x,) for _, x in self.x_hat.units()), collect=collector)
+        for path in set(paths) & set(found):
+            check_finite(path, found[path])
+        return found
+
+    def _dense(self) -> Any:
+        return self._placement.everywhere(self._source.block(self.next))
+
+    def _run_dense(self, block: Any) -> None:
+        assert self.x is not None
+        number = jnp.int32(self.next)
+        self.x.advance(lambda x: self._dense_step(block, number, x), f"block {self.next}, dense")
+
+    def _run_packed(self, block: Any) -> None:
+        assert self.x_hat is not None
+        number = jnp.int32(self.next)
+        self.x_hat.advance(lambda x: self._packed_step(block, number, x), f"block {self.next}, quantized")

@@ -1,0 +1,132 @@
+"""How far a run is, so that a killed one goes on: a folder with a lock, an identity, and what became of each block.
+
+    DST.partial/journal.json    {"identity": {...}, "blocks": [rows of block 0, rows of block 1, ...]}
+    DST.partial/blocks/         the blocks themselves (jq4.driver.store)
+
+A block counts once the journal names it, and the journal is replaced by one rename after the block's files are synced:
+whenever the process is killed, everything that the journal names is there. The identity is everything that the result
+depends on (recipe, source, rows, options, versions), so that no run goes on from what another one made.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jq4.checkpoint.atomic import sync_folder, write_synced
+from jq4.errors import CheckpointError, JQ4Error
+
+_JOURNAL = "journal.json"
+SUFFIX = ".partial"
+
+
+class Journal:
+    """The journal of one run in `folder`, which this process alone holds."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], blocks: list[list[dict[str, Any]]]) -> None:
+        self.folder = folder
+        self._identity = dict(identity)
+        self._blocks = blocks
+
+    @property
+    def blocks(self) -> list[list[dict[str, Any]]]:
+        """The report's rows of each block that is done, from block 0 on."""
+        return self._blocks
+
+    def add_block(self, rows: list[dict[str, Any]]) -> None:
+        """Says that the next block is done; its files must be synced."""
+        self._blocks.append(rows)
+        self.write()
+
+    def write(self) -> None:
+        temporary = self.folder / f"{_JOURNAL}.new"
+        temporary.unlink(missing_ok=True)
+        write_synced(temporary, json.dumps({"identity": self._identity, "blocks": self._blocks}).encode())
+        temporary.replace(self.folder / _JOURNAL)
+        sync_folder(self.folder)
+
+
+@contextlib.contextmanager
+def journal_in(folder: Path, identity: Mapping[str, Any], restart: bool) -> Iterator[Journal]:
+    """The journal of `folder`, made if need be; kept on a kill or an interrupt, removed when done and on a JQ4Error.
+
+    Raises JQ4Error for the folder of another run, unless `restart` says to throw that away.
+    """
+    lock = _lock(folder)
+    try:
+        blocks = [] if restart else _read(folder, identity)
+        if not blocks:
+            _clear(folder)
+        journal = Journal(folder, identity, blocks)
+        journal.write()
+        (folder / "blocks").mkdir(exist_ok=True)
+        try:
+            yield journal
+        except CheckpointError:  # the save failed, and not the work
+            raise
+        except JQ4Error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of an array's dtype, shape and bytes, or of a JSON value."""
+    if isinstance(value, np.ndarray):
+        content = f"{value.dtype.str}{value.shape}".encode() + np.ascontiguousarray(value).tobytes()
+    else:
+        content = json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(folder: Path, identity: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    file = folder / _JOURNAL
+    if not file.exists():
+        _check_empty(folder)
+        return []
+    try:
+        found = json.loads(file.read_bytes())
+        held, blocks = found["identity"], found["blocks"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise JQ4Error(f"{file}: not a journal of jq4 ({error}); remove {folder}, or restart (--restart)") from error
+    differing = sorted(name for name in {*held, *identity} if held.get(name) != identity.get(name))
+    if differing:
+        raise JQ4Error(
+            f"{folder}: holds the unfinished work of another run, whose {', '.join(differing)} differ: give the same "
+            "command to finish that one, or restart (--restart) to throw its work away"
+        )
+    return blocks
+
+
+def _check_empty(folder: Path) -> None:
+    strangers = sorted(path.name for path in folder.iterdir() if path.name != f"{_JOURNAL}.new")
+    if strangers:
+        raise JQ4Error(f"{folder}: holds {strangers[0]} and no journal, so it is not ours; remove or rename it")
+
+
+def _clear(folder: Path) -> None:
+    for name in (_JOURNAL, f"{_JOURNAL}.new"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("blocks", "streams"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _lock(folder: Path) -> int:
+    import fcntl  # POSIX alone has it
+
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise JQ4Error(f"{folder}: another run is at work there; wait for it, or choose another destination") from None
+    return descriptor

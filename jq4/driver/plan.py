@@ -1,0 +1,84 @@
+"""What becomes of each leaf of a block, in which order, and what of it needs calibration: known before any work.
+
+The leaves of one stage see the same inputs (jq4.chain), so statistics are collected once a stage, for one leaf of each
+kind, and serve the others. Which axis is contracted, the block itself tells by a trace.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jq4 import targets
+from jq4.axes import contraction_axes
+from jq4.chain import Chain
+from jq4.methods import get_method
+from jq4.paths import flatten_with_paths
+from jq4.quantize import quantize_report
+from jq4.quantize_report import LeafReport
+from jq4.recipe import Recipe
+from jq4.statistics import ContractionAxes
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """The same for all blocks of a chain.
+
+    Attributes:
+      recipe: the rules alone, without steps.
+      leaves: the block's leaves in tree order, those to be packed and the others with the reason.
+      axes: path -> contracted axis.
+      stages: the paths to be packed, in the order of their use.
+    """
+
+    recipe: Recipe
+    leaves: tuple[LeafReport, ...]
+    axes: ContractionAxes
+    stages: tuple[tuple[str, ...], ...]
+
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """The leaves whose method needs statistics."""
+        return tuple(leaf.path for leaf in self.leaves if leaf.is_planned and needs_statistics(leaf))
+
+
+def needs_statistics(leaf: LeafReport) -> bool:
+    """Whether the method of a leaf that is to be packed looks at calibration."""
+    return leaf.rule is not None and get_method(leaf.rule.method).needs_statistics
+
+
+def rules_of(recipe: Recipe) -> Recipe:
+    """The recipe without its steps."""
+    return dataclasses.replace(recipe, before=(), after=())
+
+
+def plan_block(chain: Chain, outside: Any, block: Any, recipe: Recipe) -> BlockPlan:
+    """The plan of every block, from the shapes of one."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    outside, block = jax.tree.map(_abstract, (outside, block))
+    x = jax.eval_shape(chain.embed, outside, tokens)
+    axes = contraction_axes(chain.block, block, jax.ShapeDtypeStruct((), jnp.int32), x)
+    rules = rules_of(recipe)
+    leaves = tuple(quantize_report(block, rules, axes=axes).leaves)
+    return BlockPlan(rules, leaves, axes, _stages(chain, [leaf.path for leaf in leaves if leaf.is_planned]))
+
+
+def _stages(chain: Chain, paths: list[str]) -> tuple[tuple[str, ...], ...]:
+    """The paths by the chain's stages; those in none of them come last, each alone."""
+    waiting = list(paths)
+    stages = []
+    for patterns in chain.stages:
+        stage = tuple(path for path in waiting if any(targets.matches(pattern, path) for pattern in patterns))
+        waiting = [path for path in waiting if path not in stage]
+        stages += [stage] if stage else []
+    return (*stages, *((path,) for path in waiting))
+
+
+def _abstract(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def paths_of(tree: Any) -> dict[str, Any]:
+    """A tree as one flat dict, which jq4.quantize takes as it takes the tree: a leaf keeps its path."""
+    return dict(flatten_with_paths(tree))

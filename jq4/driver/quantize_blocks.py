@@ -1,0 +1,223 @@
+"""`quantize_blocks`: a chain of blocks (jq4.chain) quantized by a recipe, one block after another.
+
+    x, x^ = embeddings of the calibration rows             of the dense model, and of the quantized one
+    for each block:                                        what is in memory: two blocks, or a few, and their inputs
+        dense = read it
+        steps before the rules                             jq4.equalize, on statistics of x^
+        its stages                                         jq4.driver.block
+        x, x^ = dense block(x), packed block(x^)
+        packed block to disk, journal                      jq4.driver.store, jq4.driver.journal
+    the leaves outside of the blocks, the steps after the rules, the save
+
+A recipe that needs no calibration (round-to-nearest, HQQ) needs no activations, and blocks are only read and written.
+Each block is fitted to the inputs that it will meet, those of the quantized blocks before it.
+
+What is promised: the same chain, source, recipe, rows, seed and versions give the same bytes, however often the run was
+killed. A run that goes on computes the activations up to its block again, through the blocks that are done: that is
+short beside what made them, and nothing of the size of the activations needs to be kept safe on disk.
+"""
+
+import contextlib
+import importlib.metadata
+import math
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jq4.chain import BlockSource, Chain
+from jq4.checkpoint import save
+from jq4.checkpoint.atomic import check_ours
+from jq4.driver.block import check_dense_leaves, quantize_leaves, replaced
+from jq4.driver.blocks import BlocksInOrder
+from jq4.driver.calibration_rows import Needs, check_rows, needs_of
+from jq4.driver.journal import SUFFIX, Journal, digest_of, journal_in
+from jq4.driver.plan import BlockPlan, needs_statistics, paths_of, plan_block
+from jq4.driver.report import BlocksResult, LeafRow, whole_report
+from jq4.driver.store import BlockStore
+from jq4.driver.streams import Placement
+from jq4.quantize import quantize_report, warn_of_idle_rules
+from jq4.quantize_report import LeafReport
+from jq4.recipe import Recipe
+from jq4.rule import Rule
+
+Progress = Callable[[int, int, str], None]  # (blocks done, of all, what is being done)
+STREAM_BYTES = 2**31  # of activations in memory; more lie in files
+
+
+def quantize_blocks(
+    chain: Chain,
+    source: BlockSource,
+    recipe: Recipe | Rule | str,
+    rows: Any = None,
+    *,
+    destination: str | Path | None = None,
+    effort: str = "default",
+    seed: int = 0,
+    batch_size: int = 8,
+    devices: Sequence[Any] | None = None,
+    memory: int = STREAM_BYTES,
+    restart: bool = False,
+    extra_files: Mapping[str, bytes] | None = None,
+    provenance: Any = None,
+    progress: Progress | None = None,
+) -> BlocksResult:
+    """Quantizes a model block by block, each on the outputs of the quantized blocks before it.
+
+    Args:
+      chain: the model's functions. Trees of it come back as dicts, by the paths of their leaves.
+      source: its dense params, which are read block by block.
+      recipe: a Recipe, a single Rule, or a preset's name; its steps are followed too.
+      rows: token ids i32[R, T] to calibrate with; looked at only where the recipe needs them.
+      destination: a folder to save to, written whole or not at all. DESTINATION.partial beside it holds the work, and
+        the same call goes on where a killed one stopped. Without one the params are returned, and nothing is kept.
+      effort: "light", "default" or "best": time for quality, in the steps that learn.
+      seed: of whatever is drawn at random.
+      batch_size: rows on the devices at a time; it changes no byte.
+      devices: rows are shared among them; by default all accelerators, or one CPU device.
+      memory: bytes of activations that may be held in memory; more are kept in files beside the work.
+      restart: throw away the work of an unfinished run, whatever it was.
+      extra_files, provenance: as `extra_files` and `source` of jq4.save. `provenance` should tell the source by its
+        contents (SHA-256), for it says whether a killed run was of the same source; without one, all is read to tell.
+      progress: called with (blocks done, blocks in all, what is being done).
+
+    Raises:
+      JQ4Error: for anything wrong with what was given; nothing is left on disk then. It names block and leaf.
+
+    Warns:
+      IdleRuleWarning: for a rule that quantized no leaf.
+    """
+    started = time.perf_counter()
+    recipe = Recipe.of(recipe)
+    target = None if destination is None else Path(destination).expanduser().resolve()
+    if target is not None:
+        check_ours(target)
+    outside = source.outside()
+    plan = plan_block(chain, outside, source.block(0), recipe)
+    planned_outside = quantize_report(outside, plan.recipe).leaves
+    needs = needs_of(recipe, plan, planned_outside)
+    rows = check_rows(rows, needs, recipe.name)
+    placement = Placement(devices)
+    identity = _identity(chain, source, recipe, rows, provenance, (effort, seed), placement, target is not None)
+    with _work_folder(target) as folder, journal_in(folder, identity, restart) as journal:
+        resumed = len(journal.blocks)
+        store = BlockStore(folder / "blocks", chain.num_blocks)
+        blocks = BlocksInOrder(chain, source, recipe, plan, needs, placement)
+        if rows is not None:
+            blocks.embed(outside, rows, batch_size, _spill_folder(chain, outside, rows, needs, memory, folder))
+        del outside
+        _run_blocks(blocks, store, journal, chain.num_blocks, progress)
+        params, of_outside = _outside_packed(source, planned_outside, plan, blocks)
+        params |= store.stacked()
+        rows_done = [LeafRow(**row) for block in journal.blocks for row in block] + of_outside
+        report = whole_report(recipe, plan.leaves, planned_outside, rows_done, chain.num_blocks)
+        if target is None:
+            params = jax.tree.map(jax.numpy.asarray, params)
+        else:
+            _say(progress, chain, "saving")
+            save(target, params, recipe=recipe, source=provenance, extra_files=extra_files)
+    warn_of_idle_rules(report)
+    return BlocksResult(
+        params=params if target is None else None,
+        report=report,
+        rows=tuple(rows_done),
+        resumed_blocks=resumed,
+        calibration_rows=None if rows is None else rows.shape[0],
+        context=None if rows is None else rows.shape[1],
+        seconds=time.perf_counter() - started,
+        peak_memory=peak_memory(),
+    )
+
+
+def peak_memory() -> int:
+    """Bytes, the most that this process ever held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _run_blocks(
+    blocks: BlocksInOrder, store: BlockStore, journal: Journal, num_blocks: int, progress: Progress | None
+) -> None:
+    """All blocks into the store; those that the journal has are only run through."""
+    say = progress or (lambda done, total, text: None)
+    while blocks.next < num_blocks:
+        number = blocks.next
+        if number < len(journal.blocks):
+            say(number, num_blocks, f"block {number}: done before")
+            blocks.skip(lambda number=number: store.block(number))
+            continue
+        say(number, num_blocks, f"block {number}")
+        packed, rows = blocks.quantize(lambda text, number=number: say(number, num_blocks, text))
+        store.write(number, packed)
+        journal.add_block([row.as_dict() for row in rows])
+
+
+def _outside_packed(
+    source: BlockSource, planned: Sequence[LeafReport], plan: BlockPlan, blocks: BlocksInOrder
+) -> tuple[dict[str, Any], list[LeafRow]]:
+    """The params outside of the blocks, quantized where a rule says so, and their rows."""
+    outside = source.outside()
+    leaves = paths_of(outside)
+    calibrated = tuple(leaf.path for leaf in planned if leaf.is_planned and needs_statistics(leaf))
+    statistics = blocks.head_statistics(outside, calibrated)
+    packed, rows = quantize_leaves(leaves, plan.recipe, statistics, None, None)
+    tree = replaced(outside, packed)
+    check_dense_leaves("", tree)
+    return dict(tree), rows
+
+
+def _spill_folder(chain: Chain, outside: Any, rows: np.ndarray, needs: Needs, memory: int, folder: Path) -> Path | None:
+    """Where activations lie that `memory` bytes cannot hold; None if they can."""
+    x = jax.eval_shape(chain.embed, outside, jax.ShapeDtypeStruct(rows.shape, np.int32))
+    nbytes = 4 * math.prod(x.shape) * (2 if needs.dense else 1)
+    return folder / "streams" if nbytes > memory else None
+
+
+@contextlib.contextmanager
+def _work_folder(target: Path | None) -> Iterator[Path]:
+    if target is not None:
+        yield target.with_name(target.name + SUFFIX)
+        return
+    with tempfile.TemporaryDirectory(prefix="jq4-") as folder:
+        yield Path(folder)
+
+
+def _identity(
+    chain: Chain,
+    source: BlockSource,
+    recipe: Recipe,
+    rows: np.ndarray | None,
+    provenance: Any,
+    options: tuple[Any, ...],
+    placement: Placement,
+    lasting: bool,
+) -> dict[str, Any]:
+    """Everything that the result depends on, by name."""
+    if not lasting:
+        return {}
+    device = placement.devices[0]
+    return {
+        "recipe": digest_of(recipe.to_dict()),
+        "model": digest_of([chain.num_blocks, chain.stacked, chain.stages]),
+        "source": _digest_of_source(chain, source) if provenance is None else digest_of(provenance),
+        "calibration rows": None if rows is None else digest_of(rows),
+        "effort and seed": list(options),
+        "devices": [len(placement.devices), device.platform, device.device_kind],
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
+    }
+
+
+def _digest_of_source(chain: Chain, source: BlockSource) -> str:
+    parts = [lambda: source.outside(), *(lambda i=i: source.block(i) for i in range(chain.num_blocks))]
+    return digest_of([[path, digest_of(np.asarray(leaf))] for read in parts for path, leaf in paths_of(read()).items()])
+
+
+def _say(progress: Progress | None, chain: Chain, text: str) -> None:
+    if progress is not None:
+        progress(chain.num_blocks, chain.num_blocks, text)

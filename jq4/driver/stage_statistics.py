@@ -1,0 +1,105 @@
+"""What the leaves of one stage of a block are multiplied by, over all calibration rows.
+
+    alone     x^ runs through the block whose earlier stages are quantized (dequantized, in a dense tree): E[x^ x^T^]
+    in pairs  x runs through the dense block beside it, row for row: E[x x^T^] as well, for methods that undo what the
+              quantized prefix has done to their inputs
+
+Only what a method asks for is collected, once for all leaves that see the same inputs; what the block computes after
+the stage is not computed at all, since nothing asks for it.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jq4.chain import Chain
+from jq4.driver.streams import Stream
+from jq4.errors import JQ4Error
+from jq4.observe import Programs, observe
+from jq4.observe_pair import observe_pair
+from jq4.statistics import Statistics, WeightStatistics
+
+Collects = Mapping[str, frozenset[str]]
+
+
+class Collector:
+    """path -> what to collect of it; `programs` holds what was compiled for the first block, for those after it."""
+
+    def __init__(self, collects: Collects) -> None:
+        self._collects = dict(collects)
+        self.programs = Programs()
+
+    def __call__(self, path: str) -> frozenset[str]:
+        return self._collects.get(path, frozenset())
+
+
+def collectors(
+    stages: Sequence[Sequence[str]], wanted: Collects, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, int]
+) -> list[tuple[Collector | None, dict[str, str]]]:
+    """For each stage: what to collect (None: nothing), and whose statistics serve each of its leaves."""
+    made = []
+    for stage in stages:
+        asking = [path for path in stage if wanted.get(path)]
+        serves = {
+            path: next(p for p in asking if _kind(p, shapes, axes) == _kind(path, shapes, axes)) for path in asking
+        }
+        collects = {
+            first: frozenset[str]().union(*(wanted[path] for path in asking if serves[path] == first))
+            for first in set(serves.values())
+        }
+        made.append((Collector(collects) if asking else None, serves))
+    return made
+
+
+def _kind(path: str, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, int]) -> tuple[Any, ...]:
+    shape = shapes[path]
+    return len(shape), shape[:-2], shape[axes[path]]
+
+
+def stage_statistics(
+    chain: Chain,
+    index: int,
+    collector: Collector,
+    serves: Mapping[str, str],
+    quantized_block: Any,
+    inputs: Stream,
+    dense_block: Any = None,
+    dense_inputs: Stream | None = None,
+) -> Statistics:
+    """Statistics of a stage's leaves. Raises JQ4Error naming block and leaf where inputs are not finite."""
+    number = jnp.int32(index)
+    if dense_inputs is None:
+        batches = ((number, x) for _, x in inputs.units())
+        found = observe(chain.block, quantized_block, batches, collect=collector, programs=collector.programs)
+    else:
+        pairs = _pairs(number, dense_inputs, inputs)
+        trees = (dense_block, quantized_block)
+        found = observe_pair(chain.block, *trees, pairs, collect=collector, programs=collector.programs)
+    weights = {path: found[first] for path, first in serves.items()}
+    for path in dict.fromkeys(serves.values()):
+        check_finite(f"block {index}: {path}", found[path])
+    return Statistics(weights, found.grouped_axes, found.looked_up)
+
+
+def check_finite(name: str, statistics: WeightStatistics) -> None:
+    """Raises JQ4Error where a weight's inputs held NaN or infinity."""
+    if not bool(_all_finite(statistics)):
+        raise JQ4Error(
+            f"{name}: its inputs on the calibration rows hold NaN or infinity, so nothing can be learned from them: "
+            "look for overflow in the model's dtype, or a damaged checkpoint (jq4 inspect)"
+        )
+
+
+@functools.partial(jax.jit)
+def _all_finite(statistics: WeightStatistics) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(statistics) if not np.issubdtype(leaf.dtype, np.integer)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _pairs(number: jax.Array, dense: Stream, quantized: Stream) -> Iterator[tuple[Any, Any]]:
+    for (_, x), (_, y) in zip(dense.units(), quantized.units(), strict=True):
+        yield (number, x), (number, y)
