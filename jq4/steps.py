@@ -26,10 +26,16 @@ class StepKind:
     options: tuple[str, ...] = ()
 
 
+_DESCENT = (  # jq4.tuning.descent.Settings
+    "iterations", "batch_size", "rate", "scale_rate", "shift_rate", "optimizer", "decay", "checks",
+)  # fmt: skip
+
 STEPS: dict[str, StepKind] = {
     "rotate": StepKind(BEFORE, ("residual", "heads", "seed")),
     "smoothquant": StepKind(BEFORE, ("alpha",)),
     "awq": StepKind(BEFORE, ("ratios", "by_weights", "hessian")),
+    "autoround": StepKind(AFTER, _DESCENT),
+    "distill": StepKind(AFTER, (*_DESCENT, "perturbed_rows", "perturbed_share", "sampled_rows")),
 }
 
 
