@@ -86,7 +86,7 @@ class LanguageModel:
             config = DecoderConfig.from_hf(parse_json(files["config.json"], f"{folder}: config.json"))
             params = orbax.restore(folder, shardings=shardings)
         else:
-            files = {name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()}
+            files = companion_files(folder)
             config = load_config(folder)
             params = load_params(folder, config)
         return cls(config, params, Tokenizer.from_files(files.get, str(folder)), dtype, files)
@@ -204,6 +204,11 @@ class LanguageModel:
                 "Make them with this model's own tokenizer."
             )
         return jnp.asarray(found, jnp.int32)
+
+
+def companion_files(folder: Path) -> dict[str, bytes]:
+    """The small files of a Hugging Face folder that a saved model takes along: config, tokenizer, ..."""
+    return {name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()}
 
 
 @functools.partial(jax.jit, static_argnames="apply")

@@ -8,7 +8,8 @@ from typing import Any
 HELP = "pack a model's weights and save them"
 DESCRIPTION = (
     "Quantizes the linear layers of SRC as the recipe says and writes DST: packed weights, config and tokenizer, a "
-    "model that jq4 eval, generate and inspect take. DST is written whole or not at all."
+    "model that jq4 eval, generate and inspect take. The model is read and quantized block by block; DST is written "
+    "whole or not at all, and the same command goes on where a killed one stopped (DST.partial holds its work)."
 )
 
 
@@ -21,10 +22,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="a preset, METHOD-wBITSgGROUP[-asym] such as rtn-w4g32, or a YAML or JSON file (default %(default)s)",
     )
-    parser.add_argument("--calibration", metavar="FILE", help="text or .npy ids, for the methods that need them")
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="text, .jsonl or .npy ids, for the recipes that need them"
+    )
+    parser.add_argument("--rows", type=int, default=128, metavar="N", help="calibration rows, at most (default 128)")
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="tokens a calibration row (default: the model's longest, at most 2048)"
+    )
+    parser.add_argument("--field", default="text", metavar="NAME", help="where a JSONL line has its text")
+    parser.add_argument(
+        "--effort",
+        choices=("light", "default", "best"),
+        default="default",
+        help="time for quality, in the steps that learn",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn at random (default 0)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default 8)")
+    parser.add_argument("--memory", metavar="2GB", help="of activations; more lie in files beside DST (default 2GiB)")
+    parser.add_argument("--restart", action="store_true", help="throw away the work of an unfinished run beside DST")
 
 
 DEFAULT_RECIPE = "hqq-w4g64-asym"
+DEFAULT_CONTEXT = 2048
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -47,37 +66,85 @@ def run(arguments: argparse.Namespace) -> None:
 
 def pack(arguments: argparse.Namespace) -> dict[str, Any]:
     """Quantizes and saves; what `jq4 quantize --json` prints."""
-    from jq4.cli import _models, _terminal
-    from jq4.inventory import bytes_on_disk, inventory, totals
-    from jq4.quantize import quantize, quantize_report
-    from jq4.quantize_report import QuantizeReport
+    from jq4.cli import _models
 
-    watch = _terminal.Stopwatch()
     source, destination = Path(arguments.source), Path(arguments.destination)
     check_destination(source, destination)
     recipe = read_recipe(arguments.recipe)
-    model = _models.open_model(arguments.source)
-    say_of_calibration(arguments.calibration, recipe)
-    planned = quantize_report(model.params, recipe)
-    report = QuantizeReport()
+    folder_of(arguments.source)
+    if _models.is_checkpoint(source):
+        return pack_again(arguments, recipe)
+    return pack_folder(arguments, recipe)
+
+
+def pack_folder(arguments: argparse.Namespace, recipe: Any) -> dict[str, Any]:
+    """A Hugging Face folder, block by block."""
+    from jq4.cli import _models, _terminal
+    from jq4.driver import quantize_blocks
+    from models.chain import decoder_chain
+    from models.folder_source import FolderSource
+    from models.hf import load_config
+    from models.language_model import companion_files
+
+    watch = _terminal.Stopwatch()
+    source, destination = Path(arguments.source), Path(arguments.destination)
+    config = load_config(source)
+    blocks = FolderSource(source, config)
+    files = companion_files(source)
+    calibration = read_rows(arguments, config, files) if is_calibrated(arguments.calibration, recipe) else None
+
+    def provenance() -> dict[str, Any]:
+        about = {} if calibration is None else {"calibration": calibration.as_dict()}
+        return _models.origin(source) | about
+
     with _terminal.progress("quantizing") as step:
-        params = quantize(
-            model.params,
+        result = quantize_blocks(
+            decoder_chain(config),
+            blocks,
             recipe,
-            report=report,
-            progress=lambda leaf: step(len(report.leaves), len(planned.leaves)),
-            donate=True,
+            None if calibration is None else calibration.rows,
+            destination=destination,
+            effort=arguments.effort,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            memory=memory_of(arguments.memory),
+            restart=arguments.restart,
+            extra_files=files,
+            provenance=provenance,
+            progress=step,
         )
-    check_dense_leaves(params)
-    packed = dataclasses.replace(model, params=params)
-    packed.save(destination, recipe=recipe, source=_models.origin(source))
+    told = {**result.as_dict(), "calibration": None if calibration is None else calibration.as_dict()}
+    return account(arguments, recipe, result.report, watch) | told
+
+
+def pack_again(arguments: argparse.Namespace, recipe: Any) -> dict[str, Any]:
+    """A folder that is packed already: refused, unless just as this recipe says."""
+    from jq4.cli import _models, _terminal
+    from jq4.quantize import quantize
+    from jq4.quantize_report import QuantizeReport
+
+    watch = _terminal.Stopwatch()
+    model = _models.open_model(arguments.source)
+    is_calibrated(arguments.calibration, recipe)
+    report = QuantizeReport()
+    packed = dataclasses.replace(model, params=quantize(model.params, recipe, report=report, donate=True))
+    packed.save(arguments.destination, recipe=recipe, source=_models.origin(Path(arguments.source)))
+    return account(arguments, recipe, report, watch)
+
+
+def account(arguments: argparse.Namespace, recipe: Any, report: Any, watch: Any) -> dict[str, Any]:
+    """What became of the model, leaf by leaf and in all."""
+    from jq4.cli.inspect import leaves_of_manifest
+    from jq4.inventory import bytes_on_disk, totals
+
+    held, _ = leaves_of_manifest(Path(arguments.destination))
     return {
         "source": arguments.source,
         "destination": arguments.destination,
         "recipe": recipe.to_dict(),
         "bytes_before": report.dense_nbytes,
-        **totals(inventory(params)),
-        "bytes_on_disk": bytes_on_disk(destination),
+        **totals(held),
+        "bytes_on_disk": bytes_on_disk(arguments.destination),
         "packed": [as_row(leaf) for leaf in report.packed],
         "dense": [as_row(leaf) for leaf in report.unmatched],
         "idle_rules": [{"rule": index, "why": why} for index, *_, why in report.idle_rules()],
@@ -85,17 +152,36 @@ def pack(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_dense_leaves(params: Any) -> None:
-    """The packed leaves were checked as they were packed; the norms and tables that stay dense are checked here."""
-    import jax.numpy as jnp
-
+def folder_of(source: str) -> None:
     from jq4.errors import JQ4Error
-    from jq4.paths import flatten_with_paths
-    from jq4.qarray import is_qarray
 
-    for path, leaf in flatten_with_paths(params):
-        if not is_qarray(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
-            raise JQ4Error(f"{path}: holds NaN or Inf, wanted finite weights; repair the checkpoint")
+    if not Path(source).is_dir():
+        raise JQ4Error(f"{source}: there is no such folder; give a Hugging Face folder or one that jq4 quantize made")
+
+
+def memory_of(given: str | None) -> int:
+    """Bytes of activations that may be held."""
+    from jq4.driver.quantize_blocks import STREAM_BYTES
+    from jq4.plan import parse_memory
+
+    return STREAM_BYTES if given is None else parse_memory(given)
+
+
+def read_rows(arguments: argparse.Namespace, config: Any, files: Any) -> Any:
+    """The calibration rows, by the model's own tokenizer."""
+    from jq4.calibration import read_calibration
+    from models.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_files(files.get, arguments.source)
+    longest = min(DEFAULT_CONTEXT, config.max_position_embeddings)
+    return read_calibration(
+        arguments.calibration,
+        encode=None if tokenizer is None else lambda text: tokenizer.encode(text).ids,
+        vocab_size=config.vocab_size,
+        context=arguments.context or longest,
+        rows=arguments.rows,
+        field=arguments.field,
+    )
 
 
 def as_row(leaf: Any) -> dict[str, Any]:
@@ -124,19 +210,18 @@ def check_destination(source: Path, destination: Path) -> None:
     check_ours(there)
 
 
-def say_of_calibration(calibration: str | None, recipe: Any) -> None:
-    """Says so where calibration was given in vain; an error where its file is not there."""
+def is_calibrated(calibration: str | None, recipe: Any) -> bool:
+    """Whether there is calibration to read; says so where it was given in vain."""
     from jq4.cli import _terminal
+    from jq4.driver.calibration_rows import may_need_rows
     from jq4.errors import JQ4Error
-    from jq4.methods import get_method
 
-    needing = sorted(
-        {rule.method for rule in recipe.rules if not rule.is_dense and get_method(rule.method).needs_statistics}
-    )
     if calibration is None:
-        return
+        return False
     if not Path(calibration).is_file():
         raise JQ4Error(f"{calibration}: there is no such file to calibrate with")
-    if not needing:
-        methods = ", ".join(sorted({rule.method for rule in recipe.rules}))
-        _terminal.say(f"--calibration is not used: {methods} needs none")
+    if may_need_rows(recipe):
+        return True
+    methods = ", ".join(sorted({rule.method for rule in recipe.rules}))
+    _terminal.say(f"--calibration is not used: {methods} needs none")
+    return False

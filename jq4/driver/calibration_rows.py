@@ -1,6 +1,7 @@
 """The rows of calibration: token ids i32[R, T], checked before any work, and whether a recipe needs them."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from jq4.errors import JQ4Error
 from jq4.methods import get_method
 from jq4.quantize_report import LeafReport
 from jq4.recipe import Recipe
+from jq4.rule import Rule
 
 _STEPS_WITHOUT_ROWS = ("rotate",)
 
@@ -33,12 +35,23 @@ class Needs:
 
 def needs_of(recipe: Recipe, plan: BlockPlan, outside: list[LeafReport]) -> Needs:
     """What this recipe needs for these leaves."""
-    rules = [leaf.rule for leaf in (*plan.leaves, *outside) if leaf.is_planned and leaf.rule is not None]
-    methods = sorted({rule.method for rule in rules if get_method(rule.method).needs_statistics})
-    steps = [step.step for step in (*recipe.before, *recipe.after) if step.step not in _STEPS_WITHOUT_ROWS]
+    planned = [leaf.rule for leaf in (*plan.leaves, *outside) if leaf.is_planned and leaf.rule is not None]
+    methods, steps = _in_need(recipe, planned)
     pairs = any(getattr(get_method(method), "needs_pairs", False) for method in methods)
     why = " and ".join(f"{kind} {', '.join(names)}" for kind, names in (("method", methods), ("step", steps)) if names)
     return Needs(bool(methods or steps), pairs, pairs or "autoround" in steps, why)
+
+
+def may_need_rows(recipe: Recipe) -> bool:
+    """Whether a rule or a step of the recipe looks at calibration."""
+    return any(_in_need(recipe, recipe.rules))
+
+
+def _in_need(recipe: Recipe, rules: Iterable[Rule]) -> tuple[list[str], list[str]]:
+    """The methods of these rules, and the steps, that look at calibration."""
+    used = [rule.method for rule in rules if not rule.is_dense]
+    methods = sorted({method for method in used if get_method(method).needs_statistics})
+    return methods, [s.step for s in (*recipe.before, *recipe.after) if s.step not in _STEPS_WITHOUT_ROWS]
 
 
 def check_rows(rows: Any, needs: Needs, name: str | None) -> np.ndarray | None:

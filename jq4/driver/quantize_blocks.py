@@ -83,8 +83,9 @@ def quantize_blocks(
       devices: rows are shared among them; by default all accelerators, or one CPU device.
       memory: bytes of activations that may be held in memory; more are kept in files beside the work.
       restart: throw away the work of an unfinished run, whatever it was.
-      extra_files, provenance: as `extra_files` and `source` of jq4.save. `provenance` should tell the source by its
-        contents (SHA-256), for it says whether a killed run was of the same source; without one, all is read to tell.
+      extra_files, provenance: as `extra_files` and `source` of jq4.save, or a function that gives the latter once the
+        arguments are found to be right. It should tell the source by its contents (SHA-256), for it says whether a
+        killed run was of the same source; without one, all of the source is read to tell.
       progress: called with (blocks done, blocks in all, what is being done).
 
     Raises:
@@ -103,6 +104,7 @@ def quantize_blocks(
     planned_outside = quantize_report(outside, plan.recipe).leaves
     needs = needs_of(recipe, plan, planned_outside)
     rows = check_rows(rows, needs, recipe.name)
+    provenance = provenance() if callable(provenance) else provenance
     placement = Placement(devices)
     identity = _identity(chain, source, recipe, rows, provenance, (effort, seed), placement, target is not None)
     with _work_folder(target) as folder, journal_in(folder, identity, restart) as journal:
