@@ -8,6 +8,8 @@ by moving and merging whole axes of codes and scales (jq4.qarray_ops), never by 
 merge into one K where groups stay whole (a DenseGeneral's [H, D, O] grouped along D, D a multiple of the group);
 where they do not, the outer ones become a batch whose products are summed. A contraction that is not along the
 grouped axis has no packed form: `NoPackedForm` says so.
+
+What a weight says of its inputs is done to them first: times `input_scale`, and rounded to few bits (jq4.activations).
 """
 
 import dataclasses
@@ -20,6 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jq4 import qarray_ops
+from jq4.activations import integers_of
+from jq4.integer_product import has_integer_product, integer_product
 from jq4.qarray import NEUTRAL, QArray, is_qarray
 from jq4.qarray_ops import NoPackedForm as NoPackedForm
 from jq4.record import note_relay
@@ -90,6 +94,7 @@ def dot_general(
     (x_contract, w_contract), (x_batch, w_batch) = (_positive(contract, x, q), _positive(batch, x, q))
     if q.axis % q.ndim not in w_contract:
         raise NoPackedForm(f"the product contracts axes {w_contract} of {q!r}, which is grouped along axis {q.axis}")
+    x, q, step = _prepared_inputs(x, q, (x_contract, w_contract), (x_batch, w_batch))
     x, q = _in_packed_order(x, q, (x_contract, w_contract), (x_batch, w_batch))
     x_contract, w_contract = _grouped_last(x_contract, w_contract, q)
     x_free = [axis for axis in range(x.ndim) if axis not in (*x_contract, *x_batch)]
@@ -102,9 +107,16 @@ def dot_general(
     summed = weight.ndim - 2 - len(batch_shape)  # contracted axes that did not merge into K
     rows = rows.reshape(*batch_shape, math.prod(m_shape), *weight.shape[len(batch_shape) :][:summed], -1)
     rows = jnp.moveaxis(rows, len(batch_shape), -2)  # [*B, *C, M, K]
-    out = packed_matmul(rows, weight, _accumulator(wanted.dtype, summed), precision, implementation)
+    rounded, accumulator = step is not None, _accumulator(wanted.dtype, summed or step is not None)
+    if rounded and implementation is None and has_integer_product(weight):
+        out = integer_product(rows, weight)
+    else:
+        out = packed_matmul(rows, weight, accumulator, precision, implementation)
     if summed:
         out = jnp.sum(out, axis=tuple(range(len(batch_shape), len(batch_shape) + summed)))
+    if rounded:
+        order = (*x_batch, *x_free, *x_contract)
+        out = out * lax.transpose(step, order).reshape(*batch_shape, -1, 1).astype(out.dtype)
     out = out.astype(wanted.dtype).reshape(*batch_shape, *m_shape, *n_shape)
     if weight_side == "lhs":
         b, m = len(batch_shape), len(m_shape)
@@ -140,10 +152,13 @@ def ragged_dot(
     if 0 in wanted.shape:
         return jnp.zeros(wanted.shape, wanted.dtype)
     q = _with_whole_batch(q)
-    return grouped_int4_matmul(
+    x, step = _ragged_inputs(x, q, group_sizes)
+    accumulator = _accumulator(wanted.dtype, step is not None)
+    out = grouped_int4_matmul(
         x, q.codes, q.scale, q.zero_point, q.offset, group_sizes=group_sizes, spec=spec_of(q),
-        preferred_element_type=wanted.dtype, precision=precision, implementation=implementation,
+        preferred_element_type=accumulator, precision=precision, implementation=implementation,
     )  # fmt: skip
+    return out if step is None else (out * step.astype(out.dtype)).astype(wanted.dtype)
 
 
 def packed_matmul(x: jax.Array, q: QArray, dtype: Any, precision: Any = None, implementation: Any = None) -> jax.Array:
@@ -202,8 +217,57 @@ def _positive(pair: Any, x: jax.Array, q: QArray) -> tuple[list[int], list[int]]
     return [int(a) % x.ndim for a in pair[0]], [int(a) % q.ndim for a in pair[1]]
 
 
-def _accumulator(dtype: Any, summed: int) -> Any:
+def _accumulator(dtype: Any, summed: bool | int) -> Any:
     return jnp.float32 if summed and jnp.dtype(dtype).itemsize < 4 else dtype
+
+
+def _prepared_inputs(
+    x: jax.Array, q: QArray, contract: tuple[list[int], list[int]], batch: tuple[list[int], list[int]]
+) -> tuple[jax.Array, QArray, jax.Array | None]:
+    """(x times its scales and rounded, the weight without them, the step f32 that the product is to be times)."""
+    if q.input_scale is not None:
+        factor = _beside_inputs(q.input_scale, "input_scale", x.ndim, contract, batch)
+        x = (x.astype(jnp.float32) * factor.astype(jnp.float32)).astype(x.dtype)
+    step = None
+    if q.activations:
+        fixed = q.activation_scale
+        placed = None if fixed is None else _beside_inputs(fixed, "activation_scale", x.ndim, contract, batch)
+        x, step = integers_of(x, q.activations, contract[0], placed)
+        rows = [1 if axis in contract[0] else size for axis, size in enumerate(x.shape)]
+        step = jnp.broadcast_to(step, rows)
+    return x, dataclasses.replace(q, input_scale=None, activation_scale=None, activations=""), step
+
+
+def _beside_inputs(
+    part: jax.Array, name: str, ndim: int, contract: tuple[list[int], list[int]], batch: tuple[list[int], list[int]]
+) -> jax.Array:
+    """A part with the weight's axes as one that broadcasts to x: each axis where x has its partner."""
+    partner = dict(zip((*contract[1], *batch[1]), (*contract[0], *batch[0]), strict=True))
+    places = {axis: partner.get(axis) for axis, size in enumerate(part.shape) if size > 1}
+    if None in places.values():
+        raise NoPackedForm(f"a product with {name} of shape {part.shape} that varies along an axis of its result")
+    order = sorted(places, key=lambda axis: places[axis] or 0)
+    shape = [1] * ndim
+    for axis, place in places.items():
+        shape[place or 0] = part.shape[axis]
+    rest = [axis for axis in range(part.ndim) if axis not in places]
+    return lax.transpose(part, (*order, *rest)).reshape(shape)
+
+
+def _ragged_inputs(x: jax.Array, q: QArray, group_sizes: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """`_prepared_inputs` for rows x[M, K] sorted by expert."""
+    expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0], dtype=group_sizes.dtype), side="right")
+
+    def of_rows(part: jax.Array) -> jax.Array:
+        whole = part[:, :, 0]  # [E, K] or [1, K]; [E, 1] for a step
+        return whole if whole.shape[0] == 1 else jnp.take(whole, expert, axis=0, mode="clip")
+
+    if q.input_scale is not None:
+        x = (x.astype(jnp.float32) * of_rows(q.input_scale).astype(jnp.float32)).astype(x.dtype)
+    if not q.activations:
+        return x, None
+    fixed = None if q.activation_scale is None else of_rows(q.activation_scale)
+    return integers_of(x, q.activations, (1,), fixed)
 
 
 def _in_packed_order(

@@ -2,15 +2,24 @@
 
     rtn-w4g32   hqq-w4g64-asym   rtn-w8gc   nf4 (groups of 64, as bitsandbytes)   fp4 (of 32, as OCP's)   nf4-g128
 
-They leave norms, biases, embeddings and the output head dense, by their names, unless asked.
+`-a8` after any of them rounds the inputs of products as well, to 8 bits a token as they come (`-a4`: to 4).
+
+    rtn-w4g128-a8           smoothquant-w8a8        8 bits by 8, a scale an output channel, inputs smoothed beforehand
+    rotate-rtn-w4g128-a8    smoothquant-w8a8-static the same with a step for each weight's inputs from calibration
+
+`rotate-` before any of them is the step of that name (jq4.equalize). Presets leave norms, biases, embeddings and the
+output head dense, by their names, unless asked.
 """
 
+import dataclasses
 import re
 
+from jq4.activations import Activations
 from jq4.errors import JQ4Error
 from jq4.methods import METHODS
 from jq4.recipe import Recipe
 from jq4.rule import Rule
+from jq4.steps import Step
 from jq4.targets import EMBEDDINGS, HEADS, NORMS
 
 _INTEGER = re.compile(r"(?P<method>[a-z]+)-w(?P<bits>[0-9]+)g(?P<group>[0-9]+|c|t)(?P<asym>-asym)?")
@@ -19,13 +28,30 @@ _DEFAULT_GROUP = {"nf": "64", "fp": "32"}
 _TYPE = {"nf": "nf", "fp": "float"}
 
 
+_ACTIVATIONS = re.compile(r"(?P<weights>.+)-a(?P<bits>[48])")
+_SMOOTHQUANT = {"smoothquant-w8a8": "", "smoothquant-w8a8-static": "static"}
+
+
 def preset(name: str, *, embeddings: bool = False, head: bool = False) -> Recipe:
     """See `Recipe.preset`."""
-    rule = _rule(name, ("Linear", "Embedding") if embeddings else ("Linear",))
+    targets = ("Linear", "Embedding") if embeddings else ("Linear",)
+    before: tuple[Step, ...] = ()
+    if name.startswith("rotate-"):
+        before = (Step("rotate"),)
+    weights = name.removeprefix("rotate-")
+    if weights in _SMOOTHQUANT:
+        before = (*before, Step("smoothquant"))
+        static = Activations(strategy="tensor", dynamic=False) if _SMOOTHQUANT[weights] else Activations()
+        rule = Rule(targets, num_bits=8, input_activations=static)
+    elif found := _ACTIVATIONS.fullmatch(weights):
+        activations = Activations(num_bits=int(found["bits"]))
+        rule = dataclasses.replace(_rule(found["weights"], targets), input_activations=activations)
+    else:
+        rule = _rule(weights, targets)
     ignore = [NORMS]
     ignore += [] if embeddings else [EMBEDDINGS]
     ignore += [] if head else [HEADS]
-    return Recipe((rule,), tuple(ignore), name)
+    return Recipe((rule,), tuple(ignore), name, before=before)
 
 
 def _rule(name: str, targets: tuple[str, ...]) -> Rule:
@@ -59,5 +85,5 @@ def _make(name: str, targets: tuple[str, ...], method: str, group: str, bits: in
 def _known() -> str:
     return (
         f"METHOD-wBITSgGROUP[-asym] with METHOD one of {', '.join(METHODS)}; BITS 2, 3, 4 or 8; GROUP a number, "
-        "c (channel) or t (tensor); or nf4, fp4"
+        "c (channel) or t (tensor); or nf4, fp4; with -a8 (activations too) or rotate- before it; or smoothquant-w8a8"
     )

@@ -13,6 +13,8 @@ slices along leading axes stay valid under `scan` and `vmap`):
     zero_point  u8[*B, G, N] or None    integer formats only
     offset      float[*B, G, N] or None
     permutation i32[*B, K] or None      packed row k holds the weight's row permutation[k] (act-order files)
+    input_scale float[*B, K, 1] or None multiplies row k of the weight; a product multiplies its inputs instead (AWQ)
+    activation_scale f32[*B, 1, 1] or None  the step of the inputs' own codes where it is fixed (jq4.activations)
 
 `shape` is derived from `codes`, so a slice of a QArray (a layer under `scan`, a shard of whole groups under
 `shard_map`) is a QArray. Other layouts than "neutral" hold the same codes re-packed for one backend's kernel:
@@ -33,11 +35,11 @@ from pallas_kernels import packing
 
 NEUTRAL = "neutral"
 
-_ARRAYS = ("codes", "scale", "zero_point", "offset", "permutation")
-_STATIC = ("format", "group_size", "axis", "padding", "dtype", "layout")
+PARTS = ("codes", "scale", "zero_point", "offset", "permutation", "input_scale", "activation_scale")
+_STATIC = ("format", "group_size", "axis", "padding", "dtype", "layout", "activations")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=_STATIC)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=PARTS, meta_fields=_STATIC)
 @dataclasses.dataclass(frozen=True)
 class QArray:
     """A weight held as packed codes and scales; a pytree, see the module's text for shapes and dtypes.
@@ -49,6 +51,7 @@ class QArray:
       padding: codes that only fill the last packing unit.
       dtype: name of the dtype that dequantizing gives.
       layout: "neutral" (what is saved and compared) or a backend's own.
+      activations: what a product rounds its inputs to, a name of jq4.activations; "" leaves them as they are.
     """
 
     codes: Any
@@ -56,12 +59,15 @@ class QArray:
     zero_point: Any = None
     offset: Any = None
     permutation: Any = None
+    input_scale: Any = None
+    activation_scale: Any = None
     format: str = "int4"
     group_size: int = 128
     axis: int = -2
     padding: int = 0
     dtype: str = "float32"
     layout: str = NEUTRAL
+    activations: str = ""
 
     @property
     def number_format(self) -> Format:
@@ -96,7 +102,7 @@ class QArray:
 
     @property
     def nbytes(self) -> int:
-        """True bytes held on the device: codes, scales, zero points, offsets, permutation."""
+        """True bytes held on the device: codes, scales, zero points, offsets, permutation, scales of inputs."""
         return sum(leaf_nbytes(leaf) for leaf in jax.tree.leaves(self))
 
     @property
@@ -113,7 +119,8 @@ class QArray:
             shape = list(self.shape)
         except (AttributeError, TypeError, IndexError):  # a tree_map made leaves that are not arrays
             shape = "?"
-        return f"QArray({self.format}{shape}, {groups}, dtype={self.dtype}, layout={self.layout})"
+        inputs = f", activations={self.activations}" if self.activations else ""
+        return f"QArray({self.format}{shape}, {groups}, dtype={self.dtype}, layout={self.layout}{inputs})"
 
 
 def is_qarray(value: Any) -> bool:
@@ -159,6 +166,8 @@ def dequantize_array(q: QArray, dtype: Any = None) -> jax.Array:
         weight = weight + spread(dense(q.offset).astype(jnp.float32))
     if q.permutation is not None:
         weight = _unpermute(weight, q.permutation, axis)
+    if q.input_scale is not None:
+        weight = weight * q.input_scale.astype(jnp.float32)
     return weight.astype(dtype or q.dtype)
 
 
@@ -211,4 +220,24 @@ def validate(q: QArray, path: str = "QArray") -> QArray:
                 f"{path}: {name} has shape {tuple(part.shape)}, wanted {tuple(wanted)} (or 1 on an axis other than the "
                 f"grouped one) for {q.format} of shape {q.shape} in groups of {q.group_size} along axis {q.axis}"
             )
+    _validate_inputs(q, path)
     return q
+
+
+def _validate_inputs(q: QArray, path: str) -> None:
+    """input_scale has the grouped axis whole, activation_scale has 1 there; any other axis is whole or 1."""
+    for name, whole in (("input_scale", True), ("activation_scale", False)):
+        part = getattr(q, name)
+        if part is None:
+            continue
+        wanted = list(q.shape)
+        wanted[q.axis] = q.shape[q.axis] if whole else 1
+        grouped = q.axis % q.ndim
+        if len(part.shape) != q.ndim or not all(
+            have == want or (have == 1 and axis != grouped)
+            for axis, (have, want) in enumerate(zip(part.shape, wanted, strict=True))
+        ):
+            raise JQ4Error(
+                f"{path}: {name} has shape {tuple(part.shape)}, wanted {tuple(wanted)} or 1 on an axis other than the "
+                f"grouped one, {q.axis}, of {q.shape}"
+            )

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jq4.errors import JQ4Error
-from jq4.qarray import NEUTRAL, QArray, dense
+from jq4.qarray import NEUTRAL, PARTS, QArray, dense
 from jq4.record import note_relay
 from pallas_kernels import packing
 
@@ -134,14 +134,10 @@ def plain_scales(q: QArray) -> QArray:
 
 
 def _map_parts(q: QArray, function: Callable[[jax.Array], jax.Array]) -> QArray:
-    """`function` on codes, scale, zero_point and offset; the permutation stays."""
+    """`function` on every part that has the weight's axes; the permutation stays."""
     q = plain_scales(q)
-    mapped = {
-        name: function(part)
-        for name in ("codes", "scale", "zero_point", "offset")
-        if (part := getattr(q, name)) is not None
-    }
-    return dataclasses.replace(q, **mapped)
+    names = (name for name in PARTS if name != "permutation" and getattr(q, name) is not None)
+    return dataclasses.replace(q, **{name: function(getattr(q, name)) for name in names})
 
 
 def _permutation_batch(q: QArray) -> int:
@@ -172,7 +168,7 @@ def _reshape_parts(q: QArray, new_shape: tuple[int, ...], axis: int) -> QArray:
     rest = {
         name: move(part, False) for name in ("scale", "zero_point", "offset") if (part := getattr(q, name)) is not None
     }
-    return dataclasses.replace(q, codes=move(q.codes, True), axis=axis, **rest)
+    return dataclasses.replace(q, codes=move(q.codes, True), axis=axis, **rest, **_inputs_reshaped(q, new_shape, axis))
 
 
 def _regroup(q: QArray, inner: int, new_shape: tuple[int, ...], axis: int) -> QArray:
@@ -202,7 +198,29 @@ def _regroup(q: QArray, inner: int, new_shape: tuple[int, ...], axis: int) -> QA
     codes_shape = list(new_shape)
     codes_shape[axis] = packing.packed_length(inner, q.bits)
     rest = {name: regroup(part) for name in ("scale", "zero_point", "offset") if (part := getattr(q, name)) is not None}
-    return dataclasses.replace(q, codes=q.codes.reshape(codes_shape), group_size=group, axis=axis, **rest)
+    inputs = _inputs_reshaped(q, new_shape, axis)
+    return dataclasses.replace(q, codes=q.codes.reshape(codes_shape), group_size=group, axis=axis, **rest, **inputs)
+
+
+def _inputs_reshaped(q: QArray, new_shape: tuple[int, ...], axis: int) -> dict[str, jax.Array]:
+    """input_scale and activation_scale of the reshaped weight; ones stay ones, so that products can place them."""
+    parts = {name: getattr(q, name) for name in ("input_scale", "activation_scale") if getattr(q, name) is not None}
+    return {name: _input_part_reshaped(part, name, q, new_shape, axis) for name, part in parts.items()}
+
+
+def _input_part_reshaped(part: jax.Array, name: str, q: QArray, new_shape: tuple[int, ...], axis: int) -> jax.Array:
+    grouped, at = q.axis % q.ndim, axis % len(new_shape)
+    stacked = max((i + 1 for i, size in enumerate(part.shape) if i != grouped and size > 1), default=0)
+    length = part.shape[grouped]
+    kept_stack = stacked <= min(grouped, at) and new_shape[:stacked] == q.shape[:stacked]
+    if kept_stack and (length == 1 or new_shape[at] == q.shape[grouped]):
+        shape = [*part.shape[:stacked], *(1,) * (len(new_shape) - stacked)]
+        shape[at] = length
+        return part.reshape(shape)
+    if length > 1 and stacked <= grouped:  # rows merge with axes on their left, or split: spelled out, in their order
+        whole = jnp.broadcast_to(part, (*q.shape[: grouped + 1], *part.shape[grouped + 1 :]))
+        return whole.reshape(*new_shape[: at + 1], *(1,) * (len(new_shape) - at - 1))
+    raise NoPackedForm(f"reshaping {q.shape} to {new_shape} with {name} of shape {part.shape}")
 
 
 def _refuse_grouped(q: QArray, axis: int, operation: str) -> None:
@@ -238,5 +256,8 @@ def _transpose_prepared(q: QArray, order: list[int]) -> QArray:
         return transpose(neutral(q, "transpose"), order)
     if order[:last] != list(range(last)):
         q = _map_parts(q, lambda part: jax.lax.transpose(part, [*order[:last], *range(last, part.ndim)]))
-    swapped = order[-1] == last
-    return dataclasses.replace(q, axis={-1: -2, -2: -1}[q.axis] if swapped else q.axis)
+    if order[-1] != last:
+        return q
+    inputs = {name: getattr(q, name) for name in ("input_scale", "activation_scale") if getattr(q, name) is not None}
+    swapped = {name: jnp.swapaxes(part, -1, -2) for name, part in inputs.items()}
+    return dataclasses.replace(q, axis={-1: -2, -2: -1}[q.axis], **swapped)

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jq4.activations import rounding_inputs
 from jq4.errors import JQ4Error
 from jq4.methods import get_method
 from jq4.paths import find_path, leaf_path
@@ -178,6 +179,12 @@ def _plan_packed(leaf: QArray, entry: LeafReport, rule: Rule, axis: int | None) 
     length = leaf.shape[leaf.axis]
     wanted = (rule.format, min(rule.group_size or length, length), leaf.axis if axis is None else axis)
     found = (leaf.format, min(leaf.group_size, length), leaf.axis)
+    inputs = "" if rule.input_activations is None else rule.input_activations.name
+    if wanted == found and inputs != leaf.activations:
+        raise JQ4Error(
+            f"{entry.path}: packed already with activations {leaf.activations or 'none'}, and the recipe wants "
+            f"{inputs or 'none'}: quantize the dense weights, or jq4.dequantize first"
+        )
     if wanted == found:
         return entry.with_status("packed already")
     raise JQ4Error(
@@ -199,9 +206,22 @@ def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> QArray:
     _check_values(entry.path, leaf, rule)
     try:
         options = tuple(rule.method_options.items())
-        return _quantize_leaf(leaf, statistics, rule.method, rule.encoding(axis), options, _work_of(leaf))
+        packed = _quantize_leaf(leaf, statistics, rule.method, rule.encoding(axis), options, _work_of(leaf))
+        return _with_activations(packed, rule, find_path(stats or {}, entry.path))
     except JQ4Error as error:
         raise JQ4Error(f"{entry.path}: {error}") from None
+
+
+def _with_activations(packed: QArray, rule: Rule, statistics: Any) -> QArray:
+    wanted = rule.input_activations
+    if wanted is None:
+        return packed
+    absmax = getattr(statistics, "absmax", None)
+    if absmax is None and not wanted.dynamic:
+        raise JQ4Error(
+            "input_activations with dynamic false want max |x| of the inputs: pass stats=jq4.observe(...) with absmax"
+        )
+    return rounding_inputs(packed, wanted.name, absmax)
 
 
 def _check_values(path: str, leaf: Any, rule: Rule) -> None:

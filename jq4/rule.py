@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jq4 import targets as patterns
+from jq4.activations import Activations
 from jq4.errors import JQ4Error
 from jq4.formats import get_format
 from jq4.methods import get_method
@@ -32,6 +33,7 @@ class Rule:
       method: a key of jq4.methods.METHODS.
       observer: how the range is found, one of jq4.rounding.OBSERVERS; by default "absmax" or, asymmetric, "minmax".
       scale_dtype: dtype of scales and offsets.
+      input_activations: what products round their inputs to, as a mapping (jq4.activations); by default nothing.
       axis: the contraction axis, negative; by default what the function (`axes`, `stats`) or the leaf's name says.
       options: the method's and the observer's own, as a mapping; kept as sorted pairs, so that rules can be hashed.
     """
@@ -48,11 +50,13 @@ class Rule:
     observer: str | None = None
     scale_dtype: str = "bfloat16"
     axis: int | None = None
+    input_activations: Activations | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         self._set("targets", patterns.as_patterns(self.targets, "rule", "targets"))
         self._set("ignore", patterns.as_patterns(self.ignore, "rule", "ignore"))
+        self._set("input_activations", Activations.of(self.input_activations))
         if not self.targets:
             raise JQ4Error("rule: targets is empty, wanted one pattern or more")
         self._check_types()
@@ -97,6 +101,8 @@ class Rule:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers; what is None or empty is left out."""
         value = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.input_activations is not None:
+            value["input_activations"] = dataclasses.asdict(self.input_activations)
         value |= {"targets": list(self.targets), "ignore": list(self.ignore), "options": dict(self.options)}
         return {key: item for key, item in value.items() if item is not None and item not in ([], {})}
 
@@ -182,4 +188,5 @@ class Rule:
 def describe_format(rule: Rule) -> str:
     """A few words for reports: "int4 g32 rtn", "nf4 channel rtn"."""
     groups = f"g{rule.group_size}" if rule.strategy == "group" else str(rule.strategy)
-    return "dense" if rule.is_dense else f"{get_format(rule.format).name} {groups} {rule.method}"
+    inputs = f" a:{rule.input_activations.name}" if rule.input_activations else ""
+    return "dense" if rule.is_dense else f"{get_format(rule.format).name} {groups} {rule.method}{inputs}"

@@ -74,10 +74,10 @@ def constrained(leaf: PackedLeaf, sharding: Any, place: Callable[[Any, Any], Any
 def _part_specs(q: QArray, entries: list[Any]) -> QArray:
     of_codes, of_scales = _entries_of_layout(q, entries)
 
-    def spec_of(part: Any) -> Any:
+    def spec_of(part: Any, axes: list[Any] = of_scales) -> Any:
         if part is None:
             return None
-        return PartitionSpec(*(entry if size > 1 else None for entry, size in zip(of_scales, part.shape, strict=True)))
+        return PartitionSpec(*(entry if size > 1 else None for entry, size in zip(axes, part.shape, strict=True)))
 
     permutation = None
     if q.permutation is not None:
@@ -89,6 +89,8 @@ def _part_specs(q: QArray, entries: list[Any]) -> QArray:
         zero_point=spec_of(q.zero_point),
         offset=spec_of(q.offset),
         permutation=permutation,
+        input_scale=spec_of(q.input_scale, entries),
+        activation_scale=spec_of(q.activation_scale, entries),
     )
 
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from jq4 import jax_compat, qarray_ops
 from jq4.packed_leaf import PackedLeaf, is_packed
-from jq4.qarray import QArray
+from jq4.qarray import PARTS, QArray
 from jq4.qarray_ops import NoPackedForm
 
 Values = list[Any]
@@ -117,7 +117,7 @@ def gather(eqn: Any, values: Values) -> Values:
         return lax.gather(jnp.broadcast_to(part, spread), indices, numbers, part_sizes, **options)
 
     slice_axes = [axis for axis in range(q.ndim) if axis not in gone]
-    parts = {name: taken(getattr(q, name)) for name in ("codes", "scale", "zero_point", "offset")}
+    parts = {name: taken(getattr(q, name)) for name in PARTS if name != "permutation"}
     axis = numbers.offset_dims[slice_axes.index(grouped)] - parts["codes"].ndim
     result = PackedLeaf(dataclasses.replace(q, axis=axis, **parts), leaf.path)
     return [result if sum(sizes[axis] > 1 for axis in slice_axes) > 1 else result.dequantize()]
@@ -139,6 +139,8 @@ def concatenate(eqn: Any, values: Values) -> Values:
     structures = {jax.tree.structure(q) for q in weights}
     if axis == first.axis % first.ndim or len(structures) > 1 or first.permutation is not None:
         raise NoPackedForm("a concatenation along the grouped axis, or of different formats")
+    if first.input_scale is not None or first.activation_scale is not None:
+        raise NoPackedForm("a concatenation of weights with scales of their inputs")
 
     def join(name: str) -> Any:
         parts = [getattr(q, name) for q in weights]

@@ -126,7 +126,7 @@ def test_presets_take_embeddings_and_head_when_asked():
         ("rtn-w5g32", "preset 'rtn-w5g32': type int with num_bits 5, wanted one of int 2, int 3, int 4, int 8"),
         ("rtn-w4", "unknown preset 'rtn-w4': wanted METHOD-wBITSgGROUP"),
         ("rtn-w4g0", "preset 'rtn-w4g0': group_size is 0, wanted 1 or more"),
-        ("rtn-w4g32-a8", "unknown preset 'rtn-w4g32-a8'"),
+        ("rtn-w4g32-a5", "unknown preset 'rtn-w4g32-a5'"),
     ],
 )
 def test_a_preset_that_is_none_says_what_is(name, text):

@@ -19,7 +19,7 @@ import numpy as np
 from jq4.checkpoint.manifest import ArrayInfo, Manifest, QArrayInfo, arrays_of
 from jq4.checkpoint.structure import Keys, path_of
 from jq4.errors import CheckpointError
-from jq4.qarray import is_qarray
+from jq4.qarray import PARTS, is_qarray
 
 GROUP_BYTES = 256 * 2**20
 CHUNK_BYTES = 64 * 2**20
@@ -50,8 +50,7 @@ class Writer:
 
     def _add(self, keys: Keys, leaf: Any) -> ArrayInfo | QArrayInfo:
         if is_qarray(leaf):
-            names = ("codes", "scale", "zero_point", "offset", "permutation")
-            parts = {name: getattr(leaf, name) for name in names if getattr(leaf, name) is not None}
+            parts = {name: getattr(leaf, name) for name in PARTS if getattr(leaf, name) is not None}
             return QArrayInfo(
                 path=path_of(keys),
                 shape=leaf.shape,
@@ -60,6 +59,7 @@ class Writer:
                 group_size=leaf.group_size,
                 axis=leaf.axis,
                 padding=leaf.padding,
+                activations=leaf.activations,
                 parts={name: self._add((*keys, name), part) for name, part in parts.items()},
             )
         place = self._store(keys, leaf) if leaf.size else None

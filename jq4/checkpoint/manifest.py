@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jq4.activations import check_name
 from jq4.checkpoint.structure import Node, check_node
 from jq4.errors import CheckpointError, JQ4Error
-from jq4.qarray import QArray, validate
+from jq4.qarray import PARTS, QArray, validate
 
 MANIFEST = "jq4.json"
 NAME = "jq4-checkpoint"
 VERSION = 1
 DATA_NAME = re.compile(r"data-[0-9a-f]{16}")
-PARTS = ("codes", "scale", "zero_point", "offset", "permutation")
 DTYPES = (
     "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
     "float16", "bfloat16", "float32", "float64", "complex64", "complex128",
@@ -71,6 +71,7 @@ class QArrayInfo:
     axis: int
     padding: int
     parts: Mapping[str, "ArrayInfo | QArrayInfo"]
+    activations: str = ""
     kind: str = "qarray"
 
     @property
@@ -146,8 +147,9 @@ def assemble(leaf: ArrayInfo | QArrayInfo, arrays: Mapping[str, Any]) -> Any:
         return arrays[leaf.path]
     parts = {name: assemble(part, arrays) for name, part in leaf.parts.items()}
     return QArray(
-        **parts, format=leaf.format, group_size=leaf.group_size, axis=leaf.axis, padding=leaf.padding, dtype=leaf.dtype
-    )
+        **parts, format=leaf.format, group_size=leaf.group_size, axis=leaf.axis, padding=leaf.padding, dtype=leaf.dtype,
+        activations=leaf.activations,
+    )  # fmt: skip
 
 
 def abstract(leaf: ArrayInfo | QArrayInfo) -> Any:
@@ -245,6 +247,7 @@ def _leaf_to_json(leaf: LeafInfo) -> dict[str, Any]:
     if isinstance(leaf, ArrayInfo):
         return {**common, "array": leaf.array}
     static = {name: getattr(leaf, name) for name in ("format", "group_size", "axis", "padding")}
+    static |= {"activations": leaf.activations} if leaf.activations else {}
     return {**common, **static, "parts": {name: _leaf_to_json(part) for name, part in leaf.parts.items()}}
 
 
@@ -290,7 +293,8 @@ def _leaf_from_json(found: dict[str, Any], where: str) -> LeafInfo:
     static = {name: found[name] for name in ("format", "group_size", "axis", "padding")}
     if not all(type(static[name]) is int for name in ("group_size", "axis", "padding")) or static["group_size"] < 1:
         raise CheckpointError(f"{where}: leaf {path} has {static}, wanted integers and a group_size of at least 1")
-    leaf = QArrayInfo(path, shape, str(jnp.dtype(found["dtype"])), parts=parts, **static)
+    activations = check_name(found.get("activations", ""), f"{where}: leaf {path}")
+    leaf = QArrayInfo(path, shape, str(jnp.dtype(found["dtype"])), parts=parts, activations=activations, **static)
     weight = abstract(leaf)
     if validate(weight, f"{where}: leaf {path}").shape != shape:
         raise CheckpointError(f"{where}: leaf {path} has shape {shape}, but its codes hold a weight of {weight.shape}")

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jq4.checkpoint.structure import Keys, describe, path_of
 from jq4.errors import CheckpointError
-from jq4.qarray import QArray, is_qarray
+from jq4.qarray import PARTS, QArray, is_qarray
 
 Shardings = Sharding | Callable[[str, tuple[int, ...]], Sharding | None] | Any
 
@@ -104,8 +104,7 @@ def qarray_shardings(path: str, weight: QArray, sharding: Any) -> QArray:
             return qarray_shardings(f"{path}/{name}", part, shrunk(part))
         return check_array(f"{path}/{name}", part.shape, shrunk(part))
 
-    names = ("codes", "scale", "zero_point", "offset", "permutation")
-    return _replace_parts(weight, {name: place(name, getattr(weight, name)) for name in names})
+    return _replace_parts(weight, {name: place(name, getattr(weight, name)) for name in PARTS})
 
 
 def _check_grouped_axis(path: str, weight: QArray, ways: int) -> None:
@@ -137,6 +136,7 @@ def _replace_parts(weight: QArray, parts: Mapping[str, Any]) -> QArray:
         padding=weight.padding,
         dtype=weight.dtype,
         layout=weight.layout,
+        activations=weight.activations,
     )
 
 

@@ -33,7 +33,10 @@ def _check_qarray(path: str, leaf: QArray) -> None:
         elif part is not None:
             if leaf.layout == NEUTRAL:  # prepared codes may be int4 in memory, and are bytes again when they are saved
                 _check_array(f"{path}/{name}", part)
-            if name in ("scale", "offset") and not np.isfinite(np.asarray(part).astype(np.float32)).all():
+            if (
+                name in ("scale", "offset", "input_scale", "activation_scale")
+                and not np.isfinite(np.asarray(part).astype(np.float32)).all()
+            ):
                 raise CheckpointError(
                     f"{path}: its {name} holds NaN or infinity; quantize it again from finite weights"
                 )

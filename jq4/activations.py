@@ -1,0 +1,139 @@
+"""Activations in few bits: what a product rounds its inputs to before it multiplies them by a packed weight.
+
+    int8-token     each token by its own largest value, as it comes:  step = max|x| / 127,  over all that is contracted
+    int8-tensor    all tokens by one step, fixed by calibration; what lies beyond is clipped
+    int4-...       the same with 7 for 127
+
+    x W  ~  step * (round(x / step) W)
+
+The integers round(x / step) are what is multiplied. Where the weight's codes are integers too, with one scale for each
+output channel and no zero point, the product is one of int8 by int8 into int32 (XLA has it on CPU, GPU and TPU: sums
+are exact) and the scales follow. Weights in groups would need a sum of their own for each group; there the integers,
+which every float dtype holds exactly, go through the same kernels as ever, and only the order of the float sums
+differs. Gradients go straight through the rounding, and not past the clipping.
+
+In a `shard_map` over the contracted axis a token's largest value is that of the shard, a finer step than the whole
+token's; under `jit` with shardings it is the token's.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jq4.errors import JQ4Error
+from jq4.qarray import QArray
+
+NAMES = ("", "int8-token", "int8-tensor", "int4-token", "int4-tensor")
+_STRATEGIES = {("token", True): "token", ("tensor", False): "tensor"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """A rule's `input_activations`, in compressed-tensors' words; one of NAMES in short.
+
+    Attributes:
+      num_bits: 8 or 4.
+      type, symmetric: "int" and true.
+      strategy, dynamic: "token" and true, or "tensor" and false (one step from calibration's max |x|).
+    """
+
+    num_bits: int = 8
+    type: str = "int"
+    symmetric: bool = True
+    strategy: str = "token"
+    dynamic: bool = True
+
+    def __post_init__(self) -> None:
+        bits_known = self.num_bits in (4, 8) and not isinstance(self.num_bits, bool)
+        forms = bits_known and self.type == "int" and self.symmetric is True
+        if not forms or (self.strategy, self.dynamic) not in _STRATEGIES:
+            found = ", ".join(f"{name} {value!r}" for name, value in dataclasses.asdict(self).items())
+            raise JQ4Error(
+                f"rule: input_activations is {found}; wanted num_bits 8 or 4, type int, symmetric true, and strategy "
+                "token with dynamic true or tensor with dynamic false"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"int{self.num_bits}-{self.strategy}"
+
+    @classmethod
+    def of(cls, value: Any) -> "Activations | None":
+        """From the mapping of a recipe, or from an Activations, or None."""
+        if value is None or isinstance(value, Activations):
+            return value
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(value, Mapping) or not set(value) <= set(names):
+            raise JQ4Error(f"rule: input_activations is {value!r}, wanted a mapping with some of {', '.join(names)}")
+        return cls(**value)
+
+
+def check_name(name: Any, where: str) -> str:
+    if name not in NAMES:
+        raise JQ4Error(f"{where}: activations are {name!r}, wanted one of {', '.join(filter(None, NAMES))}, or none")
+    return name
+
+
+def most_of(name: str) -> int:
+    """The largest integer of the codes: 127 or 7."""
+    return 2 ** (int(name[3]) - 1) - 1
+
+
+def integers_of(x: jax.Array, name: str, axes: Sequence[int], fixed: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The integers round(x / step), in x's dtype, and the step f32 that broadcasts to x.
+
+    Args:
+      name: of NAMES.
+      axes: those that are contracted, over which a token's values lie.
+      fixed: the step f32 of a "tensor" strategy, broadcasting to x.
+    """
+    most = most_of(name)
+    wide = x.astype(jnp.float32)
+    if fixed is not None:
+        step = fixed.astype(jnp.float32)
+    else:
+        largest = jnp.max(jnp.abs(wide), axis=tuple(axes), keepdims=True, initial=0)
+        step = jax.lax.stop_gradient(jnp.where(largest > 0, largest, most) / most)
+    return _nearest(wide / step, most).astype(x.dtype), step
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _nearest(x: jax.Array, most: int) -> jax.Array:
+    return jnp.clip(jnp.round(x), -most, most)
+
+
+@_nearest.defjvp
+def _straight_through(most: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
+    return _nearest(x, most), jnp.where(jnp.abs(x) <= most + 0.5, tangent, 0.0)
+
+
+def rounding_inputs(q: QArray, name: str, absmax: Any) -> QArray:
+    """The weight, whose products round their inputs from now on.
+
+    Args:
+      name: of NAMES.
+      absmax: for a "tensor" strategy, max |x| f32[*S, K] of the inputs of each stacked slice; else not looked at.
+    """
+    if name.endswith("token"):
+        return dataclasses.replace(q, activations=name, activation_scale=None)
+    stacked = absmax.shape[:-1]
+    rows = jnp.asarray(absmax, jnp.float32)
+    if q.input_scale is not None:
+        scales = jnp.moveaxis(q.input_scale, q.axis, -1)  # [*S or 1, 1.., K]
+        scales = scales.reshape(*scales.shape[: len(stacked)], -1)
+        if scales.shape[-1] != rows.shape[-1]:
+            raise JQ4Error("a fixed step for inputs over several contracted axes that have scales of their own")
+        rows = rows * jnp.abs(scales.astype(jnp.float32))
+    step = fixed_step(rows, name).reshape(*stacked, *(1,) * (q.ndim - len(stacked)))
+    return dataclasses.replace(q, activations=name, activation_scale=step)
+
+
+def fixed_step(absmax: jax.Array, name: str) -> jax.Array:
+    """The step f32[*B] of a "tensor" strategy for inputs of which max |x| is known, f32[*B, K]."""
+    largest, most = jnp.max(absmax, axis=-1), most_of(name)
+    return jnp.where(largest > 0, largest, most) / most

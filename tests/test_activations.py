@@ -1,0 +1,181 @@
+"""Oracle: numpy's int64 products of codes, and float64 products of weights and inputs rounded by the formula."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jq4
+from jq4.activations import Activations, rounding_inputs
+from jq4.equalize import collects, scale_block
+from jq4.matmul import dot_general, ragged_dot
+from jq4.qarray import codes_of, validate
+from jq4.rounding import quantize_weight
+from models.decoder import Decoder
+from models.folds import decoder_folds
+from tests.test_folds import TOKENS, logits_of, observe, random_decoder
+
+RANDOM = np.random.default_rng(3)
+X = jnp.asarray(RANDOM.normal(0, 1, (5, 24)) * np.exp(RANDOM.normal(0, 1, (5, 1))), jnp.float32)
+W = jnp.asarray(RANDOM.normal(0, 1, (24, 7)), jnp.float32)
+NUMBERS = (((1,), (0,)), ((), ()))
+
+
+def rounded(x, most=127, step=None):
+    """(integers, step): float64 numpy."""
+    x = np.asarray(x, np.float64)
+    step = np.abs(x).max(-1, keepdims=True) / most if step is None else step
+    return np.clip(np.round(x / step), -most, most), step
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_eight_bits_by_eight_are_sums_of_integers(axis):
+    """The product of int8 codes is numpy's, integer for integer."""
+    q = quantize_weight(W if axis == -2 else W.T, "int8", group_size=None, axis=axis, scale_dtype="float32")
+    q = rounding_inputs(q, "int8-token", None)
+    numbers = NUMBERS if axis == -2 else (((1,), (1,)), ((), ()))
+    out = jax.jit(lambda x, q: dot_general(x, q, numbers, weight_side="rhs"))(X, q)
+    integers, step = rounded(X)
+    levels = np.asarray(codes_of(q), np.int64) - 128
+    sums = integers.astype(np.int64) @ (levels if axis == -2 else levels.T)
+    scale = np.asarray(q.scale, np.float64).reshape(1, -1)
+    np.testing.assert_allclose(out, sums * step * scale, rtol=2e-6, atol=1e-6)
+    jaxpr = str(jax.make_jaxpr(lambda x, q: dot_general(x, q, numbers, weight_side="rhs"))(X, q))
+    assert "preferred_element_type=int32" in jaxpr
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", [("int4", 8, True), ("int4", 8, False), ("int4", None, True), ("nf4", 8, True)])
+def test_other_weights_multiply_the_same_integers(form, bits):
+    name, group, symmetric = form
+    q = quantize_weight(W, name, group_size=group, symmetric=symmetric)
+    q = rounding_inputs(q, f"int{bits}-token", None)
+    integers, step = rounded(X, 2 ** (bits - 1) - 1)
+    wanted = (integers * step) @ np.asarray(q.dequantize(), np.float64)
+    np.testing.assert_allclose(jq4.matmul(X, q), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fixed_step_clips_what_lies_beyond():
+    q = rounding_inputs(quantize_weight(W, "int8", group_size=None), "int8-tensor", jnp.abs(X[:2]).max(0))
+    step = float(np.abs(np.asarray(X[:2], np.float64)).max() / 127)
+    integers, _ = rounded(X, 127, step)
+    assert (np.abs(np.asarray(X)) > 127.5 * step).any()
+    wanted = (integers * step) @ np.asarray(q.dequantize(), np.float64)
+    np.testing.assert_allclose(jq4.matmul(X, q), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [None, 8])
+def test_gradients_go_straight_through(group):
+    q = rounding_inputs(quantize_weight(W, "int8", group_size=group), "int8-token", None)
+    dy = jnp.asarray(RANDOM.normal(0, 1, (5, 7)), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jq4.matmul(x, q) * dy)))(X)
+    np.testing.assert_allclose(gradient, np.asarray(dy) @ np.asarray(q.dequantize()).T, rtol=1e-4, atol=1e-4)
+    by_scale = jax.grad(lambda s: jnp.sum(jq4.matmul(X, dataclasses.replace(q, scale=s)) * dy))(q.scale)
+    assert by_scale.shape == q.scale.shape and np.abs(np.asarray(by_scale, np.float32)).min() > 0
+
+
+def test_ragged_rows_are_rounded_by_themselves():
+    experts = jnp.asarray(RANDOM.normal(0, 1, (3, 24, 7)), jnp.float32)
+    q = quantize_weight(experts, "int4", group_size=8)
+    factors = jnp.asarray(np.exp(RANDOM.normal(0, 1, (3, 24, 1))), jnp.float32)
+    q = validate(dataclasses.replace(q, input_scale=factors))
+    q = rounding_inputs(q, "int8-token", None)
+    sizes = np.array([2, 0, 3], np.int32)
+    out = ragged_dot(X, q, jnp.asarray(sizes))
+    codes = np.asarray(dataclasses.replace(q, input_scale=None).dequantize(), np.float64)
+    for row, expert in enumerate(np.repeat(np.arange(3), sizes)):
+        integers, step = rounded(np.asarray(X[row] * factors[expert, :, 0])[None])
+        np.testing.assert_allclose(out[row], (integers * step @ codes[expert])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_runs_with_rounded_activations_and_none_goes_dense():
+    config, params = random_decoder("biased")
+    recipe = jq4.Recipe.preset("rtn-w8gc-a8", head=True)
+    packed = jq4.quantize(params, recipe)
+    kernel = packed["layers"]["mlp"]["up_proj"]["kernel"]
+    assert (kernel.activations, kernel.format, kernel.num_groups) == ("int8-token", "int8", 1)
+    model = jq4.quantized(Decoder(config).apply, strict=True)
+    logits = np.asarray(jax.jit(model)({"params": packed}, jnp.asarray(TOKENS)))
+    dense = logits_of(config, params)
+    weights_only = logits_of(config, jq4.dequantize(packed))
+    lost = np.sqrt(np.square(logits - weights_only).mean() / np.square(dense).mean())
+    assert 1e-4 < lost < 0.2  # eight bits of activations, two channels of them 20 times the rest
+
+
+def test_scanned_layers_round_their_own_inputs():
+    weights = jnp.asarray(RANDOM.normal(0, 0.3, (3, 24, 24)), jnp.float32)
+    steps = jnp.asarray(RANDOM.uniform(0.5, 2.0, (3, 24)), jnp.float32)
+    q = rounding_inputs(quantize_weight(weights, "int8", group_size=None), "int8-tensor", steps)
+
+    def layers(x, tree):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, tree["w"])[0]
+
+    out = jax.jit(jq4.quantized(layers, strict=True))(X, {"w": q})
+    x = np.asarray(X, np.float64)
+    for layer, weight in enumerate(np.asarray(q.dequantize(), np.float64)):
+        integers, step = rounded(x, 127, float(steps[layer].max()) / 127)
+        x = np.tanh(integers * step @ weight)
+    np.testing.assert_allclose(out, x, atol=0.02)  # a tie may round the other way
+    assert np.median(np.abs(np.asarray(out) - x)) < 1e-5
+
+
+def test_what_the_recipe_says_of_activations_is_kept(tmp_path):
+    config, params = random_decoder("llama")
+    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    rule = jq4.Rule.from_dict(
+        {"targets": ["Linear"], "ignore": ["re:norm|embed"], "num_bits": 8, "input_activations": activations}
+    )
+    recipe = jq4.Recipe((rule,))
+    assert jq4.Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.to_dict()["rules"][0]["input_activations"] == activations
+    recipe.save(tmp_path / "recipe.yaml")
+    assert jq4.Recipe.load(tmp_path / "recipe.yaml") == recipe
+    with pytest.raises(jq4.JQ4Error, match=r"q_proj/kernel|k_proj/kernel.*dynamic false want max \|x\|"):
+        jq4.quantize(params, recipe)
+    packed = jq4.quantize(params, recipe, observe(config, params, ("absmax",)))
+    assert packed["layers"]["attention"]["q_proj"]["kernel"].activation_scale.shape == (2, 1, 1)
+    jq4.save(tmp_path / "model.jq4", packed)
+    again = jq4.restore(tmp_path / "model.jq4")
+    assert jax.tree.structure(again) == jax.tree.structure(packed)
+    jax.tree.map(np.testing.assert_array_equal, again, packed)
+
+
+def test_smoothing_makes_eight_bits_of_a_tensor_do():
+    """With two channels 20 times the rest, one fixed step a tensor loses less once they are smoothed."""
+    config, params = random_decoder("untied")
+    folds, recipe = decoder_folds(config), jq4.Recipe.preset("smoothquant-w8a8-static")
+    dense = logits_of(config, params)
+    smoothed = scale_block(params, folds, recipe, observe(config, params, collects(recipe, folds)))
+    rules = dataclasses.replace(recipe, before=())
+    errors = []
+    for tree in (params, smoothed):
+        packed = jq4.quantize(tree, rules, observe(config, tree, ("absmax",)))
+        logits = jq4.quantized(Decoder(config).apply, strict=True)({"params": packed}, jnp.asarray(TOKENS))
+        errors.append(float(np.square(np.asarray(logits) - dense).mean()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"num_bits": 3}, "num_bits 3.*wanted num_bits 8 or 4"),
+        ({"strategy": "tensor"}, "strategy 'tensor', dynamic True; wanted"),
+        ({"bits": 8}, r"\{'bits': 8\}, wanted a mapping with some of num_bits, type"),
+        ("int8", "input_activations is 'int8', wanted a mapping"),
+    ],
+)
+def test_activations_that_cannot_be(value, text):
+    with pytest.raises(jq4.JQ4Error, match=text):
+        jq4.Rule.from_dict({"targets": ["Linear"], "input_activations": value})
+
+
+def test_presets_with_activations():
+    assert jq4.Recipe.preset("rtn-w4g128-a8").rules[0].input_activations == Activations()
+    assert jq4.Recipe.preset("hqq-w4g64-asym-a4").rules[0].input_activations == Activations(num_bits=4)
+    recipe = jq4.Recipe.preset("smoothquant-w8a8")
+    assert (recipe.before[0].step, recipe.rules[0].num_bits, recipe.rules[0].strategy) == ("smoothquant", 8, "channel")
+    assert [step.step for step in jq4.Recipe.preset("rotate-rtn-w4g128-a8").before] == ["rotate"]
+    with pytest.raises(jq4.JQ4Error, match="unknown preset 'rtn-w4g32-a5'"):
+        jq4.Recipe.preset("rtn-w4g32-a5")
