@@ -22,6 +22,11 @@ def config():
 
 
 @pytest.fixture(scope="module")
+def untied_config():
+    return DecoderConfig.from_hf(SMALL | {"tie_word_embeddings": False})
+
+
+@pytest.fixture(scope="module")
 def params(config):
     return Decoder(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
@@ -60,3 +65,28 @@ def test_a_saved_model_is_the_one_returned(config, params, tmp_path):
     same_bytes(jq4.restore(tmp_path / "out"), quantize_blocks(chain, source, "rtn-w4g16").params)
     assert jq4.read_manifest(tmp_path / "out").extra_files == ("a.txt",)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+LEARNED = {
+    "autoround": {"iterations": 4, "batch_size": 2},
+    "distill": {"iterations": 4, "batch_size": 2, "perturbed_rows": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "limit"),
+    [(["rotate"], [], 1.3), (["smoothquant"], ["autoround"], 1.0), (["awq"], ["autoround", "distill"], 0.9)],
+)
+def test_steps_are_followed(untied_config, rows, before, after, limit):
+    params = Decoder(untied_config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    recipe = jq4.Recipe.preset("rtn-w4g16").to_dict()
+    recipe |= {"before": before, "after": [{"step": step, **LEARNED[step]} for step in after]}
+    chain, source = decoder_chain(untied_config), TreeSource(params, LAYERS)
+    result = quantize_blocks(chain, source, jq4.Recipe.from_dict(recipe), rows)
+    model, dense = jax.jit(jq4.quantized(Decoder(untied_config).apply, strict=True)), Decoder(untied_config).apply
+    wanted = dense({"params": params}, rows)
+    plain = jq4.quantize(params, "rtn-w4g16")
+    lost, lost_plain = (float(jnp.mean((model({"params": p}, rows) - wanted) ** 2)) for p in (result.params, plain))
+    assert lost < limit * lost_plain
+    notes = {row.note for row in result.rows}
+    assert all("learned" in note for note in notes) if after else notes == {""}

@@ -118,6 +118,7 @@ def _row(
     return LeafRow(
         block=index,
         path=entry.path,
+        shape=tuple(weight.shape),
         format=str(entry.format),
         group_size=int(entry.group_size or 0),
         sqnr_db=None if sqnr_db is None or not np.isfinite(sqnr_db) else sqnr_db,

@@ -16,25 +16,38 @@ from jq4.apply import quantized
 from jq4.chain import BlockSource, Chain
 from jq4.driver.block import HESSIAN, BlockQuantizer, check_dense_leaves
 from jq4.driver.calibration_rows import Needs
+from jq4.driver.equalized import Equalizer
 from jq4.driver.plan import BlockPlan
 from jq4.driver.report import LeafRow
+from jq4.driver.rows_learned import rows_learned
 from jq4.driver.stage_statistics import Collector, check_finite
 from jq4.driver.streams import Placement, Stream, make_stream
 from jq4.observe import observe
 from jq4.recipe import Recipe
 from jq4.statistics import Statistics
+from jq4.tuning import tune_block
 
 
 class BlocksInOrder:
     """Reads, quantizes and runs the blocks of a chain; the next block's number is how many were `skip`ped or made."""
 
     def __init__(
-        self, chain: Chain, source: BlockSource, recipe: Recipe, plan: BlockPlan, needs: Needs, placement: Placement
+        self,
+        chain: Chain,
+        source: BlockSource,
+        recipe: Recipe,
+        plan: BlockPlan,
+        needs: Needs,
+        placement: Placement,
+        seed: int,
     ) -> None:
         self._source = source
         self._placement = placement
         self._needs = needs
+        self._seed = seed
+        self._equalizer = Equalizer(chain, recipe)
         self._quantizer = BlockQuantizer(chain, plan, needs.pairs)
+        self._tuning = next((step for step in recipe.after if step.step == "autoround"), None)
         self._chain = chain
         self._dense_step = jax.jit(chain.block)
         self._packed_step = jax.jit(quantized(chain.block))
@@ -62,18 +75,29 @@ class BlocksInOrder:
             self._run_packed(self._placement.everywhere(packed()))
         self.next += 1
 
-    def quantize(self, progress: Callable[[str], None]) -> tuple[Any, list[LeafRow]]:
-        """The next block, packed, and its rows."""
-        dense = self._dense()
+    def quantize(self, progress: Callable[[str], None]) -> tuple[Any, Any, list[LeafRow]]:
+        """The next block as it was quantized from (scales moved), packed, and its rows."""
+        dense = self._equalizer.scaled(self.next, self._dense(), self.x_hat)
         packed, rows = self._quantizer.quantize(self.next, dense, self.x_hat, self.x, progress)
         check_dense_leaves(f"block {self.next}: ", packed)
         if self.x is not None:
-            self._run_dense(dense)
-        del dense
+            self._run_dense(self._dense() if self._equalizer.moves else dense)
+        if self._tuning is not None:
+            progress(f"block {self.next}: learning its rounding")
+            packed, rows = self._tuned(dense, packed, rows)
         if self.x_hat is not None:
             self._run_packed(packed)
         self.next += 1
-        return packed, rows
+        return dense, packed, rows
+
+    def _tuned(self, dense: Any, packed: Any, rows: list[LeafRow]) -> tuple[Any, list[LeafRow]]:
+        """The packed block learned against the dense one's outputs, which x now holds."""
+        assert self._tuning is not None and self.x is not None and self.x_hat is not None
+        streams, options = (self.x_hat.array, self.x.array), dict(self._tuning.options)
+        packed = tune_block(
+            self._chain.block, dense, packed, *streams, index=self.next, options=options, seed=self._seed
+        )
+        return packed, rows_learned(rows, dense, packed)
 
     def head_statistics(self, outside: Any, paths: tuple[str, ...]) -> Statistics | None:
         """Statistics of the weights that the head multiplies by, behind all blocks; None where none are asked for."""

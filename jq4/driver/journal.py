@@ -2,6 +2,8 @@
 
     DST.partial/journal.json    {"identity": {...}, "blocks": [rows of block 0, rows of block 1, ...]}
     DST.partial/blocks/         the blocks themselves (jq4.driver.store)
+    DST.partial/dense/          the blocks before they were quantized, where the recipe distils the whole model
+    DST.partial/streams/        activations that memory would not hold; of no use to a later run
 
 A block counts once the journal names it, and the journal is replaced by one rename after the block's files are synced:
 whenever the process is killed, everything that the journal names is there. The identity is everything that the result
@@ -65,7 +67,8 @@ def journal_in(folder: Path, identity: Mapping[str, Any], restart: bool) -> Iter
             _clear(folder)
         journal = Journal(folder, identity, blocks)
         journal.write()
-        (folder / "blocks").mkdir(exist_ok=True)
+        for name in ("blocks", "dense"):
+            (folder / name).mkdir(exist_ok=True)
         try:
             yield journal
         except CheckpointError:  # the save failed, and not the work
@@ -115,7 +118,7 @@ def _check_empty(folder: Path) -> None:
 def _clear(folder: Path) -> None:
     for name in (_JOURNAL, f"{_JOURNAL}.new"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("blocks", "streams"):
+    for name in ("blocks", "dense", "streams"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

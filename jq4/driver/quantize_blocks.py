@@ -29,23 +29,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jq4.chain import BlockSource, Chain
 from jq4.checkpoint import save
 from jq4.checkpoint.atomic import check_ours
+from jq4.driver import end_to_end
 from jq4.driver.block import check_dense_leaves, quantize_leaves, replaced
 from jq4.driver.blocks import BlocksInOrder
 from jq4.driver.calibration_rows import Needs, check_rows, needs_of
+from jq4.driver.equalized import RotatedSource
 from jq4.driver.journal import SUFFIX, Journal, digest_of, journal_in
 from jq4.driver.plan import BlockPlan, needs_statistics, paths_of, plan_block
 from jq4.driver.report import BlocksResult, LeafRow, whole_report
+from jq4.driver.rows_learned import rows_learned
 from jq4.driver.store import BlockStore
 from jq4.driver.streams import Placement
+from jq4.equalize import for_model
 from jq4.quantize import quantize_report, warn_of_idle_rules
 from jq4.quantize_report import LeafReport
 from jq4.recipe import Recipe
 from jq4.rule import Rule
+from jq4.tuning import with_effort
 
 Progress = Callable[[int, int, str], None]  # (blocks done, of all, what is being done)
 STREAM_BYTES = 2**31  # of activations in memory; more lie in files
@@ -95,32 +101,43 @@ def quantize_blocks(
       IdleRuleWarning: for a rule that quantized no leaf.
     """
     started = time.perf_counter()
-    recipe = Recipe.of(recipe)
+    recipe = for_model(with_effort(Recipe.of(recipe), effort), chain.folds)
     target = None if destination is None else Path(destination).expanduser().resolve()
     if target is not None:
         check_ours(target)
-    outside = source.outside()
-    plan = plan_block(chain, outside, source.block(0), recipe)
+    source = RotatedSource(source, chain, recipe) if recipe.before else source
+    outside, first = source.outside(), source.block(0)
+    plan = plan_block(chain, outside, first, recipe)
     planned_outside = quantize_report(outside, plan.recipe).leaves
     needs = needs_of(recipe, plan, planned_outside)
     rows = check_rows(rows, needs, recipe.name)
+    last_step = end_to_end.step_of(recipe)
+    if last_step is not None:
+        end_to_end.check_memory(outside, first, chain.num_blocks)
+    del first
     provenance = provenance() if callable(provenance) else provenance
     placement = Placement(devices)
     identity = _identity(chain, source, recipe, rows, provenance, (effort, seed), placement, target is not None)
     with _work_folder(target) as folder, journal_in(folder, identity, restart) as journal:
         resumed = len(journal.blocks)
-        store = BlockStore(folder / "blocks", chain.num_blocks)
-        blocks = BlocksInOrder(chain, source, recipe, plan, needs, placement)
+        store, before = BlockStore(folder / "blocks", chain.num_blocks), None
+        if last_step is not None:
+            before = BlockStore(folder / "dense", chain.num_blocks)
+        blocks = BlocksInOrder(chain, source, recipe, plan, needs, placement, seed)
         if rows is not None:
             blocks.embed(outside, rows, batch_size, _spill_folder(chain, outside, rows, needs, memory, folder))
         del outside
-        _run_blocks(blocks, store, journal, chain.num_blocks, progress)
+        _run_blocks(blocks, store, before, journal, chain.num_blocks, progress)
         params, of_outside = _outside_packed(source, planned_outside, plan, blocks)
         params |= store.stacked()
-        rows_done = [LeafRow(**row) for block in journal.blocks for row in block] + of_outside
+        rows_done = [row for block in journal.blocks for row in map(LeafRow.from_dict, block)] + of_outside
+        if last_step is not None and before is not None and rows is not None:
+            dense, params = jax.tree.map(jnp.asarray, ({**source.outside(), **before.stacked()}, params))
+            params = end_to_end.distilled(chain, dense, params, rows, last_step, seed, progress)
+            rows_done = rows_learned(rows_done, dense, params)
         report = whole_report(recipe, plan.leaves, planned_outside, rows_done, chain.num_blocks)
         if target is None:
-            params = jax.tree.map(jax.numpy.asarray, params)
+            params = jax.tree.map(jnp.asarray, params)
         else:
             _say(progress, chain, "saving")
             save(target, params, recipe=recipe, source=provenance, extra_files=extra_files)
@@ -144,9 +161,14 @@ def peak_memory() -> int:
 
 
 def _run_blocks(
-    blocks: BlocksInOrder, store: BlockStore, journal: Journal, num_blocks: int, progress: Progress | None
+    blocks: BlocksInOrder,
+    store: BlockStore,
+    before: BlockStore | None,
+    journal: Journal,
+    num_blocks: int,
+    progress: Progress | None,
 ) -> None:
-    """All blocks into the store; those that the journal has are only run through."""
+    """All blocks into the store, and into `before` as they were; those that the journal has are only run through."""
     say = progress or (lambda done, total, text: None)
     while blocks.next < num_blocks:
         number = blocks.next
@@ -155,8 +177,11 @@ def _run_blocks(
             blocks.skip(lambda number=number: store.block(number))
             continue
         say(number, num_blocks, f"block {number}")
-        packed, rows = blocks.quantize(lambda text, number=number: say(number, num_blocks, text))
+        dense, packed, rows = blocks.quantize(lambda text, number=number: say(number, num_blocks, text))
         store.write(number, packed)
+        if before is not None:
+            before.write(number, dense)
+        del dense, packed
         journal.add_block([row.as_dict() for row in rows])
 
 

@@ -17,7 +17,7 @@ class LeafRow:
 
     Attributes:
       block: the block's number; None for a leaf outside of the blocks.
-      path, format, group_size: of the packed leaf.
+      path, shape, format, group_size: of the packed leaf; shape without the axis of blocks.
       sqnr_db: signal to quantization noise of the weight in dB; None where it is exact.
       weighted_error: E|x W - x Q|**2 / E|x W|**2 over calibration; None where no statistics were taken.
       note: what the method or the driver has to say of it: damping that was raised, experts that saw too little.
@@ -28,6 +28,7 @@ class LeafRow:
 
     block: int | None
     path: str
+    shape: tuple[int, ...]
     format: str
     group_size: int
     sqnr_db: float | None
@@ -39,6 +40,12 @@ class LeafRow:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "LeafRow":
+        """The row that `as_dict` gave, after JSON has made lists of its tuples."""
+        value["shape"] = tuple(value["shape"])
+        return cls(**value)
 
 
 @dataclasses.dataclass(frozen=True)
