@@ -1,6 +1,6 @@
 """Learned rounding, block by block: the block's outputs are fitted to the dense block's.
 
-    minimise  mean over rows of |block(weights learned, x_hat) - y|**2 / |y|**2
+    minimise  mean over rows of |block(weights learned, x_hat) - y|**2 / mean over rows of |y|**2
 
 where x_hat are the inputs that the quantized prefix gives, and y the outputs of the dense block on the dense model's
 inputs: so a block also makes up for what the blocks before it lost. This is AdaRound's and BRECQ's objective (Nagel et
@@ -25,20 +25,19 @@ from jq4.tuning.descent import Progress, Rows, Settings, descend
 from jq4.tuning.effort import BLOCK, defaults
 from jq4.tuning.learned_tree import begin_tree, harden_tree, learned_tree
 
-_LEAST_ENERGY = 1e-12  # of a row's targets; a row of zeros has no relative error
+_LEAST_ENERGY = 1e-30  # of the targets; a block that gives zeros has no relative error
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockLoss:
-    """|block(x) - y|**2 / |y|**2 of each row, f32[B]."""
+    """|block(x) - y|**2 of each row over the mean |y|**2 of all, f32[B]."""
 
     block: Callable[[Any, jax.Array, jax.Array], jax.Array]
 
     def __call__(self, variables: Any, context: Any, batch: Any) -> jax.Array:
-        packed, dense, index = context
+        packed, dense, index, energy = context  # energy f32[]
         inputs, targets = batch  # [B, T, D] each
         error = self.block(learned_tree(variables, packed, dense), index, inputs).astype(jnp.float32) - targets
-        energy = jnp.maximum(jnp.mean(jnp.square(targets), axis=(1, 2)), _LEAST_ENERGY)
         return jnp.mean(jnp.square(error), axis=(1, 2)) / energy
 
 
@@ -66,18 +65,19 @@ def tune_block(
     Raises:
       JQ4Error: for options, shapes or packed leaves that cannot be, and for a loss that is not finite.
     """
-    settings = Settings.of(defaults(BLOCK, options))
-    if inputs.shape != targets.shape or len(inputs) < 1:
-        raise JQ4Error(f"block {index}: inputs {inputs.shape} and targets {targets.shape}, wanted one shape [R, T, D]")
+    if inputs.shape[:2] != targets.shape[:2] or len(inputs) < 1:
+        raise JQ4Error(f"block {index}: inputs {inputs.shape} and targets {targets.shape}, wanted [R, T, D] both")
     everyone = np.arange(len(inputs))
 
     def fetch(indices: np.ndarray) -> Any:
         return inputs[indices], np.asarray(targets[indices], np.float32)
 
-    variables = begin_tree(packed, dense, scales=settings.scale_rate > 0)
-    context = (packed, dense, jnp.asarray(index, jnp.int32))
+    energy = np.mean([np.mean(np.square(np.asarray(row, np.float32)), dtype=np.float64) for row in targets])
+    context = (packed, dense, jnp.int32(index), jnp.float32(max(energy, _LEAST_ENERGY)))
     rows = Rows(fetch, everyone, everyone)
     try:
+        settings = Settings.of(defaults(BLOCK, options))
+        variables = begin_tree(packed, dense, rounding=settings.rate > 0, scales=settings.scale_rate > 0)
         best, _, _ = descend(BlockLoss(block), variables, context, rows, settings, seed + index, progress)
     except JQ4Error as error:
         raise JQ4Error(f"block {index}: {error}") from None

@@ -18,7 +18,8 @@ as GPTQ's: `rounding` begins at the smallest shift that rounds every weight to t
 What is traded: a start whose codes are far from w / s, as GPTQ's are, leaves V without a bound around zero; how far it
 goes from the start is bounded by the rates and their decay alone.
 
-Where only scales are learned (rounding is None) the start's codes are kept, and the weight itself is not looked at.
+A leaf with a scale of its inputs (AWQ's) is learned as the weight over that scale. Where only scales are learned
+(rounding is None) the start's codes are kept, and the weight itself is not looked at.
 """
 
 import dataclasses
@@ -74,7 +75,8 @@ def weight_of(variables: Variables, q: QArray, weight: jax.Array | None) -> jax.
     """The dense weight f32[*B, K, N] that the variables stand for: differentiable, and exactly what is stored."""
     parts = _parts_of(variables, q, weight)
     dense = parts.levels * _spread(parts.scale, q)
-    return dense if parts.offset is None else dense + _spread(parts.offset, q)
+    dense = dense if parts.offset is None else dense + _spread(parts.offset, q)
+    return dense if q.input_scale is None else dense * q.input_scale.astype(jnp.float32)
 
 
 def harden(variables: Variables, q: QArray, weight: jax.Array | None) -> QArray:
@@ -107,8 +109,7 @@ def _parts_of(variables: Variables, q: QArray, weight: jax.Array | None) -> _Par
         levels = levels_of(codes, q.number_format) if zero_point is None else codes.astype(jnp.float32)
     else:
         assert weight is not None
-        target = weight.astype(jnp.float32) if offset is None else weight.astype(jnp.float32) - _spread(offset, q)
-        codes, levels = _rounded(target / _spread(scale, q), variables.rounding, zero_point, q)
+        codes, levels = _rounded(_ratio(weight, scale, offset, q), variables.rounding, zero_point, q)
     if zero_point is not None:
         levels = levels - _spread(zero_point, q)
     return _Parts(codes, levels, scale, zero_point, offset)
@@ -131,6 +132,14 @@ def _parameters_of(variables: Variables, q: QArray) -> tuple[jax.Array, jax.Arra
         soft = offset + variables.shift * first
         offset = _straight(soft, storable(soft, q.offset.dtype.name))
     return scale, zero_point, offset
+
+
+def _ratio(weight: jax.Array, scale: jax.Array, offset: jax.Array | None, q: QArray) -> jax.Array:
+    """(w - o) / s, f32[*B, K, N]; of w over its inputs' own scale, where there is one."""
+    target = weight.astype(jnp.float32)
+    target = target if q.input_scale is None else target / q.input_scale.astype(jnp.float32)
+    target = target if offset is None else target - _spread(offset, q)
+    return target / _spread(scale, q)
 
 
 def _rounded(
@@ -157,8 +166,7 @@ def _first_rounding(q: QArray, weight: jax.Array) -> jax.Array:
     """The smallest shift f32[*B, K, N] that rounds every weight to the code it has in `q`, MARGIN inside its cell."""
     form = q.number_format
     scale, zero_point, offset = _parameters_of(Variables(), q)
-    target = weight.astype(jnp.float32) if offset is None else weight.astype(jnp.float32) - _spread(offset, q)
-    ratio, codes = target / _spread(scale, q), codes_of(q)
+    ratio, codes = _ratio(weight, scale, offset, q), codes_of(q)
     if form.is_integer:
         zero = jnp.full_like(ratio, form.center) if zero_point is None else _spread(zero_point, q)
         center, exact = codes.astype(jnp.float32), ratio + zero

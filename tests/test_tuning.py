@@ -1,0 +1,279 @@
+"""Learned rounding. Oracles: brute force over all roundings, finite differences, dequantizing, and the start."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jq4
+from jq4.chain import Chain
+from jq4.qarray import codes_of
+from jq4.tuning import distill, logits_of_chain, tune_block, with_effort
+from jq4.tuning.descent import draw_batches
+from jq4.tuning.learned import begin, harden, weight_of
+from jq4.tuning.learned_tree import begin_tree
+
+FORMS = ("rtn-w4g32", "rtn-w3g32-asym", "hqq-w4g32-asym", "rtn-w8gc", "nf4-g32", "fp4")
+
+
+def _weight(*shape):
+    return np.random.default_rng(0).standard_t(4, shape).astype(np.float32) * np.float32(0.05)
+
+
+def _moved(variables, size):
+    """The variables, each moved by random amounts."""
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda each: each + size * random.standard_normal(each.shape).astype(np.float32), variables)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_start_is_its_packed_leaf_to_the_code_and_scale(name):
+    weight = _weight(2, 72, 24)
+    q = jq4.quantize({"kernel": weight}, name)["kernel"]
+    again = harden(begin(q, weight), q, weight)
+    for wanted, found in zip(jax.tree.leaves(q), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+    assert jax.tree.structure(again) == jax.tree.structure(q)
+
+
+def test_a_start_may_have_any_codes():
+    weight = _weight(64, 16)
+    q = jq4.quantize({"kernel": weight}, "rtn-w4g32")["kernel"]
+    codes = jnp.asarray(np.random.default_rng(2).integers(0, 256, q.codes.shape), jnp.uint8)
+    other = dataclasses.replace(q, codes=codes)
+    again = harden(begin(other, weight), other, weight)
+    np.testing.assert_array_equal(np.asarray(again.codes), np.asarray(codes))
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("rounding", [True, False])
+def test_hardening_gives_what_the_forward_pass_used(name, rounding):
+    weight = _weight(2, 72, 24)
+    q = jq4.quantize({"kernel": weight}, name)["kernel"]
+    variables = _moved(begin(q, weight, rounding=rounding), 0.3)
+    learned = weight_of(variables, q, weight)
+    hardened = harden(variables, q, weight)
+    np.testing.assert_array_equal(np.asarray(hardened.dequantize()), np.asarray(learned))
+    assert np.abs(np.asarray(learned) - np.asarray(q.dequantize())).max() > 0.01, "nothing moved"
+    codes = np.asarray(codes_of(hardened))
+    assert codes.max() <= q.number_format.max_code
+    if name == "rtn-w4g32" and rounding:
+        assert (codes != np.asarray(codes_of(q))).mean() > 0.1
+
+
+def test_a_scale_of_inputs_is_kept_and_made_use_of():
+    weight, scale = _weight(64, 16), np.geomspace(0.2, 5, 64, dtype=np.float32)[:, None]
+    q = jq4.quantize({"kernel": weight / scale}, "rtn-w4g32")["kernel"]
+    q = dataclasses.replace(q, input_scale=jnp.asarray(scale))
+    variables = begin(q, weight)
+    np.testing.assert_array_equal(np.asarray(weight_of(variables, q, weight)), np.asarray(q.dequantize()))
+    assert np.abs(np.asarray(variables.rounding)).max() < 1e-2, "the start was rounded to nearest, so nothing shifts"
+
+
+def test_gradients_are_those_of_the_soft_form():
+    """Inside their cells codes are flat; straight through, d weight is what (w/s + V) * s would give at fixed codes."""
+    weight = _weight(32, 4)
+    q = jq4.quantize({"kernel": weight}, "rtn-w4g32")["kernel"]
+    start = begin(q, weight)
+    probe = np.random.default_rng(3).standard_normal(weight.shape).astype(np.float32)
+
+    def value(variables):
+        return jnp.sum(jnp.asarray(probe) * weight_of(variables, q, weight))
+
+    gradient = jax.grad(value)(start)
+    scale = np.repeat(np.asarray(q.scale, np.float32), 32, axis=0)
+    inside = (np.asarray(codes_of(q)) > 0) & (np.asarray(codes_of(q)) < 15)
+    np.testing.assert_allclose(np.asarray(gradient.rounding)[inside], (probe * scale)[inside], rtol=1e-6)
+    # of a scale: that of LSQ, by central differences, the code's distance from w / s staying as it is
+    levels = np.asarray(codes_of(q), np.float64) - 8
+
+    def soft(log_scale):
+        s = scale * np.exp(log_scale)
+        return (probe * (levels + weight / s - weight / scale) * s).sum(axis=0)
+
+    differences = (soft(1e-4) - soft(-1e-4)) / 2e-4
+    np.testing.assert_allclose(np.asarray(gradient.log_scale)[0], differences, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [5, 6, 7])
+def test_the_best_rounding_of_a_small_layer_is_found(seed):
+    """All 2**8 roundings up or down of 8 weights, on inputs so correlated that to round to nearest is far from best."""
+    random = np.random.default_rng(seed)
+    inputs = (random.standard_normal((16, 16, 1)) @ random.standard_normal((1, 8))).astype(np.float32)
+    inputs += 0.3 * random.standard_normal(inputs.shape).astype(np.float32)
+    weight = random.uniform(-0.9, 0.9, (8, 1)).astype(np.float32)
+    dense, packed = _layer(weight), _layer(jq4.quantize({"kernel": weight}, "rtn-w4gc")["kernel"])
+    scale = np.asarray(packed["layers"]["kernel"].scale, np.float32)
+
+    def error(kernel):
+        return np.square(inputs @ (kernel - weight)).mean()
+
+    low = np.floor(weight / scale)
+    rounded = [low + np.asarray(up, np.float32)[:, None] for up in itertools.product((0, 1), repeat=8)]
+    errors = [error(np.clip(codes, -8, 7) * scale) for codes in rounded]
+    options = {"iterations": 300, "batch_size": 1, "rate": 0.03, "scale_rate": 0.0, "checks": 30}
+    tuned = tune_block(_linear, dense, packed, inputs, inputs @ weight, index=0, options=options)
+    found = error(np.asarray(tuned["layers"]["kernel"].dequantize()))
+    assert min(errors) < 0.6 * error(np.asarray(packed["layers"]["kernel"].dequantize()))
+    np.testing.assert_allclose(found, min(errors), rtol=1e-4)
+
+
+def test_a_block_is_never_worse_than_its_start_and_better_by_scales_alone():
+    dense, packed, inputs, targets = _problem()
+    before = _error(packed, inputs, targets)
+    for options, factor in (
+        ({"iterations": 60}, 0.8),
+        ({"iterations": 60, "rate": 0.0}, 0.99),
+        ({"iterations": 60, "optimizer": "sign", "rate": 0.005, "scale_rate": 0.001, "decay": "cosine"}, 0.9),
+        ({"iterations": 60, "rate": 50.0}, 1.0),  # flings every code about, so that the start is the best
+        ({"iterations": 0}, 1.0),
+    ):
+        tuned = tune_block(_linear, dense, packed, inputs, targets, index=0, options=options)
+        assert _error(tuned, inputs, targets) <= factor * before, options
+        assert jax.tree.structure(tuned) == jax.tree.structure(packed)
+        if factor == 1.0:
+            _assert_same(tuned, packed)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others():
+    dense, packed, inputs, targets = _problem()
+    make = [
+        tune_block(_linear, dense, packed, inputs, targets, index=0, options={"iterations": 20, "checks": 1}, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    _assert_same(make[0], make[1])
+    assert (np.asarray(make[0]["layers"]["kernel"].codes) != np.asarray(make[2]["layers"]["kernel"].codes)).any()
+
+
+def test_batches_hold_every_row_once_before_any_again():
+    order = draw_batches(np.arange(3, 13), 7, 4, seed=0)
+    assert order.shape == (7, 4)
+    assert sorted(order.ravel()[:10]) == sorted(order.ravel()[10:20]) == list(range(3, 13))
+
+
+@pytest.mark.parametrize("rounding", [True, False])
+def test_distillation_comes_nearer_to_the_dense_model(rounding):
+    chain, dense, packed, rows = _small_model()
+    logits = logits_of_chain(chain)
+    options = {"iterations": 60, "batch_size": 4, "perturbed_rows": 16} | ({} if rounding else {"rate": 0.0})
+    steps = []
+    tuned = distill(logits, dense, packed, rows, options=options, progress=lambda *step: steps.append(step))
+    before, after = _divergence(logits, dense, packed, rows), _divergence(logits, dense, tuned, rows)
+    assert after < (0.6 if rounding else 0.95) * before
+    assert steps[-1][:2] == (60, 60)
+    assert jax.tree.structure(tuned) == jax.tree.structure(packed)
+    if not rounding:
+        np.testing.assert_array_equal(
+            np.asarray(tuned["layers"]["kernel"].codes), np.asarray(packed["layers"]["kernel"].codes)
+        )
+
+
+def test_distillation_is_never_worse_than_its_start_and_takes_sampled_rows():
+    chain, dense, packed, rows = _small_model()
+    asked = []
+
+    def sample(count, seed):
+        asked.append((count, seed))
+        return np.resize(rows, (count, rows.shape[1]))
+
+    options = {"iterations": 8, "rate": 50.0, "perturbed_rows": 0, "sampled_rows": 5}
+    tuned = distill(logits_of_chain(chain), dense, packed, rows, options=options, seed=3, sample=sample)
+    _assert_same(tuned, packed)
+    assert asked == [(5, 3)]
+
+
+def test_logits_of_a_chain_with_remat_are_the_same():
+    chain, dense, _, rows = _small_model()
+    plain, remat = (logits_of_chain(chain, remat=remat)(dense, jnp.asarray(rows)) for remat in (False, True))
+    np.testing.assert_array_equal(np.asarray(plain), np.asarray(remat))
+    assert logits_of_chain(chain) is logits_of_chain(chain)
+
+
+def test_an_effort_fills_in_what_a_step_leaves_open():
+    recipe = jq4.Recipe.from_dict(
+        {"rules": [{"targets": ["Linear"], "num_bits": 4}], "after": [{"step": "distill", "rate": 0.125}, "autoround"]}
+    )
+    light, best = with_effort(recipe, "light"), with_effort(recipe, "best")
+    assert dict(light.after[0].options)["rate"] == dict(best.after[0].options)["rate"] == 0.125
+    for step in (0, 1):
+        assert dict(light.after[step].options)["iterations"] < dict(best.after[step].options)["iterations"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"iterations": -1}, "block 3: iterations is -1, wanted an integer, 0 or more"),
+        ({"rate": "fast"}, "block 3: rate is 'fast', wanted a number, zero or more"),
+        ({"optimizer": "newton"}, "block 3: optimizer is 'newton', wanted one of adam, sign"),
+    ],
+)
+def test_bad_options_are_told(options, text):
+    dense, packed, inputs, targets = _problem()
+    with pytest.raises(jq4.JQ4Error, match=text):
+        tune_block(_linear, dense, packed, inputs, targets, index=3, options=options)
+
+
+def test_poisoned_inputs_permuted_leaves_and_other_weights_are_refused():
+    dense, packed, inputs, targets = _problem()
+    poisoned = np.where(np.arange(inputs.size).reshape(inputs.shape) == 5, np.nan, inputs).astype(np.float32)
+    with pytest.raises(jq4.JQ4Error, match="block 0: the loss at the start is nan: wanted finite"):
+        tune_block(_linear, dense, packed, poisoned, targets, index=0)
+    q = packed["layers"]["kernel"]
+    permuted = _layer(dataclasses.replace(q, permutation=jnp.arange(q.shape[0])))
+    with pytest.raises(jq4.JQ4Error, match="layers/kernel: its rows are permuted"):
+        tune_block(_linear, dense, permuted, inputs, targets, index=0)
+    with pytest.raises(jq4.JQ4Error, match="layers/kernel: the dense weight has shape"):
+        begin_tree(packed, _layer(dense["layers"]["kernel"][:8]))
+    with pytest.raises(jq4.JQ4Error, match="no packed leaf"):
+        begin_tree(dense, dense)
+
+
+def _layer(kernel):
+    return {"layers": {"kernel": jnp.asarray(kernel) if isinstance(kernel, np.ndarray) else kernel}}
+
+
+def _linear(tree, index, x):
+    return x @ tree["layers"]["kernel"]
+
+
+def _problem():
+    random = np.random.default_rng(5)
+    inputs = (random.standard_normal((12, 16, 6)) @ random.standard_normal((6, 64))).astype(np.float32)
+    weight = _weight(64, 24)
+    return _layer(weight), _layer(jq4.quantize({"kernel": weight}, "rtn-w4g32")["kernel"]), inputs, inputs @ weight
+
+
+def _error(packed, inputs, targets):
+    return np.square(inputs @ np.asarray(packed["layers"]["kernel"].dequantize()) - targets).mean(dtype=np.float64)
+
+
+def _assert_same(left, right):
+    for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def _small_model():
+    """Two residual layers between an embedding and its transpose; 32 tokens, 16 wide."""
+
+    def block(tree, index, x):
+        return x + jnp.tanh(x @ tree["layers"]["kernel"])
+
+    chain = Chain(
+        2, "layers", lambda tree, t: tree["table"][t], block, lambda tree, x: x @ tree["table"].T, (("kernel",),)
+    )
+    random = np.random.default_rng(6)
+    kernels = jnp.asarray(random.standard_normal((2, 16, 16)), jnp.float32)
+    dense = {"table": jnp.asarray(random.standard_normal((32, 16)), jnp.float32), "layers": {"kernel": kernels}}
+    packed = jq4.quantize(dense, "rtn-w3g16")
+    return chain, dense, packed, random.integers(0, 32, (12, 8)).astype(np.int32)
+
+
+def _divergence(logits, dense, packed, rows):
+    log_p, log_q = (
+        np.asarray(jax.nn.log_softmax(logits(tree, jnp.asarray(rows))), np.float64)
+        for tree in (dense, jq4.dequantize(packed))
+    )
+    return (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
