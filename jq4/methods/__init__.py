@@ -10,20 +10,34 @@ A method is a row of the table below; it says which options it takes and whether
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from jq4.errors import JQ4Error
-from jq4.methods import hqq, rtn
+from jq4.methods import awq, gptq, hqq, rtn
 from jq4.qarray import QArray
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One algorithm: the function, what it is told by, and what a preset of its name means by `-asym`."""
+    """One algorithm.
+
+    Attributes:
+      quantize: the function.
+      needs_statistics: whether it takes a weight's statistics, with a Hessian.
+      options: the names of its options.
+      words: those of them that are words, each with the words it may be.
+      asymmetric_zero_point: what a rule means by `symmetric: false` that does not say.
+      observer: what a rule means that names no observer; None for "absmax" or, asymmetric, "minmax".
+      diagnosed: `quantize`, returning (QArray, a NamedTuple of findings about each slice); None where there are none.
+    """
 
     quantize: Callable[..., QArray]
     needs_statistics: bool = False
     options: tuple[str, ...] = ()
+    words: tuple[tuple[str, tuple[str, ...]], ...] = ()
     asymmetric_zero_point: str = "integer"
+    observer: str | None = None
+    diagnosed: Callable[..., Any] | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -32,6 +46,20 @@ METHODS: dict[str, Method] = {
         hqq.quantize,
         options=("lp_norm", "beta", "kappa", "iters", "starts", "max_shrink"),
         asymmetric_zero_point="float",
+    ),
+    "awq": Method(
+        awq.quantize,
+        needs_statistics=True,
+        options=("multiplier", "ratios", "by_weights", "finalists", "columns"),
+        observer="mse",
+    ),
+    "gptq": Method(
+        gptq.quantize,
+        needs_statistics=True,
+        options=tuple(field.name for field in dataclasses.fields(gptq.Options)),
+        words=(("actorder", gptq.ACTORDERS), ("fallback", tuple(gptq.FALLBACKS))),
+        observer="mse",
+        diagnosed=gptq.diagnosed,
     ),
 }
 
