@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jq4.tuning.learned_tree import begin_tree
 FORMS = ("rtn-w4g32", "rtn-w3g32-asym", "hqq-w4g32-asym", "rtn-w8gc", "nf4-g32", "fp4")
 
 
-def _weight(*shape):
+def _weight(*shape) -> Any:
     return np.random.default_rng(0).standard_t(4, shape).astype(np.float32) * np.float32(0.05)
 
 
@@ -231,7 +232,7 @@ def test_poisoned_inputs_permuted_leaves_and_other_weights_are_refused():
         begin_tree(dense, dense)
 
 
-def _layer(kernel):
+def _layer(kernel) -> Any:
     return {"layers": {"kernel": jnp.asarray(kernel) if isinstance(kernel, np.ndarray) else kernel}}
 
 
