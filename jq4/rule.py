@@ -13,7 +13,10 @@ from jq4.rounding import OBSERVERS, SCALE_DTYPES, Encoding, check_encoding
 
 DENSE_BITS = 16
 _OBSERVER_OPTIONS = ("percentile", "norm", "steps", "max_shrink")
-_WHOLE_OPTIONS = ("steps", "iters", "starts")
+_WHOLE_OPTIONS = (
+    *("steps", "iters", "starts", "refinements", "min_rows"),
+    *("multiplier", "ratios", "by_weights", "finalists", "columns"),
+)
 _FORMATS = {("int", bits): f"int{bits}" for bits in (2, 3, 4, 8)} | {("float", 4): "fp4", ("nf", 4): "nf4"}
 
 
@@ -31,7 +34,8 @@ class Rule:
       group_size: weights along the contraction axis that share a scale; for strategy "group" alone.
       zero_point: "integer" or "float" where symmetric is false; by default what the method is best at.
       method: a key of jq4.methods.METHODS.
-      observer: how the range is found, one of jq4.rounding.OBSERVERS; by default "absmax" or, asymmetric, "minmax".
+      observer: how the range is found, one of jq4.rounding.OBSERVERS; by default what the method is best at, or
+        "absmax" and, asymmetric, "minmax".
       scale_dtype: dtype of scales and offsets.
       input_activations: what products round their inputs to, as a mapping (jq4.activations); by default nothing.
       axis: the contraction axis, negative; by default what the function (`axes`, `stats`) or the leaf's name says.
@@ -163,7 +167,7 @@ class Rule:
     def _fill_in(self) -> None:
         method = get_method(self.method)
         self._set("strategy", self.strategy or ("channel" if self.group_size is None else "group"))
-        self._set("observer", self.observer or ("absmax" if self.symmetric else "minmax"))
+        self._set("observer", self.observer or method.observer or ("absmax" if self.symmetric else "minmax"))
         if self.symmetric and self.zero_point is not None:
             raise JQ4Error(f"rule: zero_point is {self.zero_point} with symmetric true, wanted none")
         if not self.symmetric:
@@ -178,6 +182,10 @@ class Rule:
                 raise JQ4Error(
                     f"rule: unknown option {key!r} of method {self.method}, wanted one of {', '.join(known)}"
                 )
+            if words := dict(method.words).get(key):
+                if value not in words:
+                    raise JQ4Error(f"rule: option {key} is {value!r}, wanted one of {', '.join(words)}")
+                continue
             kinds = int if key in _WHOLE_OPTIONS else int | float
             if isinstance(value, bool) or not isinstance(value, kinds) or value != value:  # the last is true of NaN
                 wanted = "a whole number" if key in _WHOLE_OPTIONS else "a number"
