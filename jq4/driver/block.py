@@ -30,7 +30,6 @@ from jq4.recipe import Recipe
 from jq4.statistics import Statistics
 
 _MEASURED_FLOPS = 2e11  # of one weight's output error; above, a part of its outputs is measured
-HESSIAN = frozenset(("hessian", "mean", "mean_square", "absmax"))
 
 
 class BlockQuantizer:
@@ -41,8 +40,7 @@ class BlockQuantizer:
         self._plan = plan
         self._pairs = pairs
         shapes = {leaf.path: leaf.shape for leaf in plan.leaves if leaf.shape is not None}
-        wanted = dict.fromkeys(plan.calibrated, HESSIAN)
-        self._collectors = collectors(plan.stages, wanted, shapes, plan.axes)
+        self._collectors = collectors(plan.stages, plan.wanted, shapes, plan.axes)
 
     def quantize(
         self,

@@ -4,7 +4,7 @@
 has no use for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from jq4.apply import quantized
 from jq4.chain import BlockSource, Chain
-from jq4.driver.block import HESSIAN, BlockQuantizer, check_dense_leaves
+from jq4.driver.block import BlockQuantizer, check_dense_leaves
 from jq4.driver.calibration_rows import Needs
 from jq4.driver.equalized import Equalizer
 from jq4.driver.plan import BlockPlan
@@ -99,14 +99,13 @@ class BlocksInOrder:
         )
         return packed, rows_learned(rows, dense, packed)
 
-    def head_statistics(self, outside: Any, paths: tuple[str, ...]) -> Statistics | None:
+    def head_statistics(self, outside: Any, wanted: Mapping[str, frozenset[str]]) -> Statistics | None:
         """Statistics of the weights that the head multiplies by, behind all blocks; None where none are asked for."""
-        if self.x_hat is None or not paths:
+        if self.x_hat is None or not any(wanted.values()):
             return None
         head, outside = self._chain.head, self._placement.everywhere(outside)
-        collector = Collector(dict.fromkeys(paths, HESSIAN))
-        found = observe(head, outside, ((x,) for _, x in self.x_hat.units()), collect=collector)
-        for path in set(paths) & set(found):
+        found = observe(head, outside, ((x,) for _, x in self.x_hat.units()), collect=Collector(wanted))
+        for path in set(wanted) & set(found):
             check_finite(path, found[path])
         return found
 

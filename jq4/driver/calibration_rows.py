@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jq4.driver.plan import BlockPlan
+from jq4.driver.plan import BlockPlan, is_corrected, wanted_of
 from jq4.errors import JQ4Error
 from jq4.methods import get_method
 from jq4.quantize_report import LeafReport
@@ -36,22 +36,25 @@ class Needs:
 def needs_of(recipe: Recipe, plan: BlockPlan, outside: list[LeafReport]) -> Needs:
     """What this recipe needs for these leaves."""
     planned = [leaf.rule for leaf in (*plan.leaves, *outside) if leaf.is_planned and leaf.rule is not None]
-    methods, steps = _in_need(recipe, planned)
-    pairs = any(getattr(get_method(method), "needs_pairs", False) for method in methods)
-    why = " and ".join(f"{kind} {', '.join(names)}" for kind, names in (("method", methods), ("step", steps)) if names)
-    return Needs(bool(methods or steps), pairs, pairs or "autoround" in steps, why)
+    why = _in_need(recipe, planned)
+    pairs = any(is_corrected(rule) for rule in planned)
+    learned = any(step.step == "autoround" for step in recipe.after)
+    return Needs(bool(why), pairs, pairs or learned, " and ".join(why))
 
 
 def may_need_rows(recipe: Recipe) -> bool:
     """Whether a rule or a step of the recipe looks at calibration."""
-    return any(_in_need(recipe, recipe.rules))
+    return bool(_in_need(recipe, recipe.rules))
 
 
-def _in_need(recipe: Recipe, rules: Iterable[Rule]) -> tuple[list[str], list[str]]:
-    """The methods of these rules, and the steps, that look at calibration."""
-    used = [rule.method for rule in rules if not rule.is_dense]
-    methods = sorted({method for method in used if get_method(method).needs_statistics})
-    return methods, [s.step for s in (*recipe.before, *recipe.after) if s.step not in _STEPS_WITHOUT_ROWS]
+def _in_need(recipe: Recipe, rules: Iterable[Rule]) -> list[str]:
+    """What looks at calibration, of these rules and of the recipe's steps, in words."""
+    needing = [rule for rule in rules if not rule.is_dense and wanted_of(rule)]
+    methods = sorted({rule.method for rule in needing if get_method(rule.method).needs_statistics})
+    fixed = any(not get_method(rule.method).needs_statistics for rule in needing)
+    steps = [s.step for s in (*recipe.before, *recipe.after) if s.step not in _STEPS_WITHOUT_ROWS]
+    words = [f"method {', '.join(methods)}"] * bool(methods) + [f"step {', '.join(steps)}"] * bool(steps)
+    return words + ["activations with fixed scales"] * fixed
 
 
 def check_rows(rows: Any, needs: Needs, name: str | None) -> np.ndarray | None:

@@ -18,7 +18,10 @@ from jq4.paths import flatten_with_paths
 from jq4.quantize import quantize_report
 from jq4.quantize_report import LeafReport
 from jq4.recipe import Recipe
+from jq4.rule import Rule
 from jq4.statistics import ContractionAxes
+
+HESSIAN = frozenset(("hessian", "mean", "mean_square", "absmax"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +41,23 @@ class BlockPlan:
     stages: tuple[tuple[str, ...], ...]
 
     @property
-    def calibrated(self) -> tuple[str, ...]:
-        """The leaves whose method needs statistics."""
-        return tuple(leaf.path for leaf in self.leaves if leaf.is_planned and needs_statistics(leaf))
+    def wanted(self) -> dict[str, frozenset[str]]:
+        """Path -> what to collect of the inputs of each leaf that is to be packed; empty where nothing is."""
+        return {leaf.path: wanted_of(leaf.rule) for leaf in self.leaves if leaf.is_planned and leaf.rule is not None}
 
 
-def needs_statistics(leaf: LeafReport) -> bool:
-    """Whether the method of a leaf that is to be packed looks at calibration."""
-    return leaf.rule is not None and get_method(leaf.rule.method).needs_statistics
+def wanted_of(rule: Rule) -> frozenset[str]:
+    """What a leaf's rule wants to know of its inputs: its method, and activations with fixed scales."""
+    if get_method(rule.method).needs_statistics:
+        return HESSIAN
+    activations = rule.input_activations
+    return frozenset[str]() if activations is None or activations.dynamic else frozenset(("absmax",))
+
+
+def is_corrected(rule: Rule) -> bool:
+    """Whether a leaf's method undoes what the quantized prefix has done, and so wants the dense model's inputs too."""
+    options = get_method(rule.method).options
+    return "correction" in options and float(rule.method_options.get("correction", 1.0)) > 0
 
 
 def rules_of(recipe: Recipe) -> Recipe:

@@ -41,7 +41,7 @@ from jq4.driver.blocks import BlocksInOrder
 from jq4.driver.calibration_rows import Needs, check_rows, needs_of
 from jq4.driver.equalized import RotatedSource
 from jq4.driver.journal import SUFFIX, Journal, digest_of, journal_in
-from jq4.driver.plan import BlockPlan, needs_statistics, paths_of, plan_block
+from jq4.driver.plan import BlockPlan, paths_of, plan_block, wanted_of
 from jq4.driver.report import BlocksResult, LeafRow, whole_report
 from jq4.driver.rows_learned import rows_learned
 from jq4.driver.store import BlockStore
@@ -191,8 +191,8 @@ def _outside_packed(
     """The params outside of the blocks, quantized where a rule says so, and their rows."""
     outside = source.outside()
     leaves = paths_of(outside)
-    calibrated = tuple(leaf.path for leaf in planned if leaf.is_planned and needs_statistics(leaf))
-    statistics = blocks.head_statistics(outside, calibrated)
+    wanted = {leaf.path: wanted_of(leaf.rule) for leaf in planned if leaf.is_planned and leaf.rule is not None}
+    statistics = blocks.head_statistics(outside, wanted)
     packed, rows = quantize_leaves(leaves, plan.recipe, statistics, None, None)
     tree = replaced(outside, packed)
     check_dense_leaves("", tree)

@@ -1,0 +1,197 @@
+"""Oracle: the files of a run that nobody killed; those of a run killed again and again are the same, byte by byte.
+
+Run as a script this file is the victim: it imports JAX once, and forks for each run that is to be killed.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+KILLS = 4
+RECIPE = "gptq-w4g16"
+
+
+def parts() -> tuple[Any, Any, np.ndarray]:
+    """A chain of three blocks, its source and calibration rows, from their numbers."""
+    import jax
+    import jax.numpy as jnp
+
+    from jq4.chain import TreeSource
+    from models.chain import LAYERS, decoder_chain
+    from models.config import DecoderConfig
+    from models.decoder import Decoder
+    from tests.random_model import CONFIG
+
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = DecoderConfig.from_hf(CONFIG | small | {"num_hidden_layers": 3})
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: random.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
+    rows = random.integers(0, config.vocab_size, (6, 16), np.int32)
+    return decoder_chain(config), TreeSource(jax.tree.map(jnp.asarray, params), LAYERS), rows
+
+
+def run(destination: Path, recipe: str = RECIPE, kill_at: int | None = None, **options: Any) -> tuple[Any, int]:
+    """Quantizes; before the step number `kill_at` (of progress, syncs and renames) the process kills itself."""
+    from jq4.driver import quantize_blocks
+
+    steps = 0
+
+    def step(*_: Any) -> None:
+        nonlocal steps
+        if steps == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        steps += 1
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            step()
+            return function(*args, **kwargs)
+
+        return call
+
+    kept = os.fsync, os.replace
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    try:
+        chain, source, rows = parts()
+        result = quantize_blocks(chain, source, recipe, rows, destination=destination, progress=step, **options)
+    finally:
+        os.fsync, os.replace = kept
+    return result, steps
+
+
+class Victim:
+    """The process whose children quantize and are killed."""
+
+    def __init__(self, cache: Path) -> None:
+        root = str(Path(__file__).resolve().parents[1])
+        compiled_once = {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **compiled_once, "PYTHONPATH": path, "XLA_FLAGS": ""},
+        )
+
+    def run(self, destination: Path, kill_at: int | None = None) -> dict[str, Any]:
+        """{"killed": bool, "steps": int or None, "resumed": blocks found done}."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps([str(destination), kill_at]) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+        assert self._process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory):
+    process = Victim(tmp_path_factory.mktemp("compiled"))
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(victim, tmp_path_factory):
+    """The folder of a run that nobody killed, and how many steps it took."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = victim.run(folder)
+    assert not done["killed"] and done["resumed"] == 0
+    return folder, done["steps"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_killed_at_random_points_it_gives_the_same_bytes(victim, undisturbed, tmp_path):
+    wanted, steps = undisturbed
+    assert steps > 60
+    draw, folder = random.Random(0), tmp_path / "out"
+    for _ in range(KILLS):
+        done = victim.run(folder, kill_at=draw.randrange(steps // 4, steps // 2))
+        assert done["killed"]
+        assert not (folder / "jq4.json").exists()
+        assert (tmp_path / "out.partial").is_dir()
+    done = victim.run(folder)
+    assert not done["killed"] and done["resumed"] >= 2
+    assert contents(folder) == contents(wanted)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_in_the_save_it_gives_the_same_bytes(victim, undisturbed, tmp_path):
+    wanted, steps = undisturbed
+    done = victim.run(tmp_path / "out", kill_at=steps - 3)
+    assert done["killed"]
+    done = victim.run(tmp_path / "out")
+    assert done["resumed"] == 3 and contents(tmp_path / "out") == contents(wanted)
+
+
+def test_another_run_does_not_go_on_from_this_one(victim, undisturbed, tmp_path):
+    from jq4.errors import JQ4Error
+
+    _, steps = undisturbed
+    assert victim.run(tmp_path / "out", kill_at=steps - 3)["killed"]
+    with pytest.raises(
+        JQ4Error, match=r"out.partial: holds the unfinished work of another run, whose calibration rows, recipe differ"
+    ):
+        run(tmp_path / "out", recipe="rtn-w4g16")
+    assert (tmp_path / "out.partial" / "journal.json").exists()
+    result, _ = run(tmp_path / "out", recipe="rtn-w4g16", restart=True)
+    assert result.resumed_blocks == 0 and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path):
+    from jq4.errors import JQ4Error
+
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").write_text("precious")
+    with pytest.raises(JQ4Error, match=r"out.partial: holds thesis.tex and no journal, so it is not ours"):
+        run(tmp_path / "out", recipe="rtn-w4g16")
+    (tmp_path / "out.partial" / "journal.json").write_text("{")
+    with pytest.raises(JQ4Error, match=r"journal.json: not a journal of jq4"):
+        run(tmp_path / "out", recipe="rtn-w4g16")
+    assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "precious"
+
+
+def _serve() -> None:
+    """One line in, a forked run, one line out; JAX's devices are first asked for in the child."""
+    import jq4.driver  # imported once, before the forks
+    import models.decoder
+
+    assert jq4.driver and models.decoder
+    for line in sys.stdin:
+        destination, kill_at = json.loads(line)
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            result, steps = run(Path(destination), kill_at=kill_at)
+            os.write(writer, json.dumps({"steps": steps, "resumed": result.resumed_blocks}).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            told = pipe.read()
+        _, status = os.waitpid(child, 0)
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert killed or status == 0, status
+        print(json.dumps({"killed": killed, "steps": None, "resumed": None} | (json.loads(told) if told else {})))
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _serve()
