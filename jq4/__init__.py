@@ -15,6 +15,8 @@ from jq4.checkpoint import read_manifest as read_manifest
 from jq4.checkpoint import restore as restore
 from jq4.checkpoint import save as save
 from jq4.checkpoint import verify as verify
+from jq4.drift import Drift as Drift
+from jq4.drift import drift as drift
 from jq4.errors import CheckpointError as CheckpointError
 from jq4.errors import DensifiedError as DensifiedError
 from jq4.errors import JQ4Error as JQ4Error

@@ -138,3 +138,15 @@ def quantize_table(data: Mapping[str, Any]) -> Table:
 def demo_table(data: Mapping[str, Any], rows: Iterable[Sequence[str]]) -> Table:
     """Dense against packed, a column a variant."""
     return make_table(str(data["model"]), ("", *(each["name"] for each in data["variants"])), rows)
+
+
+def drift_table(data: Mapping[str, Any]) -> Table:
+    """How far each weight's inputs moved: see jq4.drift."""
+    columns = ("weight", "slice", "divergence", "threshold", "moved", "mean shift", "scale shift", "absmax ratio")
+    rows = []
+    for each in data["slices"]:
+        moved = {True: "MOVED", False: "no", None: "-"}[each["moved"]]
+        figures = [format_figure(each[key]) for key in ("mean_shift", "scale_shift", "absmax_ratio")]
+        measured = [format_figure(each[key]) for key in ("divergence", "threshold")]
+        rows.append([each["path"], " ".join(map(str, each["index"])) or "-", *measured, moved, *figures])
+    return make_table(str(data["model"]), columns, rows)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from jq4 import __version__
-from jq4.cli import _terminal, demo, eval, generate, inspect, plan, quantize, report
+from jq4.cli import _terminal, demo, drift, eval, generate, inspect, plan, quantize, report
 from jq4.errors import JQ4Error
 
 _VERBS = {
@@ -17,6 +17,7 @@ _VERBS = {
     "quantize": quantize,
     "eval": eval,
     "report": report,
+    "drift": drift,
     "generate": generate,
     "inspect": inspect,
     "plan": plan,
@@ -31,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         verb = arguments.verb
         with _terminal.plain_warnings(verb):
-            _VERBS[verb].run(arguments)
+            code = _VERBS[verb].run(arguments)
         sys.stdout.flush()
+        return code or 0
     except SystemExit as stop:  # argparse: --help, --version, wrong usage
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:

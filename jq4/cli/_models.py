@@ -42,9 +42,14 @@ def function_of(model: "LanguageModel") -> Callable[[Any, Any], Any]:
 
 
 def observe_inputs(
-    model: "LanguageModel", rows: Any, batch_size: int, collect: Any, description: str = "observing"
+    model: "LanguageModel",
+    rows: Any,
+    batch_size: int,
+    collect: Any,
+    description: str = "observing",
+    programs: Any = None,
 ) -> Any:
-    """jq4.observe of a dense model over rows of tokens, with a progress bar."""
+    """jq4.observe of a dense model over rows of tokens, with a progress bar; `programs` as there."""
     from jq4.cli import _terminal
     from jq4.observe import observe
 
@@ -56,7 +61,7 @@ def observe_inputs(
                 step(done, len(starts))
                 yield rows[start : start + batch_size]
 
-        return observe(function_of(model), model.params, batches(), collect=collect)
+        return observe(function_of(model), model.params, batches(), collect=collect, programs=programs)
 
 
 def went_dense(model: "LanguageModel") -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ class Given:
 
         size, context = rows.shape
         return {
-            "name": self.file.name,
+            "file": self.file.name,
             "sha256": sha256(self.file),
             "rows": size,
             "context": context,
@@ -118,12 +118,6 @@ def read_given(arguments: argparse.Namespace) -> Given:
     """The file of --text or --ids."""
     file = Path(arguments.ids or arguments.text)
     return Given(file, read_ids(file) if arguments.ids else read_text(file))
-
-
-def read_file(file: str) -> Given:
-    """A file of token ids where it is called *.npy, else of text."""
-    path = Path(file)
-    return Given(path, read_ids(path) if path.suffix == ".npy" else read_text(path))
 
 
 def choose_context(asked: int | None, ndim: int, longest: int, length: int) -> int | None:

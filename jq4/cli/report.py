@@ -122,9 +122,10 @@ def made_of(folder: str) -> dict[str, Any]:
     if not _models.is_checkpoint(folder):
         return {}
     manifest = read_manifest(folder)
+    source = dict(manifest.source or {})
     told = read_report(folder) if (Path(folder) / JSON).is_file() else {}
-    own = {key: told[key] for key in ("calibration", "cost") if key in told}
-    return {"recipe": manifest.recipe, "source": manifest.source, **own}
+    calibration = source.pop("calibration", told.get("calibration"))
+    return {"recipe": manifest.recipe, "source": source, "calibration": calibration, "cost": told.get("cost")}
 
 
 def read_compared(path: str) -> dict[str, Any]:

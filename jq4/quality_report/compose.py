@@ -52,8 +52,8 @@ def compose_report(
     Args:
       leaves: of `leaf_rows`, or such rows made elsewhere.
       evaluation: of jq4.evaluate; its KLD of every token becomes the histogram.
-      text: what was predicted: {"name", "sha256", "dropped_tokens", ...}.
-      calibration: {"name", "rows", "context", "tokens", "sha256", "seed", ...}, whatever of these is known.
+      text: what was predicted: {"file", "sha256", "dropped_tokens", ...}.
+      calibration: {"file", "rows", "context", "sha256", "chosen", ...}, whatever of these is known.
       cost: {"seconds", "peak_memory_bytes"}.
     """
     parts = {

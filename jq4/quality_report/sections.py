@@ -169,7 +169,7 @@ def _named(text: Mapping[str, Any]) -> str:
         known.append(f"sha256 {text['sha256'].removeprefix('sha256:')[:12]}…")
     if text.get("seed") is not None:
         known.append(f"seed {text['seed']}")
-    return f"{text.get('name', 'tokens')}" + (f" ({', '.join(known)})" if known else "")
+    return f"{text.get('file', 'tokens')}" + (f" ({', '.join(known)})" if known else "")
 
 
 def _decibels(value: float | None) -> str:

@@ -1,0 +1,32 @@
+"""Rows of a calibration text for an opened model, as `drift` and `mixed` take them: text, JSONL or .npy ids."""
+
+import argparse
+from typing import Any
+
+from jq4.calibration import DEFAULT_FIELD, DEFAULT_ROWS, Calibration, read_calibration
+
+DEFAULT_CONTEXT = 2048
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rows", type=int, default=DEFAULT_ROWS, metavar="N", help="rows of a text, at most (default %(default)s)"
+    )
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="tokens a row (default: the model's longest, at most 2048)"
+    )
+    parser.add_argument("--field", default=DEFAULT_FIELD, metavar="NAME", help="where a JSONL line has its text")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default 8)")
+
+
+def read_rows(model: Any, file: str, arguments: argparse.Namespace, context: int | None = None) -> Calibration:
+    """The rows of a file by the model's own tokenizer; `context` tokens each, by default --context."""
+    tokenizer = model.tokenizer
+    return read_calibration(
+        file,
+        encode=None if tokenizer is None else lambda text: tokenizer.encode(text).ids,
+        vocab_size=model.config.vocab_size,
+        context=context or arguments.context or min(DEFAULT_CONTEXT, model.config.max_position_embeddings),
+        rows=arguments.rows,
+        field=arguments.field,
+    )
