@@ -7,6 +7,9 @@
     rtn-w4g128-a8           smoothquant-w8a8        8 bits by 8, a scale an output channel, inputs smoothed beforehand
     rotate-rtn-w4g128-a8    smoothquant-w8a8-static the same with a step for each weight's inputs from calibration
 
+    autoround-w4g32         gptq-w4g32, then rounding and scales learned block by block (jq4.tuning)
+    best-w4g32              and then all of them end to end, which is the best that there is at these bits
+
 `rotate-` before any of them is the step of that name (jq4.equalize). Presets leave norms, biases, embeddings and the
 output head dense, by their names, unless asked.
 """
@@ -29,6 +32,8 @@ _TYPE = {"nf": "nf", "fp": "float"}
 
 
 _ACTIVATIONS = re.compile(r"(?P<weights>.+)-a(?P<bits>[48])")
+_LEARNED = {"autoround": ("autoround",), "best": ("autoround", "distill")}
+_LEARNED_FROM = "gptq"
 _SMOOTHQUANT = {"smoothquant-w8a8": "", "smoothquant-w8a8-static": "static"}
 
 
@@ -36,9 +41,13 @@ def preset(name: str, *, embeddings: bool = False, head: bool = False) -> Recipe
     """See `Recipe.preset`."""
     targets = ("Linear", "Embedding") if embeddings else ("Linear",)
     before: tuple[Step, ...] = ()
+    after: tuple[Step, ...] = ()
     if name.startswith("rotate-"):
         before = (Step("rotate"),)
     weights = name.removeprefix("rotate-")
+    kind, _, form = weights.partition("-")
+    if kind in _LEARNED:
+        after, weights = tuple(Step(step) for step in _LEARNED[kind]), f"{_LEARNED_FROM}-{form}"
     if weights in _SMOOTHQUANT:
         before = (*before, Step("smoothquant"))
         static = Activations(strategy="tensor", dynamic=False) if _SMOOTHQUANT[weights] else Activations()
@@ -51,7 +60,7 @@ def preset(name: str, *, embeddings: bool = False, head: bool = False) -> Recipe
     ignore = [NORMS]
     ignore += [] if embeddings else [EMBEDDINGS]
     ignore += [] if head else [HEADS]
-    return Recipe((rule,), tuple(ignore), name, before=before)
+    return Recipe((rule,), tuple(ignore), name, before=before, after=after)
 
 
 def _rule(name: str, targets: tuple[str, ...]) -> Rule:
@@ -84,6 +93,7 @@ def _make(name: str, targets: tuple[str, ...], method: str, group: str, bits: in
 
 def _known() -> str:
     return (
-        f"METHOD-wBITSgGROUP[-asym] with METHOD one of {', '.join(METHODS)}; BITS 2, 3, 4 or 8; GROUP a number, "
-        "c (channel) or t (tensor); or nf4, fp4; with -a8 (activations too) or rotate- before it; or smoothquant-w8a8"
+        f"METHOD-wBITSgGROUP[-asym] with METHOD one of {', '.join((*METHODS, *_LEARNED))}; BITS 2, 3, 4 or 8; GROUP a "
+        "number, c (channel) or t (tensor); or nf4, fp4; with -a8 (activations too) or rotate- before it; or "
+        "smoothquant-w8a8"
     )

@@ -33,9 +33,9 @@ _DESCENT = (  # jq4.tuning.descent.Settings
 STEPS: dict[str, StepKind] = {
     "rotate": StepKind(BEFORE, ("residual", "heads", "seed")),
     "smoothquant": StepKind(BEFORE, ("alpha",)),
-    "awq": StepKind(BEFORE, ("ratios", "by_weights", "hessian")),
+    "awq": StepKind(BEFORE, ("ratios", "by_weights", "finalists", "columns")),
     "autoround": StepKind(AFTER, _DESCENT),
-    "distill": StepKind(AFTER, (*_DESCENT, "perturbed_rows", "perturbed_share", "sampled_rows")),
+    "distill": StepKind(AFTER, (*_DESCENT, "perturbed_rows", "perturbed_share")),
 }
 
 

@@ -172,18 +172,20 @@ def test_distillation_comes_nearer_to_the_dense_model(rounding):
         )
 
 
-def test_distillation_is_never_worse_than_its_start_and_takes_sampled_rows():
+def test_distillation_is_never_worse_than_its_start_and_learns_from_more_rows():
     chain, dense, packed, rows = _small_model()
-    asked = []
+    logits = logits_of_chain(chain)
+    options = {"iterations": 8, "perturbed_rows": 0}
+    _assert_same(distill(logits, dense, packed, rows, options=options | {"rate": 50.0}), packed)
+    alone, with_more = (distill(logits, dense, packed, rows, options=options, more_rows=m) for m in (None, rows[::-1]))
+    assert (np.asarray(alone["layers"]["kernel"].scale) != np.asarray(with_more["layers"]["kernel"].scale)).any()
 
-    def sample(count, seed):
-        asked.append((count, seed))
-        return np.resize(rows, (count, rows.shape[1]))
 
-    options = {"iterations": 8, "rate": 50.0, "perturbed_rows": 0, "sampled_rows": 5}
-    tuned = distill(logits_of_chain(chain), dense, packed, rows, options=options, seed=3, sample=sample)
-    _assert_same(tuned, packed)
-    assert asked == [(5, 3)]
+def test_presets_learn_from_the_closed_form():
+    assert [step.step for step in jq4.Recipe.preset("best-w4g32").after] == ["autoround", "distill"]
+    recipe = jq4.Recipe.preset("autoround-w3g128-asym")
+    assert [step.step for step in recipe.after] == ["autoround"]
+    assert recipe.rules == jq4.Recipe.preset("gptq-w3g128-asym").rules
 
 
 def test_logits_of_a_chain_with_remat_are_the_same():

@@ -12,7 +12,8 @@ are made from the calibration rows by drawing some of their tokens anew from the
 place (`perturbed_rows`, `perturbed_share`), and the teacher's predictions on these rows, which are new sequences nearly
 as likely as text, are learned as well. This takes one forward pass where sampling whole rows (LLM-QAT, Liu et al.
 2023) takes one a token; and what a small model makes up from its first word is far from the text it will meet, so that
-it measured worse, at equal steps, than text with three tokens in ten replaced. `sample` adds rows made in any way.
+it measured worse, at equal steps, than text with three tokens in ten replaced. Half of what is learned from stays
+text, however many rows were made. `more_rows` takes rows made in any way.
 
 Held at a time: the dense weights twice (the teacher's, and the learned ones with their gradient), with `rounding` the
 variables and two moments of the size of the weights in f32, the activations of one batch, and its logits thrice.
@@ -57,7 +58,7 @@ def distill(
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    sample: Callable[[int, int], np.ndarray] | None = None,
+    more_rows: Any = None,
 ) -> Any:
     """The tree with its packed leaves tuned; of the same static form, and never worse on its own objective.
 
@@ -67,8 +68,7 @@ def distill(
       rows: tokens i32[R, T] of calibration.
       options: see jq4.tuning.effort; what is missing is as in its default effort.
       seed: of the rows that are made and of the batches' order.
-      sample: sample(count, seed) -> tokens i32[count, T], rows of the dense model's own text; asked for
-        `sampled_rows`.
+      more_rows: tokens i32[R', T] to learn from too, such as text that the dense model wrote; not what is judged by.
 
     Raises:
       JQ4Error: for options, rows or packed leaves that cannot be, and for a loss that is not finite.
@@ -79,12 +79,13 @@ def distill(
     if rows.ndim != 2 or not rows.size:
         raise JQ4Error(f"distill: calibration rows of shape {rows.shape}, wanted [rows, tokens]")
     made = [perturb(logits, dense, rows, options["perturbed_rows"], options["perturbed_share"], seed)]
-    if options["sampled_rows"]:
-        if sample is None:
-            raise JQ4Error("distill: sampled_rows wants a way to sample: pass sample, or use perturbed_rows")
-        made.append(np.asarray(sample(options["sampled_rows"], seed), np.int32))
+    if more_rows is not None:
+        made.append(np.asarray(more_rows, np.int32).reshape(-1, rows.shape[1]))
     everything = np.concatenate([rows, *made])
-    batches = Rows(lambda indices: everything[indices], np.arange(len(everything)), np.arange(len(rows)))
+    judges = np.arange(len(rows))
+    others = np.arange(len(rows), len(everything))
+    learners = np.concatenate([np.resize(judges, max(len(judges), len(others))), others])  # half of them text
+    batches = Rows(lambda indices: everything[indices], learners, judges)
     variables = begin_tree(packed, dense, rounding=settings.rate > 0, scales=settings.scale_rate > 0)
     best, _, _ = descend(Divergence(logits), variables, (packed, dense), batches, settings, seed, progress)
     return harden_tree(best, packed, dense)

@@ -25,7 +25,6 @@ _SHARED: dict[str, dict[str, Any]] = {
         "shift_rate": 2e-3,
         "optimizer": "adam",
         "perturbed_share": 0.3,
-        "sampled_rows": 0,
     },
 }
 _BY_EFFORT: dict[str, dict[str, dict[str, Any]]] = {
