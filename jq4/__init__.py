@@ -29,6 +29,7 @@ from jq4.observe_pair import observe_pair as observe_pair
 from jq4.qarray import QArray as QArray
 from jq4.quality_report import compose_report as compose_report
 from jq4.quality_report import write_report as write_report
+from jq4.quantize import CalibrationWarning as CalibrationWarning
 from jq4.quantize import IdleRuleWarning as IdleRuleWarning
 from jq4.quantize import dequantize as dequantize
 from jq4.quantize import quantize as quantize

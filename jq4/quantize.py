@@ -38,6 +38,7 @@ from jq4.recipe import Recipe
 from jq4.rounding import Encoding
 from jq4.rule import Rule
 from jq4.sqnr import sqnr
+from jq4.statistics import check_finite
 from jq4.targets import EMBEDDING, LINEAR, axis_by_name
 
 _WORK_ELEMENTS = 2**22  # weights of a leaf that are worked on at a time
@@ -45,6 +46,10 @@ _WORK_ELEMENTS = 2**22  # weights of a leaf that are worked on at a time
 
 class IdleRuleWarning(UserWarning):
     """A rule of the recipe quantized no leaf."""
+
+
+class CalibrationWarning(UserWarning):
+    """The statistics of some leaves did not suffice for their method, which did what its essay says."""
 
 
 def quantize(
@@ -75,9 +80,12 @@ def quantize(
 
     Warns:
       IdleRuleWarning: for a rule that quantized no leaf, saying why.
+      CalibrationWarning: where there is no `report` to say it, for leaves whose statistics did not suffice: experts
+        that saw too few rows, a Hessian that took more damping than was asked for.
     """
-    measured = report is not None and report.measure
-    report = QuantizeReport() if report is None else report
+    reported = report is not None
+    report = QuantizeReport(measure=False) if report is None else report
+    measured = report.measure
     keyed, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qarray)
     uses = Counter(id(leaf) for _, leaf in keyed)
     plan = quantize_report(params, recipe, stats, axes)
@@ -85,8 +93,8 @@ def quantize(
     for (_, leaf), entry in zip(keyed, plan.leaves, strict=True):
         result = leaf
         if entry.is_planned:
-            result = _quantize_named(leaf, entry, stats)
-            entry = entry.packed_as(result, sqnr(leaf, result) if measured else None)
+            result, findings = _quantize_named(leaf, entry, stats)
+            entry = entry.packed_as(result, sqnr(leaf, result) if measured else None, findings)
             uses[id(leaf)] -= 1
             if donate and not uses[id(leaf)]:
                 _delete(leaf, result)
@@ -96,6 +104,8 @@ def quantize(
             progress(entry)
     report.recipe = plan.recipe
     warn_of_idle_rules(report)
+    if not reported:
+        _warn_of_notes(report)
     return jax.tree_util.tree_unflatten(treedef, out)
 
 
@@ -194,7 +204,8 @@ def _plan_packed(leaf: QArray, entry: LeafReport, rule: Rule, axis: int | None) 
     )
 
 
-def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> QArray:
+def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> tuple[QArray, Any]:
+    """The packed leaf, and the findings of its method, if it has some."""
     rule, axis = entry.rule, entry.axis
     assert rule is not None and axis is not None
     method = get_method(rule.method)
@@ -203,11 +214,12 @@ def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> QArray:
         statistics = find_path(stats or {}, entry.path)
         if statistics is None:
             raise JQ4Error(f"{entry.path}: method {rule.method} needs statistics: pass stats=jq4.observe(...)")
+        check_finite(entry.path, statistics)
     _check_values(entry.path, leaf, rule)
     try:
         options = tuple(rule.method_options.items())
-        packed = _quantize_leaf(leaf, statistics, rule.method, rule.encoding(axis), options, _work_of(leaf))
-        return _with_activations(packed, rule, find_path(stats or {}, entry.path))
+        packed, findings = _quantize_leaf(leaf, statistics, rule.method, rule.encoding(axis), options, _work_of(leaf))
+        return _with_activations(packed, rule, find_path(stats or {}, entry.path)), findings
     except JQ4Error as error:
         raise JQ4Error(f"{entry.path}: {error}") from None
 
@@ -260,15 +272,33 @@ def _quantize_leaf(
     encoding: Encoding,
     options: tuple[tuple[str, Any], ...],
     work: int | None,
-) -> QArray:
-    """One leaf [*B, K, N]; where there are no statistics, `work` of its weights or fewer at a time."""
+) -> tuple[QArray, Any]:
+    """One leaf [*B, K, N] and its findings; slices one by one, or `work` of its weights or fewer at a time."""
+    row = get_method(method)
 
-    def run(weight: jax.Array) -> QArray:
-        return get_method(method).quantize(weight, statistics, encoding, **dict(options))
+    def run(weight: jax.Array, statistics: Any = None) -> tuple[QArray, Any]:
+        if row.diagnosed is not None:
+            return row.diagnosed(weight, statistics, encoding, **dict(options))
+        return row.quantize(weight, statistics, encoding, **dict(options)), None
 
-    if statistics is not None or work is None:
-        return run(weight)
-    return _over_slices(lambda part: _over_columns(run, part, encoding, work), weight, encoding, work)
+    if work is None:
+        return run(weight, statistics)
+    if statistics is not None:
+        return _over_stack(run, weight, statistics)
+    packed = _over_slices(
+        lambda part: _over_columns(lambda strip: run(strip)[0], part, encoding, work), weight, encoding, work
+    )
+    return packed, None
+
+
+def _over_stack(run: Callable[..., tuple[QArray, Any]], weight: jax.Array, statistics: Any) -> tuple[QArray, Any]:
+    """`run` on the slices that have statistics of their own (layers, experts), one after another."""
+    leading = statistics.count.shape
+    if not leading or weight.shape[: len(leading)] != leading:
+        return run(weight, statistics)
+    flat = jax.tree.map(lambda part: part.reshape(-1, *part.shape[len(leading) :]), (weight, statistics))
+    found = jax.lax.map(lambda each: run(*each), flat)
+    return jax.tree.map(lambda part: part.reshape(*leading, *part.shape[1:]), found)
 
 
 def _over_slices(run: Callable[[jax.Array], QArray], weight: jax.Array, encoding: Encoding, work: int) -> QArray:
@@ -329,3 +359,9 @@ def warn_of_idle_rules(report: QuantizeReport) -> None:
             IdleRuleWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_notes(report: QuantizeReport) -> None:
+    for leaf in report.leaves:
+        if leaf.is_short_of_calibration:
+            warnings.warn(f"{leaf.path}: {leaf.note}", CalibrationWarning, stacklevel=3)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jq4.qarray import QArray, is_qarray, leaf_nbytes
 from jq4.recipe import Recipe
@@ -26,6 +27,7 @@ class LeafReport:
       format, group_size, axis: of the packed leaf.
       dense_nbytes, nbytes: bytes held before and after (equal where nothing was packed).
       noise: f32[] on the device, see `sqnr_db`; None where it was not measured.
+      findings: what the method found of each slice (jq4.methods.gptq.Findings), on the device; None where it has none.
     """
 
     path: str
@@ -40,6 +42,7 @@ class LeafReport:
     dense_nbytes: int = 0
     nbytes: int = 0
     noise: Any = dataclasses.field(default=None, repr=False, compare=False)
+    findings: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, path: str, leaf: Any) -> "LeafReport":
@@ -59,6 +62,31 @@ class LeafReport:
         """10 log10(sum w**2 / sum (w - dequantized)**2) in decibels, fetched from the device when first asked for."""
         return None if self.noise is None else float(self.noise)
 
+    @property
+    def slices(self) -> int | None:
+        """Matrices in the leaf that were quantized on their own (layers, experts), where the method tells them."""
+        return None if self.findings is None else self.findings.starved.size
+
+    @property
+    def starved(self) -> int:
+        """How many of the slices saw too few rows for the method and went to its fallback."""
+        return int(self._found.starved.sum()) if self._found else 0
+
+    @property
+    def note(self) -> str:
+        """What the method has to say of the leaf's calibration; empty where all was as it should be."""
+        return self._found.note(self.rule.method_options) if self._found and self.rule else ""
+
+    @property
+    def is_short_of_calibration(self) -> bool:
+        """Whether the statistics did not suffice somewhere: starved slices, or damping that had to be raised."""
+        return bool(self._found and self.rule and self._found.is_short(self.rule.method_options))
+
+    @property
+    def _found(self) -> Any:
+        """The findings, where they have values (those of a trace have none)."""
+        return None if isinstance(jax.tree.leaves(self.findings or [0])[0], Tracer) else self.findings
+
     def with_status(self, status: str) -> "LeafReport":
         return dataclasses.replace(self, status=status)
 
@@ -70,8 +98,8 @@ class LeafReport:
         group_size = min(self.rule.group_size or self.shape[axis], self.shape[axis])
         return dataclasses.replace(self, axis=axis, format=self.rule.format, group_size=group_size)
 
-    def packed_as(self, q: QArray, noise: Any) -> "LeafReport":
-        return dataclasses.replace(self, status=_PACKED, nbytes=q.nbytes, noise=noise)
+    def packed_as(self, q: QArray, noise: Any, findings: Any = None) -> "LeafReport":
+        return dataclasses.replace(self, status=_PACKED, nbytes=q.nbytes, noise=noise, findings=findings)
 
 
 @dataclasses.dataclass
@@ -104,6 +132,11 @@ class QuantizeReport:
     @property
     def dense_nbytes(self) -> int:
         return sum(leaf.dense_nbytes for leaf in self.leaves)
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Path -> what its method has to say of its calibration, for leaves where it says something."""
+        return {leaf.path: leaf.note for leaf in self.leaves if leaf.note}
 
     def idle_rules(self) -> list[tuple[int, Rule, str]]:
         """The rules that quantized no leaf: index, rule, and why."""

@@ -19,11 +19,13 @@ A Hessian is collected only where asked: for 14336 inputs it is 822 MB.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jq4.errors import JQ4Error
 
@@ -190,3 +192,23 @@ def over_devices(local: WeightStatistics, axis_names: frozenset[str]) -> WeightS
     if local.absmax is None:
         return summed
     return dataclasses.replace(summed, absmax=jax.lax.pmax(local.absmax, names))
+
+
+def check_finite(path: str, statistics: WeightStatistics) -> None:
+    """Raises JQ4Error, naming the leaf, for sums with a NaN or an Inf among them; tracers are not looked at."""
+    for field in dataclasses.fields(statistics):
+        total = getattr(statistics, field.name)
+        if total is None or isinstance(total, Tracer) or bool(_all_finite(total)):
+            continue
+        slices = total.reshape(-1, math.prod(total.shape[statistics.count.ndim :]))
+        bad = [int(i) for i in jnp.flatnonzero(~jnp.all(jnp.isfinite(slices), axis=-1))]
+        where = f" in slices {bad[:8]} of {len(slices)}" if statistics.count.ndim else ""
+        raise JQ4Error(
+            f"{path}: its statistics are not finite ({field.name}{where}): calibration fed it a NaN, an Inf, or values "
+            "whose squares overflow float32. Find the batch, or the layer before it, that makes them"
+        )
+
+
+@jax.jit
+def _all_finite(values: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(values))

@@ -27,6 +27,7 @@ as the first sweep, 2 K^2 N flops, besides K^3 / 3 for the factor.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +53,7 @@ class Findings(NamedTuple):
 
     Attributes:
       damping: f32, what was added to the Hessian's diagonal, in units of its mean.
-      dead: i32, inputs that were never anything but zero.
+      dead: i32, inputs that were never anything but zero; not counted in starved slices.
       starved: bool, whether it saw too few rows and went to the fallback.
       error: f32, E|x^T Q - x^T W|^2 / E|x^T W|^2 over the calibration rows x, W being corrected if it was.
     """
@@ -61,6 +62,29 @@ class Findings(NamedTuple):
     dead: jax.Array
     starved: jax.Array
     error: jax.Array
+
+    def is_short(self, options: Mapping[str, Any]) -> bool:
+        """Whether the statistics did not suffice in some slice."""
+        return bool(jnp.any(self.starved) | jnp.any(self.damping > _with_margin(Options(**options).damping)))
+
+    def note(self, options: Mapping[str, Any]) -> str:
+        """The findings in words; empty where there is nothing to say."""
+        wanted = Options(**options)
+        raised = int(jnp.sum(self.damping > _with_margin(wanted.damping)))
+        said = []
+        if starved := int(jnp.sum(self.starved)):
+            said.append(
+                f"{starved} of {self.starved.size} slices saw fewer than {wanted.min_rows} rows: {wanted.fallback} "
+                "without data"
+            )
+        if raised:
+            said.append(
+                f"damping raised from {wanted.damping:g} to {float(jnp.max(self.damping)):g} in {raised} of "
+                f"{self.damping.size} slices, whose Hessian has no Cholesky factor"
+            )
+        if dead := int(jnp.sum(self.dead)):
+            said.append(f"{dead} inputs that were never anything but zero, whose weights are now zero")
+        return "; ".join(said)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +110,10 @@ class Options:
         for name, value, known in (("actorder", self.actorder, ACTORDERS), ("fallback", self.fallback, FALLBACKS)):
             if value not in known:
                 raise JQ4Error(f"gptq: {name} is {value!r}, wanted one of {', '.join(known)}")
+
+
+def _with_margin(damping: float) -> float:
+    return damping * 1.01  # f32 holds no .01
 
 
 def quantize(weight: jax.Array, statistics: WeightStatistics, encoding: Encoding, **options: Any) -> QArray:
@@ -140,10 +168,10 @@ class _Solver:
         def by_rows(_: None) -> Any:
             return self._solve(weight.astype(jnp.float32), outer / rows, None if cross is None else cross / rows)
 
-        codes, parameters, findings = jax.lax.cond(starved, lambda _: self._fall_back(weight, outer), by_rows, None)
+        codes, parameters, findings = jax.lax.cond(starved, lambda _: self._fall_back(weight), by_rows, None)
         return codes, parameters, findings._replace(starved=starved)
 
-    def _fall_back(self, weight: jax.Array, outer: jax.Array) -> tuple[jax.Array, Parameters, Findings]:
+    def _fall_back(self, weight: jax.Array) -> tuple[jax.Array, Parameters, Findings]:
         canonical = self.canonical
         runs = weight.astype(jnp.float32).reshape(canonical.runs, canonical.length, -1)
         q = FALLBACKS[self.options.fallback](runs, None, self.encoding)
@@ -151,9 +179,8 @@ class _Solver:
             None if part is None else part.astype(jnp.float32).reshape(-1, part.shape[-1])
             for part in (q.scale, q.zero_point, q.offset)
         )
-        dead = jnp.sum(jnp.diagonal(outer) == 0).astype(jnp.int32)
-        nothing = jnp.float32(0)
-        return codes_of(q).reshape(weight.shape), Parameters(*joined), Findings(nothing, dead, dead > 0, nothing)
+        nothing = Findings(jnp.float32(0), jnp.int32(0), jnp.bool(False), jnp.float32(0))
+        return codes_of(q).reshape(weight.shape), Parameters(*joined), nothing
 
     def _solve(
         self, weight: jax.Array, hessian: jax.Array, cross: jax.Array | None
