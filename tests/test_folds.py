@@ -148,7 +148,7 @@ def test_a_dead_channel_keeps_its_scale():
 
 def test_only_what_a_step_needs_is_collected():
     folds = decoder_folds(random_decoder("llama")[0])
-    collect = collects(with_steps("rtn-w4g32", ("awq", (("hessian", False),))), folds)
+    collect = collects(with_steps("rtn-w4g32", ("awq", (("finalists", 0),))), folds)
     assert collect("layers/attention/q_proj/kernel") == {"mean_square"}
     assert collect("params/layers/attention/q_proj/kernel") == {"mean_square"}
     assert not collect("layers/attention/k_proj/kernel")

@@ -9,25 +9,26 @@ scale hardly grows. So find the s for which the outputs suffer least,
 over a family of one exponent, s = r^a, r the root mean square of each input (the paper takes the mean of |x|), a from 0
 to 1, and, with `by_weights`, of s = r^a / w^(1-a), w the mean of a row's |W| relative to its group's largest. s is
 normalised so that its largest and smallest are inverse to each other. Q is round-to-nearest with the rule's own
-encoding. All weights that share the inputs share s: their errors are added. a = 0 is s = 1, the first candidate.
+encoding. All weights that share the inputs share s: their errors are added. a = 0 is s = 1, always a candidate.
 
-What is traded: the objective is that of the layer, exact where the Hessian was collected; with its diagonal alone
-(`hessian: false`, K times cheaper) it takes rounding errors of different rows for independent, which they nearly are.
+The paper multiplies calibration tokens by every candidate's weights. Here the tokens are one Hessian, and it is asked
+of a few: rounding errors of different rows are nearly independent, so its diagonal ranks the candidates (a K-th of the
+work), and the whole of it chooses among the best of them and s = 1. Both look at evenly spread output columns, at most
+`columns` of each weight: s belongs to the rows, and so many columns tell as well as all.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jq4.equalize.folds import Fold
-from jq4.rounding import Encoding, Parameters, find_parameters, map_groups, round_trip
+from jq4.rounding import Encoding, find_parameters, map_groups, round_trip
 from jq4.statistics import WeightStatistics
 
-RATIOS = 20
-Find = Callable[[jax.Array, Encoding], Parameters]
+RATIOS, FINALISTS, COLUMNS = 20, 4, 1024
 
 
 def awq_scale(
@@ -38,14 +39,22 @@ def awq_scale(
     *,
     ratios: int = RATIOS,
     by_weights: bool = True,
-    hessian: bool = True,
+    finalists: int = FINALISTS,
+    columns: int = COLUMNS,
 ) -> jax.Array:
-    """The s f32[*B, K'] for the consumers of a fold, weights float[*B, K, N] and how each will be encoded."""
-    moments = statistics.hessian if hessian and statistics.outer_total is not None else statistics.mean_square
-    spreads = (fold.heads, moments.ndim > weights[0].ndim - 1)
-    return _search(
-        tuple(weights), statistics.mean_square, moments, tuple(encodings), spreads, candidates(ratios, by_weights)
-    )
+    """The s f32[*B, K'] for the consumers of a fold, weights float[*B, K, N] and how each is encoded along its K.
+
+    Args:
+      ratios: how many exponents are tried.
+      by_weights: try the second family too.
+      finalists: candidates that the whole Hessian judges; 0 leaves it to the diagonal.
+      columns: output columns of each weight that are looked at; 0 for all.
+    """
+    hessian = statistics.hessian if finalists and statistics.outer_total is not None else None
+    seen = tuple(weight[..., :: _stride(weight.shape[-1], int(columns))] for weight in weights)
+    pairs = candidates(int(ratios), bool(by_weights))
+    finalists = min(int(finalists), len(pairs))
+    return _search(seen, statistics.mean_square, hessian, tuple(encodings), fold.heads, pairs, finalists)
 
 
 def candidates(ratios: int, by_weights: bool) -> tuple[tuple[float, float], ...]:
@@ -55,58 +64,65 @@ def candidates(ratios: int, by_weights: bool) -> tuple[tuple[float, float], ...]
     return (*plain, *((a, 1 - a) for a in exponents)) if by_weights else tuple(plain)
 
 
-@functools.partial(jax.jit, static_argnames=("encodings", "spreads", "pairs"))
+def _stride(length: int, columns: int) -> int:
+    return -(-length // columns) if columns else 1
+
+
+@functools.partial(jax.jit, static_argnames=("encodings", "heads", "pairs", "finalists"))
 def _search(
     weights: tuple[jax.Array, ...],
     mean_square: jax.Array,
-    moments: jax.Array,
+    hessian: jax.Array | None,
     encodings: tuple[Encoding, ...],
-    spreads: tuple[tuple[int, ...], bool],
+    heads: tuple[int, ...],
     pairs: tuple[tuple[float, float], ...],
+    finalists: int,
 ) -> jax.Array:
-    heads, full = spreads
     fold = Fold((), "", heads=heads)
     weights = tuple(weight.astype(jnp.float32) for weight in weights)
     of_inputs = fold.pooled(jnp.sqrt(mean_square), jnp.mean)
     shares = [_share(weight, encoding) for weight, encoding in zip(weights, encodings, strict=True)]
     of_weights = fold.pooled(jnp.mean(jnp.stack(shares), axis=0), jnp.mean)
 
-    def attempt(pair: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scale = scale_of(of_inputs, of_weights, pair)
-        rows = fold.spread(scale)
+    def error_of(pair: jax.Array, moments: jax.Array) -> jax.Array:
+        """f32[*B], for exponents f32[2, *B]."""
+        rows = fold.spread(scale_of(of_inputs, of_weights, pair))
         both = zip(weights, encodings, strict=True)
-        errors = [output_error(weight, rounded(weight, rows, encoding), moments, full) for weight, encoding in both]
-        return functools.reduce(jnp.add, errors), scale
+        errors = [output_error(weight - rounded(weight, rows, encoding), moments) for weight, encoding in both]
+        return functools.reduce(jnp.add, errors)
 
-    def step(best: tuple[jax.Array, jax.Array], pair: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        error, scale = attempt(pair)
-        better = error < best[0]
-        return (jnp.where(better, error, best[0]), jnp.where(better[..., None], scale, best[1])), None
-
+    batch = mean_square.shape[:-1]
     table = jnp.asarray(np.asarray(pairs, np.float32))
-    return jax.lax.scan(step, attempt(table[0]), table[1:])[0][1]
+    table = jnp.broadcast_to(table.reshape(*table.shape, *(1,) * len(batch)), (*table.shape, *batch))  # [C, 2, *B]
+    errors = jax.lax.map(lambda pair: error_of(pair, mean_square[..., None]), table)  # [C, *B]
+    best = jnp.argsort(errors, axis=0)[: max(finalists, 1)]  # i32[F, *B]
+    chosen = jnp.take_along_axis(table, best[:, None], axis=0)  # [F, 2, *B]
+    if hessian is not None:
+        chosen = jnp.concatenate([table[:1], chosen])
+        judged = jax.lax.map(lambda pair: error_of(pair, hessian), chosen)
+        chosen = jnp.take_along_axis(chosen, jnp.argmin(judged, axis=0)[None, None], axis=0)
+    return scale_of(of_inputs, of_weights, chosen[0])
 
 
 def scale_of(of_inputs: jax.Array, of_weights: jax.Array, pair: jax.Array) -> jax.Array:
-    """s = r^a / w^b, normalised; f32[*B, K]. A channel that is dead on either side keeps 1."""
+    """s = r^a / w^b, normalised; f32[*B, K] for exponents f32[2, *B]. A channel that is dead on either side keeps 1."""
     alive = (of_inputs > 0) & (of_weights > 0)
     inputs, weights = (jnp.where(alive, values, 1.0) for values in (of_inputs, of_weights))
-    logarithm = pair[0] * jnp.log(inputs) - pair[1] * jnp.log(weights)
+    logarithm = pair[0][..., None] * jnp.log(inputs) - pair[1][..., None] * jnp.log(weights)
     low = jnp.min(jnp.where(alive, logarithm, jnp.inf), axis=-1, keepdims=True)
     high = jnp.max(jnp.where(alive, logarithm, -jnp.inf), axis=-1, keepdims=True)
     return jnp.where(alive, jnp.exp(jnp.clip(logarithm - (low + high) / 2, -10, 10)), 1.0)
 
 
-def rounded(weight: jax.Array, rows: jax.Array, encoding: Encoding, find: Find = find_parameters) -> jax.Array:
+def rounded(weight: jax.Array, rows: jax.Array, encoding: Encoding) -> jax.Array:
     """What f32[*B, K, N] becomes when its rows are scaled by f32[*B, K], rounded, and scaled back."""
-    return round_trip(weight * rows[..., None], encoding, find) / rows[..., None]
+    return round_trip(weight * rows[..., None], encoding, find_parameters) / rows[..., None]
 
 
-def output_error(weight: jax.Array, approximation: jax.Array, moments: jax.Array, full: bool) -> jax.Array:
-    """E |x dW|^2, f32[*B], by E[x x^T] (full) or by its diagonal."""
-    error = weight - approximation
-    if not full:
-        return jnp.sum(jnp.square(error) * moments[..., None], axis=(-1, -2))
+def output_error(error: jax.Array, moments: jax.Array) -> jax.Array:
+    """E |x dW|^2, f32[*B], by the Hessian f32[*B, K, K] or its diagonal f32[*B, K, 1]."""
+    if moments.shape[-1] == 1:
+        return jnp.sum(jnp.square(error) * moments, axis=(-1, -2))
     return jnp.sum(jnp.matmul(moments, error, precision="highest") * error, axis=(-1, -2))
 
 

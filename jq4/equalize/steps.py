@@ -13,7 +13,7 @@ are others: statistics of them must be taken anew.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +24,18 @@ from jq4.equalize.folds import Fold, Folds, leaf_at, scale_inputs
 from jq4.equalize.smoothquant import smooth_scale
 from jq4.errors import JQ4Error
 from jq4.paths import find_path
-from jq4.recipe import Recipe
-from jq4.rule import Rule
 from jq4.statistics import WeightStatistics
 from jq4.steps import Step
 from jq4.targets import LINEAR
 
+if TYPE_CHECKING:  # rules know the methods, and one of those searches as a step of this package does
+    from jq4.recipe import Recipe
+    from jq4.rule import Rule
+
 _ROTATE = "rotate"
 
 
-def for_model(recipe: Recipe, folds: Folds | None) -> Recipe:
+def for_model(recipe: "Recipe", folds: Folds | None) -> "Recipe":
     """The recipe for a model that has folds: what method "awq" would keep beside the codes goes into the folds.
 
     Raises:
@@ -55,31 +57,31 @@ def for_model(recipe: Recipe, folds: Folds | None) -> Recipe:
     return dataclasses.replace(recipe, rules=rules, before=before)
 
 
-def collects(recipe: Recipe, folds: Folds | None) -> Callable[[str], frozenset[str]]:
+def collects(recipe: "Recipe", folds: Folds | None) -> Callable[[str], frozenset[str]]:
     """What `scale_block` wants observed: path -> some of jq4.statistics.COLLECTABLE (empty: nothing)."""
     wanted: set[str] = set()
     for step in recipe.before:
         options = dict(step.options)
         wanted |= {"absmax"} if step.step == "smoothquant" else set()
         wanted |= {"mean_square"} if step.step == "awq" else set()
-        wanted |= {"hessian"} if step.step == "awq" and options.get("hessian", True) else set()
+        wanted |= {"hessian"} if step.step == "awq" and options.get("finalists", 1) else set()
     first = {fold.consumers[0]: True for fold in (folds.scaled if folds else ())}
     return lambda path: frozenset(wanted if find_path(first, path) else ())
 
 
-def rotate_outside(outside: Any, folds: Folds | None, recipe: Recipe) -> Any:
+def rotate_outside(outside: Any, folds: Folds | None, recipe: "Recipe") -> Any:
     """The params outside of the blocks, rotated if the recipe says so."""
     options = _rotation(recipe)
     return outside if options is None or folds is None else rotate.rotate_outside(outside, folds, options)
 
 
-def rotate_block(tree: Any, folds: Folds | None, recipe: Recipe) -> Any:
+def rotate_block(tree: Any, folds: Folds | None, recipe: "Recipe") -> Any:
     """A block's params (or all blocks' stacked ones), rotated if the recipe says so."""
     options = _rotation(recipe)
     return tree if options is None or folds is None else rotate.rotate_block(tree, folds, options)
 
 
-def scale_block(tree: Any, folds: Folds | None, recipe: Recipe, statistics: Mapping[str, Any]) -> Any:
+def scale_block(tree: Any, folds: Folds | None, recipe: "Recipe", statistics: Mapping[str, Any]) -> Any:
     """A block's params with scales moved as the recipe's steps say, by the statistics of its weights' inputs.
 
     Args:
@@ -99,7 +101,7 @@ def scale_block(tree: Any, folds: Folds | None, recipe: Recipe, statistics: Mapp
     return tree
 
 
-def prepare_tree(params: Any, folds: Folds | None, recipe: Recipe, observe: Callable[..., Mapping[str, Any]]) -> Any:
+def prepare_tree(params: Any, folds: Folds | None, recipe: "Recipe", observe: Callable[..., Mapping[str, Any]]) -> Any:
     """All of it for a tree in memory; `observe(params, collect)` gives the statistics of dense params."""
     params = rotate_block(rotate_outside(params, folds, recipe), folds, recipe)
     if all(step.step == _ROTATE for step in recipe.before):
@@ -107,7 +109,7 @@ def prepare_tree(params: Any, folds: Folds | None, recipe: Recipe, observe: Call
     return scale_block(params, folds, recipe, observe(params, collects(recipe, folds)))
 
 
-def _scale_of(step: Step, fold: Fold, tree: Any, rules: dict[str, Rule], statistics: WeightStatistics) -> jax.Array:
+def _scale_of(step: Step, fold: Fold, tree: Any, rules: "dict[str, Rule]", statistics: WeightStatistics) -> jax.Array:
     """The s of a fold; of its consumers, those that stay dense have no say."""
     weights = [leaf_at(tree, path) for path in rules]
     options = dict(step.options)
@@ -117,12 +119,12 @@ def _scale_of(step: Step, fold: Fold, tree: Any, rules: dict[str, Rule], statist
     return awq_scale(fold, weights, encodings, statistics, **options)
 
 
-def _quick(rule: Rule) -> str:
+def _quick(rule: "Rule") -> str:
     """The search rounds by the extremes: what the rule's own observer shrinks, it shrinks at any scale."""
     return "absmax" if rule.symmetric else "minmax"
 
 
-def _rule_of(recipe: Recipe, path: str) -> Rule | None:
+def _rule_of(recipe: "Recipe", path: str) -> "Rule | None":
     index = recipe.index_of_rule(path, LINEAR)
     return None if index is None or recipe.rules[index].is_dense else recipe.rules[index]
 
@@ -155,9 +157,9 @@ def _moved(statistics: WeightStatistics, fold: Fold, scale: jax.Array | None) ->
     )
 
 
-def _rotation(recipe: Recipe) -> dict[str, Any] | None:
+def _rotation(recipe: "Recipe") -> dict[str, Any] | None:
     return next((dict(step.options) for step in recipe.before if step.step == _ROTATE), None)
 
 
-def _without_multiplier(rule: Rule) -> Rule:
+def _without_multiplier(rule: "Rule") -> "Rule":
     return dataclasses.replace(rule, options=tuple((dict(rule.options) | {"multiplier": 0}).items()))

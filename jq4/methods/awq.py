@@ -87,9 +87,7 @@ def _beside(inverse: jax.Array, canonical: Canonical) -> jax.Array:
     return canonical.restored(inverse[..., None], canonical.length)
 
 
-def _encode(
-    weight: jax.Array, importance: jax.Array, encoding: Encoding, runs: int
-) -> tuple[jax.Array, Parameters]:
+def _encode(weight: jax.Array, importance: jax.Array, encoding: Encoding, runs: int) -> tuple[jax.Array, Parameters]:
     """Codes u8[S, K, N] and parameters f32[S, R * G, N] of a weight f32[S, K, N] with the importance f32[S, K]."""
     slices, features, _ = weight.shape
     both = jnp.concatenate([weight, importance[..., None]], axis=-1)  # groups are cut in both alike
