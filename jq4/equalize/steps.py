@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jq4.equalize import rotate
 from jq4.equalize.awq import awq_scale
 from jq4.equalize.folds import Fold, Folds, leaf_at, scale_inputs
-from jq4.equalize.smoothquant import smooth_scale
+from jq4.equalize.smoothquant import ALPHA, smooth_scale
 from jq4.errors import JQ4Error
 from jq4.paths import find_path
 from jq4.statistics import WeightStatistics
@@ -114,7 +114,7 @@ def _scale_of(step: Step, fold: Fold, tree: Any, rules: "dict[str, Rule]", stati
     weights = [leaf_at(tree, path) for path in rules]
     options = dict(step.options)
     if step.step == "smoothquant":
-        return smooth_scale(fold, weights, statistics.absmax, float(options.get("alpha", 0.5)))
+        return smooth_scale(fold, weights, statistics.absmax, float(options.get("alpha", ALPHA)))
     encodings = [dataclasses.replace(rule.encoding(-2), observer=_quick(rule)) for rule in rules.values()]
     return awq_scale(fold, weights, encodings, statistics, **options)
 
