@@ -11,12 +11,17 @@ from jq4.apply import Quantized as Quantized
 from jq4.apply import explain as explain
 from jq4.apply import quantized as quantized
 from jq4.axes import contraction_axes as contraction_axes
+from jq4.chain import Chain as Chain
+from jq4.chain import TreeSource as TreeSource
 from jq4.checkpoint import read_manifest as read_manifest
 from jq4.checkpoint import restore as restore
 from jq4.checkpoint import save as save
 from jq4.checkpoint import verify as verify
+from jq4.choose_formats import choose_formats as choose_formats
 from jq4.drift import Drift as Drift
 from jq4.drift import drift as drift
+from jq4.driver import BlocksResult as BlocksResult
+from jq4.driver import quantize_blocks as quantize_blocks
 from jq4.errors import CheckpointError as CheckpointError
 from jq4.errors import DensifiedError as DensifiedError
 from jq4.errors import JQ4Error as JQ4Error
@@ -40,6 +45,8 @@ from jq4.record import DensifiedWarning as DensifiedWarning
 from jq4.record import Record as Record
 from jq4.rounding import quantize_weight as quantize_weight
 from jq4.rule import Rule as Rule
+from jq4.sensitivity import Sensitivity as Sensitivity
+from jq4.sensitivity import sensitivity as sensitivity
 from jq4.statistics import Statistics as Statistics
 from jq4.statistics import WeightStatistics as WeightStatistics
 

@@ -121,7 +121,7 @@ def _row(
         group_size=int(entry.group_size or 0),
         sqnr_db=None if sqnr_db is None or not np.isfinite(sqnr_db) else sqnr_db,
         weighted_error=None if statistics is None else _output_error(entry.path, weight, q, statistics),
-        note="",
+        note=entry.note,
         seconds=seconds,
         nbytes=entry.nbytes,
         energy=float(_energy(weight)),

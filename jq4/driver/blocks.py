@@ -20,11 +20,11 @@ from jq4.driver.equalized import Equalizer
 from jq4.driver.plan import BlockPlan
 from jq4.driver.report import LeafRow
 from jq4.driver.rows_learned import rows_learned
-from jq4.driver.stage_statistics import Collector, check_finite
+from jq4.driver.stage_statistics import Collector
 from jq4.driver.streams import Placement, Stream, make_stream
 from jq4.observe import observe
 from jq4.recipe import Recipe
-from jq4.statistics import Statistics
+from jq4.statistics import Statistics, check_finite
 from jq4.tuning import tune_block
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from jq4.chain import BlockSource, Chain
-from jq4.driver.stage_statistics import check_finite
 from jq4.driver.streams import Stream
 from jq4.equalize import collects, rotate_block, rotate_outside, scale_block
 from jq4.observe import Programs, observe
 from jq4.recipe import Recipe
+from jq4.statistics import check_finite
 
 _ROTATE = "rotate"
 

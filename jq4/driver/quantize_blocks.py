@@ -20,6 +20,7 @@ short beside what made them, and nothing of the size of the activations needs to
 import contextlib
 import importlib.metadata
 import math
+import re
 import resource
 import sys
 import tempfile
@@ -156,6 +157,10 @@ def quantize_blocks(
 
 def peak_memory() -> int:
     """Bytes, the most that this process ever held."""
+    with contextlib.suppress(OSError):  # Linux; ru_maxrss counts there what a parent held at the fork, too
+        held = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if held:
+            return 1024 * int(held[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -226,6 +231,8 @@ def _identity(
     lasting: bool,
 ) -> dict[str, Any]:
     """Everything that the result depends on, by name."""
+    from jq4 import __version__
+
     if not lasting:
         return {}
     device = placement.devices[0]
@@ -236,7 +243,7 @@ def _identity(
         "calibration rows": None if rows is None else digest_of(rows),
         "effort and seed": list(options),
         "devices": [len(placement.devices), device.platform, device.device_kind],
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
+        "versions": [__version__, *map(importlib.metadata.version, ("jax", "jaxlib", "numpy"))],
     }
 
 

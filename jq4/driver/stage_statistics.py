@@ -8,20 +8,17 @@ Only what a method asks for is collected, once for all leaves that see the same 
 the stage is not computed at all, since nothing asks for it.
 """
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jq4.chain import Chain
 from jq4.driver.streams import Stream
-from jq4.errors import JQ4Error
 from jq4.observe import Programs, observe
 from jq4.observe_pair import observe_pair
-from jq4.statistics import Statistics, WeightStatistics
+from jq4.statistics import Statistics, check_finite
 
 Collects = Mapping[str, frozenset[str]]
 
@@ -83,21 +80,6 @@ def stage_statistics(
     for path in dict.fromkeys(serves.values()):
         check_finite(f"block {index}: {path}", found[path])
     return Statistics(weights, found.grouped_axes, found.looked_up)
-
-
-def check_finite(name: str, statistics: WeightStatistics) -> None:
-    """Raises JQ4Error where a weight's inputs held NaN or infinity."""
-    if not bool(_all_finite(statistics)):
-        raise JQ4Error(
-            f"{name}: its inputs on the calibration rows hold NaN or infinity, so nothing can be learned from them: "
-            "look for overflow in the model's dtype, or a damaged checkpoint (jq4 inspect)"
-        )
-
-
-@functools.partial(jax.jit)
-def _all_finite(statistics: WeightStatistics) -> jax.Array:
-    leaves = [leaf for leaf in jax.tree.leaves(statistics) if not np.issubdtype(leaf.dtype, np.integer)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 def _pairs(number: jax.Array, dense: Stream, quantized: Stream) -> Iterator[tuple[Any, Any]]:
