@@ -77,6 +77,7 @@ class Bench:
             self.packed[config] = jax.jit(jq4.quantized(Decoder(config).apply, strict=True))
         logits = self._logits(self.packed[config], found.params)
         result = evaluate(logits, self.rows, reference=self.dense, batch_size=17)
+        assert result.reference_perplexity is not None
         weights = sum(int(np.prod(leaf.shape or ())) for leaf in found.report.packed)
         return {
             "recipe": name,
@@ -126,7 +127,8 @@ def main() -> None:
         row = bench.measure(name)
         found.append(row)
         console.print(
-            f"{name}: KLD {row['kld_mean']:.5f}, perplexity {row['perplexity']:.3f} ({row['above_dense_percent']:+.2f} %)",
+            f"{name}: KLD {row['kld_mean']:.5f}, perplexity {row['perplexity']:.3f}, "
+            f"{row['above_dense_percent']:+.2f} % of dense",
             highlight=False,
         )
         if arguments.json:

@@ -7,8 +7,9 @@ them, and leaves nothing to the others. Weights have none. So half of the diffic
 
 with max|x| over the calibration tokens and max|w| over all weights that share the input. At alpha = 1/2 both have the
 same range in each channel; nearer to 1, the inputs are flatter still, which is better for weights with a scale for each
-output channel: .8 is the default, by rows of calibration that were held out (benchmarks/activations.py). What is traded: weights in few bits suffer from what activations in 8 bits gain, so this is
-for weights in 8 bits; for 4, see jq4.equalize.awq. A channel that is dead on either side keeps s = 1.
+output channel: .8 is the default, by rows of calibration that were held out (benchmarks/activations.py). What is
+traded: weights in few bits suffer from what activations in 8 bits gain, so this is for weights in 8 bits; for 4, see
+jq4.equalize.awq. A channel that is dead on either side keeps s = 1.
 
 The paper scales at norms alone; value heads and the gated MLP's inner channels pass scales on just as exactly, and are
 scaled as well.
