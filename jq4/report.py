@@ -150,3 +150,25 @@ def drift_table(data: Mapping[str, Any]) -> Table:
         measured = [format_figure(each[key]) for key in ("divergence", "threshold")]
         rows.append([each["path"], " ".join(map(str, each["index"])) or "-", *measured, moved, *figures])
     return make_table(str(data["model"]), columns, rows)
+
+
+def mixed_table(data: Mapping[str, Any]) -> list[Table]:
+    """What each leaf costs in each format, the chosen one in brackets; the frontier; what was measured of mixes."""
+    chosen = data["mix"]["chosen"]
+    names = list(dict.fromkeys(each["format"] for leaf in data["sensitivity"]["leaves"] for each in leaf["options"]))
+    rows = []
+    for leaf in data["sensitivity"]["leaves"]:
+        losses = {each["format"]: format_figure(each["loss"]) for each in leaf["options"]}
+        cells = [f"[{losses[name]}]" if chosen[leaf["path"]] == name else losses.get(name, "-") for name in names]
+        rows.append([leaf["path"], format_count(leaf["size"]), *cells])
+    points = [[f"{each['bits']:.3f}", format_figure(each["predicted"])] for each in data["frontier"]]
+    mixes = [{"name": "mix", **data["mix"]}, *data["uniform"]]
+    measured = [
+        [each["name"], f"{each['bits']:.3f}", format_figure(each["predicted"]), format_figure(each["measured"])]
+        for each in sorted(mixes, key=lambda each: each["bits"])
+    ]
+    return [
+        make_table(f"{data['model']}: loss of each leaf by itself, [chosen]", ("leaf", "weights", *names), rows),
+        make_table("the frontier", ("bits", "KLD, predicted"), points),
+        make_table("bits against KLD", ("formats", "bits", "KLD, predicted", "KLD, measured"), measured),
+    ]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from jq4 import __version__
-from jq4.cli import _terminal, demo, drift, eval, generate, inspect, plan, quantize, report
+from jq4.cli import _terminal, demo, drift, eval, generate, inspect, mixed, plan, quantize, report
 from jq4.errors import JQ4Error
 
 _VERBS = {
@@ -18,6 +18,7 @@ _VERBS = {
     "eval": eval,
     "report": report,
     "drift": drift,
+    "mixed": mixed,
     "generate": generate,
     "inspect": inspect,
     "plan": plan,
