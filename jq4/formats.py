@@ -5,9 +5,13 @@ points, its levels are `code - zero_point` instead. Codebook formats list their 
 
     nf4   quantiles of a normal distribution, scaled to [-1, 1] (Dettmers et al. 2023, QLoRA; bitsandbytes' table)
     fp4   e2m1: a sign bit, two bits of exponent, one of mantissa (OCP Microscaling 1.0): 0 .5 1 1.5 2 3 4 6
+    dynamic8  a sign, a power of ten down to 1e-6 and a linear fraction of the bits that it leaves: bitsandbytes' signed
+          "dynamic" map (Dettmers 2016), for scales that are packed themselves (jq4.double_quant)
 """
 
 import dataclasses
+
+import numpy as np
 
 from jq4.errors import JQ4Error
 
@@ -51,6 +55,27 @@ _NF4 = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+
+
+def _dynamic_levels() -> tuple[float, ...]:
+    """For i of 0..6 the middles of 2**i equal parts of [.1, 1], times 10**(i - 6), of both signs; 0; 1: in float32."""
+    levels = [np.float32(0), np.float32(1)]
+    for i in range(7):
+        ends = _evenly_spaced(2**i + 1)
+        middles = (ends[:-1] + ends[1:]) / np.float32(2)
+        levels += [sign * level for level in np.float32(10.0 ** (i - 6)) * middles for sign in (1, -1)]
+    return tuple(float(np.float32(level)) for level in sorted(levels))
+
+
+def _evenly_spaced(count: int) -> np.ndarray:
+    """f32[count] from .1 to 1, counted from the nearer end and rounded once, as torch.linspace does it."""
+    low, high = np.float32(0.1), np.float32(1)
+    step = np.float64((high - low) / np.float32(count - 1))
+    from_start = np.arange(count)
+    value = np.where(from_start < count // 2, low + step * from_start, high - step * (count - 1 - from_start))
+    return value.astype(np.float32)
+
+
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 FORMATS: dict[str, Format] = {
@@ -62,6 +87,7 @@ FORMATS: dict[str, Format] = {
         Format("int8", 8),
         Format("nf4", 4, _NF4),
         Format("fp4", 4, _E2M1 + tuple(-level for level in _E2M1)),
+        Format("dynamic8", 8, _dynamic_levels()),
     )
 }
 

@@ -1,6 +1,7 @@
 """Recipes by name: METHOD-wBITSgGROUP[-asym], with `gc` for one scale per output channel and `gt` for one per tensor.
 
     rtn-w4g32   hqq-w4g64-asym   rtn-w8gc   nf4 (groups of 64, as bitsandbytes)   fp4 (of 32, as OCP's)   nf4-g128
+    nf4-dq      scales packed as well, as bitsandbytes' double quantization: 4.127 bits a weight
 
 `-a8` after any of them rounds the inputs of products as well, to 8 bits a token as they come (`-a4`: to 4).
 
@@ -26,7 +27,7 @@ from jq4.steps import Step
 from jq4.targets import EMBEDDINGS, HEADS, NORMS
 
 _INTEGER = re.compile(r"(?P<method>[a-z]+)-w(?P<bits>[0-9]+)g(?P<group>[0-9]+|c|t)(?P<asym>-asym)?")
-_CODEBOOK = re.compile(r"(?:(?P<method>[a-z]+)-)?(?P<type>nf|fp)4(?:-?g(?P<group>[0-9]+|c|t))?")
+_CODEBOOK = re.compile(r"(?:(?P<method>[a-z]+)-)?(?P<type>nf|fp)4(?:-?g(?P<group>[0-9]+|c|t))?(?P<double>-dq)?")
 _DEFAULT_GROUP = {"nf": "64", "fp": "32"}
 _TYPE = {"nf": "nf", "fp": "float"}
 
@@ -68,7 +69,8 @@ def _rule(name: str, targets: tuple[str, ...]) -> Rule:
         return _make(name, targets, found["method"], found["group"], int(found["bits"]), "int", not found["asym"])
     if found := _CODEBOOK.fullmatch(name):
         group = found["group"] or _DEFAULT_GROUP[found["type"]]
-        return _make(name, targets, found["method"] or "rtn", group, 4, _TYPE[found["type"]], True)
+        rule = _make(name, targets, found["method"] or "rtn", group, 4, _TYPE[found["type"]], True)
+        return dataclasses.replace(rule, double_quant=bool(found["double"]))
     raise JQ4Error(f"unknown preset {name!r}: wanted {_known()}")
 
 

@@ -11,7 +11,7 @@ slices along leading axes stay valid under `scan` and `vmap`):
     codes       u8[*B, bytes(K), N]     pallas_kernels.packing along `axis`, `padding` codes fill the last unit
     scale       float[*B, G, N]         G = ceil(K / group_size); any axis but the grouped one may be 1 (broadcast)
     zero_point  u8[*B, G, N] or None    integer formats only
-    offset      float[*B, G, N] or None
+    offset      float[*B, G, N] or None  G may be 1 as well, for one offset of all groups (packed scales)
     permutation i32[*B, K] or None      packed row k holds the weight's row permutation[k] (act-order files)
     input_scale float[*B, K, 1] or None multiplies row k of the weight; a product multiplies its inputs instead (AWQ)
     activation_scale f32[*B, 1, 1] or None  the step of the inputs' own codes where it is fixed (jq4.activations)
@@ -212,7 +212,7 @@ def validate(q: QArray, path: str = "QArray") -> QArray:
         wanted = list(q.shape)
         wanted[q.axis] = q.num_groups
         fits = len(part.shape) == len(wanted) and all(
-            have in ((want,) if i == q.axis % q.ndim else (want, 1))
+            have in ((want,) if i == q.axis % q.ndim and name != "offset" else (want, 1))
             for i, (have, want) in enumerate(zip(part.shape, wanted, strict=True))
         )
         if not fits:

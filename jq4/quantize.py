@@ -29,6 +29,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jq4.activations import rounding_inputs
+from jq4.double_quant import double_quantized
 from jq4.errors import JQ4Error
 from jq4.methods import get_method
 from jq4.paths import find_path, leaf_path
@@ -219,9 +220,13 @@ def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> tuple[QArray, A
     try:
         options = tuple(rule.method_options.items())
         packed, findings = _quantize_leaf(leaf, statistics, rule.method, rule.encoding(axis), options, _work_of(leaf))
+        packed = _double_quantized(packed) if rule.double_quant else packed
         return _with_activations(packed, rule, find_path(stats or {}, entry.path)), findings
     except JQ4Error as error:
         raise JQ4Error(f"{entry.path}: {error}") from None
+
+
+_double_quantized = jax.jit(double_quantized)
 
 
 def _with_activations(packed: QArray, rule: Rule, statistics: Any) -> QArray:

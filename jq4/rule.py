@@ -37,6 +37,7 @@ class Rule:
       observer: how the range is found, one of jq4.rounding.OBSERVERS; by default what the method is best at, or
         "absmax" and, asymmetric, "minmax".
       scale_dtype: dtype of scales and offsets.
+      double_quant: pack the scales themselves to 8 bits (jq4.double_quant), from float32 whatever scale_dtype says.
       input_activations: what products round their inputs to, as a mapping (jq4.activations); by default nothing.
       axis: the contraction axis, negative; by default what the function (`axes`, `stats`) or the leaf's name says.
       options: the method's and the observer's own, as a mapping; kept as sorted pairs, so that rules can be hashed.
@@ -53,6 +54,7 @@ class Rule:
     method: str = "rtn"
     observer: str | None = None
     scale_dtype: str = "bfloat16"
+    double_quant: bool = False
     axis: int | None = None
     input_activations: Activations | None = None
     options: tuple[tuple[str, Any], ...] = ()
@@ -98,7 +100,7 @@ class Rule:
             symmetric=self.symmetric,
             zero_point=self.zero_point or "integer",
             observer=str(self.observer),
-            scale_dtype=self.scale_dtype,
+            scale_dtype="float32" if self.double_quant else self.scale_dtype,
             **{key: value for key, value in self.options if key not in self.method_options},
         )
 
@@ -108,6 +110,8 @@ class Rule:
         if self.input_activations is not None:
             value["input_activations"] = dataclasses.asdict(self.input_activations)
         value |= {"targets": list(self.targets), "ignore": list(self.ignore), "options": dict(self.options)}
+        if not self.double_quant:
+            del value["double_quant"]
         return {key: item for key, item in value.items() if item is not None and item not in ([], {})}
 
     @classmethod
@@ -131,7 +135,7 @@ class Rule:
 
     def _check_types(self) -> None:
         optional = (int, type(None))
-        wanted = {"num_bits": int, "symmetric": bool, "group_size": optional, "axis": optional}
+        wanted = {"num_bits": int, "symmetric": bool, "double_quant": bool, "group_size": optional, "axis": optional}
         for name, kinds in wanted.items():
             value = getattr(self, name)
             if not isinstance(value, kinds) or (kinds is not bool and isinstance(value, bool)):
@@ -159,6 +163,10 @@ class Rule:
             )
         if self.strategy in ("channel", "tensor") and self.group_size is not None:
             raise JQ4Error(f"rule: group_size is {self.group_size} with strategy {self.strategy}, wanted none")
+        if self.strategy == "tensor" and self.double_quant:
+            raise JQ4Error(
+                "rule: double_quant with strategy tensor, whose one scale is not worth packing: leave it out"
+            )
         if self.strategy == "group" and self.group_size is None:
             raise JQ4Error("rule: strategy is group without a group_size, wanted one such as 32, 64 or 128")
         if self.group_size is not None and self.group_size < 1:
@@ -197,4 +205,5 @@ def describe_format(rule: Rule) -> str:
     """A few words for reports: "int4 g32 rtn", "nf4 channel rtn"."""
     groups = f"g{rule.group_size}" if rule.strategy == "group" else str(rule.strategy)
     inputs = f" a:{rule.input_activations.name}" if rule.input_activations else ""
-    return "dense" if rule.is_dense else f"{get_format(rule.format).name} {groups} {rule.method}{inputs}"
+    double = " dq" if rule.double_quant else ""
+    return "dense" if rule.is_dense else f"{get_format(rule.format).name} {groups}{double} {rule.method}{inputs}"
