@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jq4 import jax_compat
 from jq4.axes import is_array, watched_call
 from jq4.errors import JQ4Error
 from jq4.statistics import CHEAP, Statistics, WeightStatistics, check_collectable, merge
@@ -82,8 +83,10 @@ def accumulate(
         if key not in programs.steps:
             programs.steps[key] = _step(gather, leaves, structure, programs.axes, programs.tables)
         arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
-        first, more = programs.steps[key]
-        total = first(arrays) if total is None else more(total, arrays)
+        statistics, add = programs.steps[key]
+        if total is None:  # zeros, so that one program is compiled and not two
+            total = jax.tree.map(jax_compat.zeros, jax.eval_shape(statistics, arrays))
+        total = add(total, arrays)
     if total is None:
         raise JQ4Error(f"{name} was given no batches: wanted at least one")
     return Statistics(dict(total), tuple(programs.axes.items()), tuple(programs.tables))
@@ -108,7 +111,7 @@ def _step(
     axes: dict[str, int],
     tables: dict[str, int],
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(statistics of one call, the same added to a donated total), jitted, for arguments like these.
+    """(statistics of one call, their sum with a donated total, jitted), for arguments like these.
 
     `axes` and `tables` are filled with what the trace learns.
     """
@@ -128,7 +131,7 @@ def _step(
         found = statistics(arrays)
         return total | {path: merge(total[path], new) if path in total else new for path, new in found.items()}
 
-    return jax.jit(statistics), jax.jit(add, donate_argnums=0)
+    return statistics, jax.jit(add, donate_argnums=0)
 
 
 def _by_path(frame: Frame) -> dict[str, WeightStatistics]:

@@ -1,13 +1,19 @@
 """Oracles: jq4.quantize on the whole tree (byte for byte where nothing is calibrated), and the decoder itself."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jq4
+from jq4 import qarray
 from jq4.chain import TreeSource
 from jq4.driver import quantize_blocks
+from jq4.errors import JQ4Error
+from jq4.evaluate import evaluate
+from jq4.qarray import is_qarray
 from models.chain import LAYERS, decoder_chain
 from models.config import DecoderConfig
 from models.decoder import Decoder
@@ -90,3 +96,87 @@ def test_steps_are_followed(untied_config, rows, before, after, limit):
     assert lost < limit * lost_plain
     notes = {row.note for row in result.rows}
     assert all("learned" in note for note in notes) if after else notes == {""}
+
+
+def random_params(config):
+    """Weights large enough that the logits are not flat."""
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.2, leaf.shape), jnp.float32), shapes)
+
+
+def codes_of(tree):
+    leaves = jax.tree.leaves(tree, is_leaf=is_qarray)
+    return np.concatenate([np.asarray(qarray.codes_of(leaf)).ravel() for leaf in leaves if is_qarray(leaf)])
+
+
+@pytest.fixture(scope="module")
+def many_rows(config):
+    return np.random.default_rng(1).integers(0, config.vocab_size, (128, 16), np.int32)
+
+
+@pytest.fixture(scope="module")
+def calibrated(config, many_rows):
+    """The params, and what GPTQ makes of them on one device."""
+    params = random_params(config)
+    chain, source = decoder_chain(config), TreeSource(params, LAYERS)
+    return params, quantize_blocks(chain, source, "gptq-w4g16", many_rows, batch_size=1)
+
+
+def test_gptq_fits_each_block_to_the_inputs_it_meets(config, many_rows, calibrated):
+    params, result = calibrated
+    model = jq4.quantized(Decoder(config).apply, strict=True)
+    stats = jq4.observe(model, {"params": params}, [many_rows], collect=("hessian",))
+    whole = jq4.quantize(params, "gptq-w4g16", stats)
+    first = [jax.tree.map(lambda leaf: leaf[:1], p["layers"]["attention"]["q_proj"]) for p in (result.params, whole)]
+    assert np.mean(codes_of(first[0]) != codes_of(first[1])) < 0.01  # what nothing precedes has the same inputs in both
+
+    unseen = np.random.default_rng(2).integers(0, config.vocab_size, (32, 16), np.int32)
+    logits = jax.jit(model)
+    trees = {"driver": result.params, "whole": whole, "rtn": jq4.quantize(params, "rtn-w4g16")}
+    found = {
+        name: evaluate(
+            lambda tokens, tree=tree: logits({"params": tree}, tokens),
+            unseen,
+            reference=lambda tokens: logits({"params": params}, tokens),
+        ).kld_mean
+        for name, tree in trees.items()
+    }
+    assert found["driver"] < found["whole"] < found["rtn"]
+    assert all(0 < row.weighted_error < 0.1 and row.seconds > 0 for row in result.rows)
+    assert (result.calibration_rows, result.context) == (128, 16)
+
+
+def test_neither_batch_size_nor_spilling_changes_a_byte(config, many_rows, calibrated):
+    params, result = calibrated
+    chain, source = decoder_chain(config), TreeSource(params, LAYERS)
+    found = quantize_blocks(chain, source, "gptq-w4g16", many_rows, batch_size=100, memory=0)
+    same_bytes(found.params, result.params)
+
+
+def test_eight_devices_change_fewer_than_one_code_in_ten_thousand(config, many_rows, calibrated):
+    params, result = calibrated
+    chain, source = decoder_chain(config), TreeSource(params, LAYERS)
+    found = quantize_blocks(chain, source, "gptq-w4g16", many_rows, devices=jax.devices()[:8]).params
+    assert np.mean(codes_of(found) != codes_of(result.params)) < 1e-4
+
+
+def test_poisoned_activations_name_block_and_leaf(config, params, rows, tmp_path):
+    chain = decoder_chain(config)
+
+    def poisoned(tree, index, x):
+        return chain.block(tree, index, jnp.where(index == 1, jnp.nan, x))
+
+    ill = dataclasses.replace(chain, block=poisoned)
+    with pytest.raises(JQ4Error, match=r"block 1: layers/attention/k_proj/kernel: its statistics are not finite"):
+        quantize_blocks(ill, TreeSource(params, LAYERS), "gptq-w4g16", rows, destination=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_is_asked_for_before_any_work(config, params, tmp_path):
+    chain, source = decoder_chain(config), TreeSource(params, LAYERS)
+    with pytest.raises(JQ4Error, match=r"recipe gptq-w4g16 needs calibration \(method gptq\), and none was given"):
+        quantize_blocks(chain, source, "gptq-w4g16", destination=tmp_path / "out")
+    with pytest.raises(JQ4Error, match=r"calibration rows are float64\[2, 3\], wanted integers \[rows, tokens\]"):
+        quantize_blocks(chain, source, "gptq-w4g16", np.zeros((2, 3)), destination=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,79 @@
+"""jq4 quantize with calibration, in this process, on a tiny random model folder. Oracle: quantize_blocks itself."""
+
+import hashlib
+import json
+
+import jax
+import numpy as np
+import pytest
+from random_model import make_random_model
+
+import jq4
+from jq4.chain import TreeSource
+from jq4.cli import main
+from models.chain import LAYERS, decoder_chain
+from models.hf import load_config, load_params
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_random_model(tmp_path_factory.mktemp("models") / "random")
+
+
+def run_error(capsys, *argv):
+    assert main([*map(str, argv)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_calibrated_from_a_text(capsys, source, tmp_path):
+    file, out = source / "text.txt", tmp_path / "out"
+    options = ["--calibration", file, "--context", 16, "--rows", 5, "--memory", "1kB"]
+    assert main([*map(str, ["quantize", source, out, "--recipe", "gptq-w4g32", *options]), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    digest = "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest()
+    assert data["calibration"]["sha256"] == digest and (data["calibration_rows"], data["context"]) == (5, 16)
+    assert jq4.read_manifest(out).source["calibration"] == data["calibration"]
+    assert {row["block"] for row in data["rows"]} == {0, 1} and len(data["rows"]) == 14
+    assert all(0 < row["weighted_error"] < 1 and row["sqnr_db"] > 10 for row in data["rows"])
+    assert len(data["packed"]) == 7 and data["peak_memory"] > 1e7
+
+    config = load_config(source)
+    ids = np.asarray(jq4_tokenizer(source)(file.read_text()), np.int32)
+    cut = ids[: len(ids) // 16 * 16].reshape(-1, 16)
+    rows = cut[np.arange(5) * len(cut) // 5]
+    tree = TreeSource(load_params(source, config), LAYERS)
+    wanted = jq4.quantize_blocks(decoder_chain(config), tree, "gptq-w4g32", rows).params
+    for have, want in zip(jax.tree.leaves(jq4.restore(out)), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(np.asarray(have), np.asarray(want))
+
+
+def jq4_tokenizer(folder):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return lambda text: tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            [],
+            "the recipe gptq-w4g32 needs calibration (method gptq), and none was given",
+        ),
+        (["--calibration", "{source}/text.txt", "--context", "9999"], "fewer than one row of 9999"),
+        (["--calibration", "{source}/nothing.txt"], "there is no such file to calibrate with"),
+        (["--calibration", "{source}/config.json", "--memory", "much"], "memory 'much': wanted an amount such as"),
+    ],
+)
+def test_what_cannot_be_calibrated_writes_nothing(capsys, source, tmp_path, options, message):
+    given = [option.format(source=source) for option in options]
+    assert message in run_error(capsys, "quantize", source, tmp_path / "out", "--recipe", "gptq-w4g32", *given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_effort_is_refused_by_name(capsys, source, tmp_path):
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--effort", "heroic"]) == 2
+    assert "invalid choice: 'heroic'" in capsys.readouterr().err
