@@ -78,8 +78,7 @@ def test_any_scale_in_any_fold_leaves_the_function_as_it_is(family):
         assert not np.allclose(leaf_at(moved, path), leaf_at(params, path)), path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("step", ["smoothquant", "awq"])
+@pytest.mark.parametrize(("family", "step"), [*((name, "smoothquant") for name in FAMILIES), ("gemma2", "awq")])
 def test_a_step_leaves_the_function_as_it_is_and_moves_scales(family, step):
     config, params = random_decoder(family)
     recipe = with_steps("rtn-w4g32", (step,))
