@@ -1,7 +1,7 @@
 """The rows of calibration: token ids i32[R, T], checked before any work, and whether a recipe needs them."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class Needs:
     why: str = ""
 
 
-def needs_of(recipe: Recipe, plan: BlockPlan, outside: list[LeafReport]) -> Needs:
+def needs_of(recipe: Recipe, plan: BlockPlan, outside: Sequence[LeafReport]) -> Needs:
     """What this recipe needs for these leaves."""
     planned = [leaf.rule for leaf in (*plan.leaves, *outside) if leaf.is_planned and leaf.rule is not None]
     why = _in_need(recipe, planned)

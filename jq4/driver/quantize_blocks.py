@@ -18,8 +18,6 @@ short beside what made them, and nothing of the size of the activations needs to
 """
 
 import contextlib
-import importlib.metadata
-import math
 import re
 import resource
 import sys
@@ -31,7 +29,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jq4.chain import BlockSource, Chain
 from jq4.checkpoint import save
@@ -39,20 +36,15 @@ from jq4.checkpoint.atomic import check_ours
 from jq4.driver import end_to_end
 from jq4.driver.block import check_dense_leaves, quantize_leaves, replaced
 from jq4.driver.blocks import BlocksInOrder
-from jq4.driver.calibration_rows import Needs, check_rows, needs_of
-from jq4.driver.equalized import RotatedSource
-from jq4.driver.journal import SUFFIX, Journal, digest_of, journal_in
-from jq4.driver.plan import BlockPlan, paths_of, plan_block, wanted_of
+from jq4.driver.job import Job, plan_job
+from jq4.driver.journal import SUFFIX, Journal, journal_in
+from jq4.driver.plan import paths_of, wanted_of
 from jq4.driver.report import BlocksResult, LeafRow, whole_report
 from jq4.driver.rows_learned import rows_learned
 from jq4.driver.store import BlockStore
-from jq4.driver.streams import Placement
-from jq4.equalize import for_model
-from jq4.quantize import quantize_report, warn_of_idle_rules
-from jq4.quantize_report import LeafReport
+from jq4.quantize import warn_of_idle_rules
 from jq4.recipe import Recipe
 from jq4.rule import Rule
-from jq4.tuning import with_effort
 
 Progress = Callable[[int, int, str], None]  # (blocks done, of all, what is being done)
 STREAM_BYTES = 2**31  # of activations in memory; more lie in files
@@ -102,57 +94,55 @@ def quantize_blocks(
       IdleRuleWarning: for a rule that quantized no leaf.
     """
     started = time.perf_counter()
-    recipe = for_model(with_effort(Recipe.of(recipe), effort), chain.folds)
     target = None if destination is None else Path(destination).expanduser().resolve()
     if target is not None:
         check_ours(target)
-    source = RotatedSource(source, chain, recipe) if recipe.before else source
-    outside, first = source.outside(), source.block(0)
-    plan = plan_block(chain, outside, first, recipe)
-    planned_outside = quantize_report(outside, plan.recipe).leaves
-    needs = needs_of(recipe, plan, planned_outside)
-    rows = check_rows(rows, needs, recipe.name)
-    last_step = end_to_end.step_of(recipe)
-    if last_step is not None:
-        end_to_end.check_memory(outside, first, chain.num_blocks)
-    del first
+    job = plan_job(chain, source, Recipe.of(recipe), rows, effort=effort, seed=seed, devices=devices)
     provenance = provenance() if callable(provenance) else provenance
-    placement = Placement(devices)
-    identity = _identity(chain, source, recipe, rows, provenance, (effort, seed), placement, target is not None)
+    identity = {} if target is None else job.identity(provenance)
     with _work_folder(target) as folder, journal_in(folder, identity, restart) as journal:
         resumed = len(journal.blocks)
-        store, before = BlockStore(folder / "blocks", chain.num_blocks), None
-        if last_step is not None:
-            before = BlockStore(folder / "dense", chain.num_blocks)
-        blocks = BlocksInOrder(chain, source, recipe, plan, needs, placement, seed)
-        if rows is not None:
-            blocks.embed(outside, rows, batch_size, _spill_folder(chain, outside, rows, needs, memory, folder))
-        del outside
-        _run_blocks(blocks, store, before, journal, chain.num_blocks, progress)
-        params, of_outside = _outside_packed(source, planned_outside, plan, blocks)
-        params |= store.stacked()
-        rows_done = [row for block in journal.blocks for row in map(LeafRow.from_dict, block)] + of_outside
-        if last_step is not None and before is not None and rows is not None:
-            dense, params = jax.tree.map(jnp.asarray, ({**source.outside(), **before.stacked()}, params))
-            params = end_to_end.distilled(chain, dense, params, rows, last_step, seed, progress)
-            rows_done = rows_learned(rows_done, dense, params)
-        report = whole_report(recipe, plan.leaves, planned_outside, rows_done, chain.num_blocks)
+        params, made = _quantized(job, folder, journal, batch_size, memory, progress)
+        report = whole_report(job.recipe, job.plan.leaves, job.outside, made, chain.num_blocks)
         if target is None:
             params = jax.tree.map(jnp.asarray, params)
         else:
             _say(progress, chain, "saving")
-            save(target, params, recipe=recipe, source=provenance, extra_files=extra_files)
+            save(target, params, recipe=job.recipe, source=provenance, extra_files=extra_files)
     warn_of_idle_rules(report)
     return BlocksResult(
         params=params if target is None else None,
         report=report,
-        rows=tuple(rows_done),
+        rows=tuple(made),
         resumed_blocks=resumed,
-        calibration_rows=None if rows is None else rows.shape[0],
-        context=None if rows is None else rows.shape[1],
+        calibration_rows=None if job.rows is None else job.rows.shape[0],
+        context=None if job.rows is None else job.rows.shape[1],
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
     )
+
+
+def _quantized(
+    job: Job, folder: Path, journal: Journal, batch_size: int, memory: int, progress: Progress | None
+) -> tuple[dict[str, Any], list[LeafRow]]:
+    """The packed tree, its blocks as memory maps of `folder`, and the report's rows."""
+    chain = job.chain
+    store, before = BlockStore(folder / "blocks", chain.num_blocks), None
+    if job.last_step is not None:
+        before = BlockStore(folder / "dense", chain.num_blocks)
+    blocks = BlocksInOrder(chain, job.source, job.recipe, job.plan, job.needs, job.placement, job.seed)
+    if job.rows is not None:
+        spilled = folder / "streams" if job.stream_bytes > memory else None
+        blocks.embed(job.source.outside(), job.rows, batch_size, spilled)
+    _run_blocks(blocks, store, before, journal, chain.num_blocks, progress)
+    params, of_outside = _outside_packed(job, blocks)
+    params |= store.stacked()
+    made = [row for block in journal.blocks for row in map(LeafRow.from_dict, block)] + of_outside
+    if job.last_step is None or before is None or job.rows is None:
+        return params, made
+    dense, params = jax.tree.map(jnp.asarray, ({**job.source.outside(), **before.stacked()}, params))
+    params = end_to_end.distilled(chain, dense, params, job.rows, job.last_step, job.seed, progress)
+    return params, rows_learned(made, dense, params)
 
 
 def peak_memory() -> int:
@@ -190,25 +180,15 @@ def _run_blocks(
         journal.add_block([row.as_dict() for row in rows])
 
 
-def _outside_packed(
-    source: BlockSource, planned: Sequence[LeafReport], plan: BlockPlan, blocks: BlocksInOrder
-) -> tuple[dict[str, Any], list[LeafRow]]:
+def _outside_packed(job: Job, blocks: BlocksInOrder) -> tuple[dict[str, Any], list[LeafRow]]:
     """The params outside of the blocks, quantized where a rule says so, and their rows."""
-    outside = source.outside()
-    leaves = paths_of(outside)
-    wanted = {leaf.path: wanted_of(leaf.rule) for leaf in planned if leaf.is_planned and leaf.rule is not None}
+    outside = job.source.outside()
+    wanted = {leaf.path: wanted_of(leaf.rule) for leaf in job.outside if leaf.is_planned and leaf.rule is not None}
     statistics = blocks.head_statistics(outside, wanted)
-    packed, rows = quantize_leaves(leaves, plan.recipe, statistics, None, None)
+    packed, rows = quantize_leaves(paths_of(outside), job.plan.recipe, statistics, None, None)
     tree = replaced(outside, packed)
     check_dense_leaves("", tree)
     return dict(tree), rows
-
-
-def _spill_folder(chain: Chain, outside: Any, rows: np.ndarray, needs: Needs, memory: int, folder: Path) -> Path | None:
-    """Where activations lie that `memory` bytes cannot hold; None if they can."""
-    x = jax.eval_shape(chain.embed, outside, jax.ShapeDtypeStruct(rows.shape, np.int32))
-    nbytes = 4 * math.prod(x.shape) * (2 if needs.dense else 1)
-    return folder / "streams" if nbytes > memory else None
 
 
 @contextlib.contextmanager
@@ -218,38 +198,6 @@ def _work_folder(target: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="jq4-") as folder:
         yield Path(folder)
-
-
-def _identity(
-    chain: Chain,
-    source: BlockSource,
-    recipe: Recipe,
-    rows: np.ndarray | None,
-    provenance: Any,
-    options: tuple[Any, ...],
-    placement: Placement,
-    lasting: bool,
-) -> dict[str, Any]:
-    """Everything that the result depends on, by name."""
-    from jq4 import __version__
-
-    if not lasting:
-        return {}
-    device = placement.devices[0]
-    return {
-        "recipe": digest_of(recipe.to_dict()),
-        "model": digest_of([chain.num_blocks, chain.stacked, chain.stages]),
-        "source": _digest_of_source(chain, source) if provenance is None else digest_of(provenance),
-        "calibration rows": None if rows is None else digest_of(rows),
-        "effort and seed": list(options),
-        "devices": [len(placement.devices), device.platform, device.device_kind],
-        "versions": [__version__, *map(importlib.metadata.version, ("jax", "jaxlib", "numpy"))],
-    }
-
-
-def _digest_of_source(chain: Chain, source: BlockSource) -> str:
-    parts = [lambda: source.outside(), *(lambda i=i: source.block(i) for i in range(chain.num_blocks))]
-    return digest_of([[path, digest_of(np.asarray(leaf))] for read in parts for path, leaf in paths_of(read()).items()])
 
 
 def _say(progress: Progress | None, chain: Chain, text: str) -> None:
