@@ -1,5 +1,7 @@
 """The quality report. Oracles: what jq4 eval prints, numpy in float64 for a weight's errors, and html.parser."""
 
+import contextlib
+import io
 import json
 from html.parser import HTMLParser
 
@@ -22,12 +24,17 @@ FIGURES = ("perplexity", "kld_mean", "kld_p50", "kld_p90", "kld_p99", "kld_p99_9
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A dense model, two packed ones, and the report of the first of them."""
+    """A dense model; one by rtn and its report "first"; one by gptq, its reports by quantize, "made", and "second"."""
     base = tmp_path_factory.mktemp("report")
     source = make_random_model(base / "dense")
-    for name in ("rtn-w4g32", "rtn-w3g32"):
-        assert main(["quantize", str(source), str(base / name), "--recipe", name, "--json"]) == 0
+    assert main(["quantize", str(source), str(base / "rtn-w4g32"), "--recipe", "rtn-w4g32", "--json"]) == 0
     assert main(report_of(base, "rtn-w4g32", "first")) == 0
+    ids = ["--calibration", str(source / "ids.npy"), "--context", "16", "--report", str(base / "made"), "--json"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["quantize", str(source), str(base / "gptq-w3g32"), "--recipe", "gptq-w3g32", *ids]) == 0
+    (base / "printed.json").write_text(printed.getvalue())
+    more = ["--compare", str(base / "first"), "--quantizing", str(base / "made")]
+    assert main(report_of(base, "gptq-w3g32", "second", *more)) == 0
     return base
 
 
@@ -111,16 +118,15 @@ def test_a_report_is_made_again_from_its_data(folders, tmp_path):
         assert (tmp_path / name).read_bytes() == (folders / "first" / name).read_bytes()
 
 
-def test_several_models_are_compared_on_the_same_tokens_only(folders, tmp_path, capsys):
-    assert main(report_of(folders, "rtn-w3g32", "second", "--compare", str(folders / "first"))) == 0
+def test_several_models_are_compared_on_the_same_tokens_only(folders, capsys):
     data = read_report(folders / "second")
     three, four = data["compared"]
-    assert (three["name"], four["name"]) == ("rtn-w3g32", "rtn-w4g32")
+    assert (three["name"], four["name"]) == ("gptq-w3g32", "rtn-w4g32")
     assert (three["bits_per_weight_packed"], four["bits_per_weight_packed"]) == (3.5, 4.5)
-    assert three["kld_mean"] > 2 * four["kld_mean"]
+    assert three["kld_mean"] == data["evaluation"]["kld_mean"] > four["kld_mean"]
     assert four["kld_mean"] == read_report(folders / "first")["evaluation"]["kld_mean"]
     capsys.readouterr()
-    assert main(report_of(folders, "rtn-w3g32", "third", "--compare", str(folders / "first"), "--context", "8")) == 1
+    assert main(report_of(folders, "gptq-w3g32", "third", "--compare", str(folders / "first"), "--context", "8")) == 1
     assert "was measured on other tokens (rows 5, here 10)" in capsys.readouterr().err
     assert not (folders / "third").exists()
 
@@ -210,6 +216,22 @@ def test_rows_of_a_quantize_report_are_what_was_held():
     data = compose_report(model="m", leaves=leaf_rows(report), cost={"seconds": 1.5, "peak_memory_bytes": 3e9})
     assert json.loads(json.dumps(data)) == data
     assert "| peak memory | 3 GB |" in jq4.quality_report.markdown.markdown_of(data)
+
+
+def test_quantize_writes_a_report_that_report_takes_its_cost_from(folders):
+    """What quantize prints with --json is the oracle."""
+    printed = json.loads((folders / "printed.json").read_text())
+    found = read_report(folders / "made")
+    assert found["cost"]["peak_memory_bytes"] == printed["peak_memory"] and found["calibration"]["rows"] == 5
+    assert found["totals"]["bits_per_weight_packed"] == 3.5 and "evaluation" not in found
+    leaf = next(leaf for leaf in found["leaves"] if leaf["path"].endswith("up_proj/kernel"))
+    rows = [row for row in printed["rows"] if row["path"] == leaf["path"]]
+    assert [each["index"] for each in leaf["slices"]] == [[0], [1]] and leaf["weighting"] == "calibration"
+    assert [each["output_error"] for each in leaf["slices"]] == [row["weighted_error"] for row in rows]
+    assert Page((folders / "made" / "report.html").read_text(encoding="utf-8")).open == []
+    measured = read_report(folders / "second")
+    assert measured["cost"] == found["cost"] and measured["calibration"] == found["calibration"]
+    assert "| calibrated on | ids.npy (5 rows of 16 tokens" in (folders / "second" / "report.md").read_text()
 
 
 def test_layers_are_read_from_slices_and_from_names():

@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default 8)")
     parser.add_argument("--memory", metavar="2GB", help="of activations; more lie in files beside DST (default 2GiB)")
     parser.add_argument("--restart", action="store_true", help="throw away the work of an unfinished run beside DST")
+    parser.add_argument(
+        "--report", metavar="DIR", help="also write what became of each leaf and layer, as JSON, Markdown and HTML"
+    )
 
 
 DEFAULT_RECIPE = "hqq-w4g64-asym"
@@ -66,18 +69,20 @@ def run(arguments: argparse.Namespace) -> None:
 
 def pack(arguments: argparse.Namespace) -> dict[str, Any]:
     """Quantizes and saves; what `jq4 quantize --json` prints."""
-    from jq4.cli import _models
+    from jq4.cli import _folders, _models
+    from jq4.quality_report.write import FILES
 
     source, destination = Path(arguments.source), Path(arguments.destination)
     check_destination(source, destination)
     recipe = read_recipe(arguments.recipe)
     folder_of(arguments.source)
-    if _models.is_checkpoint(source):
-        return pack_again(arguments, recipe)
-    return pack_folder(arguments, recipe)
+    if arguments.report is not None:
+        _folders.check_only_ours(Path(arguments.report), FILES, "no report wrote")
+    data, report = (pack_again if _models.is_checkpoint(source) else pack_folder)(arguments, recipe)
+    return data if arguments.report is None else data | {"report": write_report_of(arguments, data, report)}
 
 
-def pack_folder(arguments: argparse.Namespace, recipe: Any) -> dict[str, Any]:
+def pack_folder(arguments: argparse.Namespace, recipe: Any) -> tuple[dict[str, Any], Any]:
     """A Hugging Face folder, block by block."""
     from jq4.cli import _models, _terminal
     from jq4.driver import quantize_blocks
@@ -114,10 +119,10 @@ def pack_folder(arguments: argparse.Namespace, recipe: Any) -> dict[str, Any]:
             progress=step,
         )
     told = {**result.as_dict(), "calibration": None if calibration is None else calibration.as_dict()}
-    return account(arguments, recipe, result.report, watch) | told
+    return account(arguments, recipe, result.report, watch) | told, result.report
 
 
-def pack_again(arguments: argparse.Namespace, recipe: Any) -> dict[str, Any]:
+def pack_again(arguments: argparse.Namespace, recipe: Any) -> tuple[dict[str, Any], Any]:
     """A folder that is packed already: refused, unless just as this recipe says."""
     from jq4.cli import _models, _terminal
     from jq4.quantize import quantize
@@ -129,7 +134,27 @@ def pack_again(arguments: argparse.Namespace, recipe: Any) -> dict[str, Any]:
     report = QuantizeReport()
     packed = dataclasses.replace(model, params=quantize(model.params, recipe, report=report, donate=True))
     packed.save(arguments.destination, recipe=recipe, source=_models.origin(Path(arguments.source)))
-    return account(arguments, recipe, report, watch)
+    return account(arguments, recipe, report, watch), report
+
+
+def write_report_of(arguments: argparse.Namespace, data: dict[str, Any], report: Any) -> dict[str, str]:
+    """Writes the report of this quantizing; returns its files by kind."""
+    from jq4.cli import _terminal
+    from jq4.quality_report import quantizing_report, write_report
+
+    names = ("parameters", "parameters_packed", "bytes", "bytes_on_disk", "bits_per_weight", "bits_per_weight_packed")
+    made = quantizing_report(
+        model=Path(arguments.destination).resolve().name,
+        report=report,
+        rows=data.get("rows", ()),
+        recipe=data["recipe"],
+        source={"folder": Path(arguments.source).resolve().name},
+        calibration=data.get("calibration"),
+        totals={name: data[name] for name in names},
+        cost={"seconds": data["seconds"], "peak_memory_bytes": data.get("peak_memory")},
+        versions=_terminal.versions(),
+    )
+    return write_report(made, arguments.report)
 
 
 def account(arguments: argparse.Namespace, recipe: Any, report: Any, watch: Any) -> dict[str, Any]:

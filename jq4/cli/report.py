@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser)
     parser.add_argument("--out", default="jq4-report", metavar="DIR", help="where to write (default ./jq4-report)")
     parser.add_argument(
+        "--quantizing", metavar="REPORT", help="what jq4 quantize --report wrote: its time and memory are told too"
+    )
+    parser.add_argument(
         "--compare", action="append", default=[], metavar="REPORT", help="another report's folder; may be repeated"
     )
 
@@ -53,10 +56,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from jq4.cli.eval import read_given
     from jq4.evaluate import evaluate
     from jq4.inventory import bytes_on_disk, inventory, totals
-    from jq4.quality_report import compose_report, expert_coverage, leaf_rows
+    from jq4.quality_report import compose_report, expert_coverage, leaf_rows, read_report
 
     watch = _terminal.Stopwatch()
     given = read_given(arguments)
+    cost = None if arguments.quantizing is None else read_report(arguments.quantizing).get("cost")
     others = [read_compared(path) for path in arguments.compare]
     model = _models.open_model(arguments.model)
     reference = None if arguments.reference is None else _models.open_model(arguments.reference)
@@ -92,6 +96,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         notes=notes_on(model, reference, _models.went_dense(runnable)),
         versions=_terminal.versions(),
         **made_of(arguments.model),
+        cost=cost,
     ) | {"seconds": watch.seconds}
 
 
@@ -113,19 +118,15 @@ def name_of(folder: str) -> str:
 
 
 def made_of(folder: str) -> dict[str, Any]:
-    """How a folder was made, by its own account: recipe, source, and what its own report says of calibration."""
+    """How a folder was made, by its own account: recipe, source and calibration."""
     from jq4.checkpoint.orbax import read_manifest
     from jq4.cli import _models
-    from jq4.quality_report import read_report
-    from jq4.quality_report.write import JSON
 
     if not _models.is_checkpoint(folder):
         return {}
     manifest = read_manifest(folder)
     source = dict(manifest.source or {})
-    told = read_report(folder) if (Path(folder) / JSON).is_file() else {}
-    calibration = source.pop("calibration", told.get("calibration"))
-    return {"recipe": manifest.recipe, "source": source, "calibration": calibration, "cost": told.get("cost")}
+    return {"recipe": manifest.recipe, "calibration": source.pop("calibration", None), "source": source}
 
 
 def read_compared(path: str) -> dict[str, Any]:

@@ -10,5 +10,6 @@ Whatever it says was measured by whoever gives it: `jq4 report` (the quality of 
 from jq4.quality_report.compose import compose_report as compose_report
 from jq4.quality_report.compose import expert_coverage as expert_coverage
 from jq4.quality_report.compose import leaf_rows as leaf_rows
+from jq4.quality_report.quantizing import quantizing_report as quantizing_report
 from jq4.quality_report.write import read_report as read_report
 from jq4.quality_report.write import write_report as write_report

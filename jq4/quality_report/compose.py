@@ -14,7 +14,6 @@ compared          other models on the same tokens: name, bits_per_weight, kld_me
 notes, versions
 """
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -122,17 +121,15 @@ def _experts_of(path: str, statistics: Any) -> list[dict[str, Any]]:
 def _leaf_row(leaf: Leaf | LeafReport) -> dict[str, Any]:
     if isinstance(leaf, Leaf):
         return leaf.as_dict()
-    row = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
-    row = {key: value for key, value in row.items() if key not in ("rule", "noise", "nbytes", "dense_nbytes")}
+    names = ("path", "shape", "status", "group_size", "axis", "sqnr_db", "starved", "note")
     size = max(1, math.prod(leaf.shape or ()))
     packed = leaf.is_packed or leaf.status == "packed already"
-    return row | {
+    return {name: getattr(leaf, name) for name in names} | {
         "format": leaf.format if packed else leaf.dtype,
         "packed": packed,
         "bytes": leaf.nbytes,
         "dense_bytes": leaf.dense_nbytes,
         "bits_per_weight": 8 * leaf.nbytes / size,
-        "sqnr_db": leaf.sqnr_db,
     }
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from jq4.report import evaluation_rows, format_bytes, format_figure
 
+CALIBRATION = "calibration"  # a leaf's output errors are over the rows that it was calibrated on
+
 
 @dataclasses.dataclass(frozen=True)
 class Section:
@@ -67,7 +69,9 @@ def _weights(data: Mapping[str, Any]) -> Section | None:
         return None
     weighted = sorted({leaf["weighting"] for leaf in leaves if leaf.get("weighting")})
     said = "SQNR: signal to quantization noise of the weights themselves."
-    if weighted:
+    if weighted == [CALIBRATION]:
+        said += " Output error, by layer: E|x(W - W')|² / E|xW|² over calibration's rows, as quantizing measured it."
+    elif weighted:
         kinds = {"hessian": "the Hessian E[x xᵀ] (exact)", "mean_square": "its diagonal E[x²] (an estimate)"}
         said += (
             " Output error: E|x(W - W')|² / E|xW|² over the inputs x that the reference's weights met on the tokens "
