@@ -27,6 +27,7 @@ class Leaf:
     Attributes:
       bytes: held on the device, scales and zero points included.
       host_bytes: the same on the host.
+      activations: what products round their inputs to (jq4.activations), "" for nothing.
       sqnr_db: signal to quantization noise against the reference, None where there is none or nothing differs.
     """
 
@@ -40,6 +41,7 @@ class Leaf:
     axis: int | None = None
     scale_dtype: str | None = None
     sqnr_db: float | None = None
+    activations: str = ""
 
     @property
     def size(self) -> int:
@@ -109,4 +111,5 @@ def _leaf(path: str, leaf: Any) -> Leaf:
         return Leaf(path, tuple(leaf.shape), str(leaf.dtype), leaf_nbytes(leaf), host)
     scales = leaf.scale.format if is_qarray(leaf.scale) else str(leaf.scale.dtype)
     group = min(leaf.group_size, leaf.shape[leaf.axis])
-    return Leaf(path, leaf.shape, leaf.format, leaf.nbytes, host, True, group, leaf.axis, scales)
+    found = Leaf(path, leaf.shape, leaf.format, leaf.nbytes, host, True, group, leaf.axis, scales)
+    return dataclasses.replace(found, activations=leaf.activations)

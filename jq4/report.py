@@ -85,7 +85,8 @@ def inventory_table(data: Mapping[str, Any]) -> Table:
     for leaf in data["leaves"]:
         group = "-" if leaf["group_size"] is None else str(leaf["group_size"])
         shape = " ".join(map(str, leaf["shape"])) or "scalar"
-        row = [leaf["path"], shape, leaf["format"], group, format_bytes(leaf["bytes"])]
+        form = " x ".join(filter(None, (leaf["format"], leaf.get("activations"))))
+        row = [leaf["path"], shape, form, group, format_bytes(leaf["bytes"])]
         row.append(f"{leaf['bits_per_weight']:.2f}")
         rows.append(row + [_decibels(leaf.get("sqnr_db"))] * with_error)
     return make_table(str(data["model"]), columns, rows)

@@ -10,6 +10,7 @@ import pytest
 import jq4
 from jq4.activations import Activations, rounding_inputs
 from jq4.equalize import collects, scale_block
+from jq4.inventory import inventory
 from jq4.matmul import dot_general, ragged_dot
 from jq4.qarray import codes_of, validate
 from jq4.rounding import quantize_weight
@@ -136,6 +137,7 @@ def test_what_the_recipe_says_of_activations_is_kept(tmp_path):
         jq4.quantize(params, recipe)
     packed = jq4.quantize(params, recipe, observe(config, params, ("absmax",)))
     assert packed["layers"]["attention"]["q_proj"]["kernel"].activation_scale.shape == (2, 1, 1)
+    assert {leaf.activations for leaf in inventory(packed) if leaf.packed} == {"int8-tensor"}
     jq4.save(tmp_path / "model.jq4", packed)
     again = jq4.restore(tmp_path / "model.jq4")
     assert jax.tree.structure(again) == jax.tree.structure(packed)
