@@ -1,0 +1,114 @@
+"""What a run has to do, decided before any work from shapes alone, and its identity: all that the result depends on."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jq4.chain import BlockSource, Chain
+from jq4.driver import end_to_end
+from jq4.driver.calibration_rows import Needs, check_rows, needs_of
+from jq4.driver.equalized import RotatedSource
+from jq4.driver.journal import digest_of
+from jq4.driver.plan import BlockPlan, paths_of, plan_block
+from jq4.driver.streams import Placement
+from jq4.equalize import for_model
+from jq4.quantize import quantize_report
+from jq4.quantize_report import LeafReport
+from jq4.recipe import Recipe
+from jq4.steps import Step
+from jq4.tuning import with_effort
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run of `quantize_blocks`.
+
+    Attributes:
+      recipe: with the options of its effort written out.
+      source: rotated, if the recipe says so.
+      given: the source as it was given.
+      plan, outside: what becomes of the leaves of every block, and of those outside of the blocks.
+      needs, rows: what is needed of calibration, and the rows i32[R, T] if any are.
+      last_step: "distill", if the recipe has it.
+      width: D of the activations.
+    """
+
+    chain: Chain
+    given: BlockSource
+    source: BlockSource
+    recipe: Recipe
+    plan: BlockPlan
+    outside: tuple[LeafReport, ...]
+    needs: Needs
+    rows: np.ndarray | None
+    last_step: Step | None
+    width: int
+    seed: int
+    placement: Placement
+
+    @property
+    def stream_bytes(self) -> int:
+        """Of the activations between two blocks."""
+        return 0 if self.rows is None else 4 * self.rows.size * self.width * (2 if self.needs.dense else 1)
+
+    def identity(self, provenance: Any) -> dict[str, Any]:
+        """Everything that the result depends on, by name; `provenance` tells the source, or all of it is read."""
+        from jq4 import __version__
+
+        chain, device = self.chain, self.placement.devices[0]
+        return {
+            "recipe": digest_of(self.recipe.to_dict()),
+            "model": digest_of([chain.num_blocks, chain.stacked, chain.stages]),
+            "source": _digest_of_source(chain, self.given) if provenance is None else digest_of(provenance),
+            "calibration rows": None if self.rows is None else digest_of(self.rows),
+            "seed": self.seed,
+            "devices": [len(self.placement.devices), device.platform, device.device_kind],
+            "versions": [__version__, *map(importlib.metadata.version, ("jax", "jaxlib", "numpy"))],
+        }
+
+
+def plan_job(
+    chain: Chain,
+    source: BlockSource,
+    recipe: Recipe,
+    rows: Any,
+    *,
+    effort: str,
+    seed: int,
+    devices: Sequence[Any] | None,
+) -> Job:
+    """The job; a JQ4Error for whatever can be known to be wrong before it is begun."""
+    recipe = for_model(with_effort(recipe, effort), chain.folds)
+    rotated = RotatedSource(source, chain, recipe) if recipe.before else source
+    outside, first = rotated.outside(), rotated.block(0)
+    plan = plan_block(chain, outside, first, recipe)
+    planned_outside = tuple(quantize_report(outside, plan.recipe).leaves)
+    needs = needs_of(recipe, plan, planned_outside)
+    last_step = end_to_end.step_of(recipe)
+    checked = check_rows(rows, needs, recipe.name)
+    if last_step is not None:
+        end_to_end.check_memory(outside, first, chain.num_blocks)
+    width = jax.eval_shape(chain.embed, outside, jax.ShapeDtypeStruct((1, 2), np.int32)).shape[-1]
+    return Job(
+        chain=chain,
+        given=source,
+        source=rotated,
+        recipe=recipe,
+        plan=plan,
+        outside=planned_outside,
+        needs=needs,
+        rows=checked,
+        last_step=last_step,
+        width=width,
+        seed=seed,
+        placement=Placement(devices),
+    )
+
+
+def _digest_of_source(chain: Chain, source: BlockSource) -> str:
+    parts = [lambda: source.outside(), *(lambda i=i: source.block(i) for i in range(chain.num_blocks))]
+    return digest_of([[path, digest_of(np.asarray(leaf))] for read in parts for path, leaf in paths_of(read()).items()])
