@@ -126,8 +126,8 @@ def test_a_block_is_never_worse_than_its_start_and_better_by_scales_alone():
     dense, packed, inputs, targets = _problem()
     before = _error(packed, inputs, targets)
     for options, factor in (
-        ({"iterations": 60}, 0.8),
-        ({"iterations": 60, "rate": 0.0}, 0.99),
+        ({"iterations": 60, "rate": 0.005, "scale_rate": 0.002}, 0.8),
+        ({"iterations": 60, "rate": 0.0, "scale_rate": 0.002}, 0.99),
         ({"iterations": 60, "optimizer": "sign", "rate": 0.005, "scale_rate": 0.001, "decay": "cosine"}, 0.9),
         ({"iterations": 60, "rate": 50.0}, 1.0),  # flings every code about, so that the start is the best
         ({"iterations": 0}, 1.0),
@@ -159,7 +159,8 @@ def test_batches_hold_every_row_once_before_any_again():
 def test_distillation_comes_nearer_to_the_dense_model(rounding):
     chain, dense, packed, rows = _small_model()
     logits = logits_of_chain(chain)
-    options = {"iterations": 60, "batch_size": 4, "perturbed_rows": 16} | ({} if rounding else {"rate": 0.0})
+    options = {"iterations": 60, "batch_size": 4, "perturbed_rows": 16, "scale_rate": 0.002}
+    options["rate"] = 0.005 if rounding else 0.0
     steps = []
     tuned = distill(logits, dense, packed, rows, options=options, progress=lambda *step: steps.append(step))
     before, after = _divergence(logits, dense, packed, rows), _divergence(logits, dense, tuned, rows)
@@ -175,7 +176,7 @@ def test_distillation_comes_nearer_to_the_dense_model(rounding):
 def test_distillation_is_never_worse_than_its_start_and_learns_from_more_rows():
     chain, dense, packed, rows = _small_model()
     logits = logits_of_chain(chain)
-    options = {"iterations": 8, "perturbed_rows": 0}
+    options = {"iterations": 8, "perturbed_rows": 0, "scale_rate": 0.01, "checks": 8}
     _assert_same(distill(logits, dense, packed, rows, options=options | {"rate": 50.0}), packed)
     alone, with_more = (distill(logits, dense, packed, rows, options=options, more_rows=m) for m in (None, rows[::-1]))
     assert (np.asarray(alone["layers"]["kernel"].scale) != np.asarray(with_more["layers"]["kernel"].scale)).any()
