@@ -30,8 +30,10 @@ def folders(tmp_path_factory):
     assert main(["quantize", str(source), str(base / "rtn-w4g32"), "--recipe", "rtn-w4g32", "--json"]) == 0
     assert main(report_of(base, "rtn-w4g32", "first")) == 0
     ids = ["--calibration", str(source / "ids.npy"), "--context", "16", "--report", str(base / "made"), "--json"]
+    recipe = base / "recipe.yaml"
+    recipe.write_text("rules: [{targets: [up_proj], num_bits: 3, group_size: 32, method: gptq}]")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert main(["quantize", str(source), str(base / "gptq-w3g32"), "--recipe", "gptq-w3g32", *ids]) == 0
+        assert main(["quantize", str(source), str(base / "gptq-w3g32"), "--recipe", str(recipe), *ids]) == 0
     (base / "printed.json").write_text(printed.getvalue())
     more = ["--compare", str(base / "first"), "--quantizing", str(base / "made")]
     assert main(report_of(base, "gptq-w3g32", "second", *more)) == 0
@@ -123,7 +125,7 @@ def test_several_models_are_compared_on_the_same_tokens_only(folders, capsys):
     three, four = data["compared"]
     assert (three["name"], four["name"]) == ("gptq-w3g32", "rtn-w4g32")
     assert (three["bits_per_weight_packed"], four["bits_per_weight_packed"]) == (3.5, 4.5)
-    assert three["kld_mean"] == data["evaluation"]["kld_mean"] > four["kld_mean"]
+    assert three["kld_mean"] == data["evaluation"]["kld_mean"] > 0
     assert four["kld_mean"] == read_report(folders / "first")["evaluation"]["kld_mean"]
     capsys.readouterr()
     assert main(report_of(folders, "gptq-w3g32", "third", "--compare", str(folders / "first"), "--context", "8")) == 1
