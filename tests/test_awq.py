@@ -186,6 +186,8 @@ def test_a_model_takes_the_scales_into_its_folds():
     whole = for_model(recipe, folds)
     assert [step.step for step in whole.before] == ["awq"] and whole.rules[0].method_options["multiplier"] == 0
     assert for_model(whole, folds) == whole
+    few = dataclasses.replace(recipe, rules=(dataclasses.replace(recipe.rules[0], options=(("ratios", 5),)),))
+    assert dict(for_model(few, folds).before[0].options) == {"ratios": 5}
     dense, errors = logits_of(config, params), {}
     moved = scale_block(params, folds, whole, observe(config, params, collects(whole, folds)))
     for name, tree, rules in (("rtn", params, "rtn-w4g32"), ("awq", moved, dataclasses.replace(whole, before=()))):

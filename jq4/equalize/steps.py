@@ -25,7 +25,7 @@ from jq4.equalize.smoothquant import ALPHA, smooth_scale
 from jq4.errors import JQ4Error
 from jq4.paths import find_path
 from jq4.statistics import WeightStatistics
-from jq4.steps import Step
+from jq4.steps import STEPS, Step
 from jq4.targets import LINEAR
 
 if TYPE_CHECKING:  # rules know the methods, and one of those searches as a step of this package does
@@ -50,10 +50,12 @@ def for_model(recipe: "Recipe", folds: Folds | None) -> "Recipe":
         return recipe
     if _ROTATE in wanted[1:]:
         raise JQ4Error(f"the recipe's steps before its rules are {', '.join(wanted)}: wanted rotate first, and once")
-    if not any(rule.method == "awq" for rule in recipe.rules):
+    searching = [rule for rule in recipe.rules if rule.method == "awq"]
+    if not searching:
         return recipe
     rules = tuple(_without_multiplier(rule) if rule.method == "awq" else rule for rule in recipe.rules)
-    before = recipe.before if "awq" in wanted else (*recipe.before, Step("awq"))
+    options = {name: value for name, value in searching[0].options if name in STEPS["awq"].options}
+    before = recipe.before if "awq" in wanted else (*recipe.before, Step("awq", tuple(options.items())))
     return dataclasses.replace(recipe, rules=rules, before=before)
 
 
