@@ -195,8 +195,10 @@ class _Solver:
             weight = corrected(weight, slots.spread_square(cross), matrix, upper, self.options.correction)
         weight = jnp.where(slots.spread(dead[:, None]), 0.0, weight)
         solution = self._first(weight, upper, slots)
-        for _ in range(self.options.refinements):
-            solution = self._refined(weight, matrix, slots, solution)
+        if self.options.refinements:
+            solution = jax.lax.fori_loop(
+                0, self.options.refinements, lambda _, held: self._refined(weight, matrix, slots, held), solution
+            )
         error = _ratio(_energy(solution.error, matrix), _energy(weight, matrix))
         codes, parameters = slots.natural(solution.codes, solution.parameters)
         return codes, parameters, Findings(damping, jnp.sum(dead).astype(jnp.int32), jnp.bool(False), error)
