@@ -29,7 +29,7 @@ import numpy as np
 
 from jq4.errors import JQ4Error
 from jq4.tuning.descent import Progress, Rows, Settings, descend
-from jq4.tuning.effort import END_TO_END, defaults
+from jq4.tuning.effort import END_TO_END, TOKENS, defaults
 from jq4.tuning.learned_tree import begin_tree, harden_tree, learned_tree
 from jq4.tuning.perturb import perturb
 
@@ -73,11 +73,11 @@ def distill(
     Raises:
       JQ4Error: for options, rows or packed leaves that cannot be, and for a loss that is not finite.
     """
-    options = defaults(END_TO_END, options)
-    settings = Settings.of(options)
     rows = np.asarray(rows, np.int32)
     if rows.ndim != 2 or not rows.size:
         raise JQ4Error(f"distill: calibration rows of shape {rows.shape}, wanted [rows, tokens]")
+    options = {"batch_size": max(1, TOKENS // rows.shape[1]), **defaults(END_TO_END, options)}
+    settings = Settings.of(options)
     made = [perturb(logits, dense, rows, options["perturbed_rows"], options["perturbed_share"], seed)]
     if more_rows is not None:
         made.append(np.asarray(more_rows, np.int32).reshape(-1, rows.shape[1]))

@@ -8,6 +8,7 @@ calibration rows of TinyStories-656K (17 of 97), from GPTQ's codes, at 4 bits in
     scale_rate    a quarter of that or less: scales that move as far as codes do are worse on other text
     optimizer     Adam; the sign of the gradient measured worse at equal steps, block by block
     perturbed     six tokens in ten drawn anew measured better than three
+    batch_size    of "distill", where none is named: as many rows as TOKENS make, for a step holds their logits
 
 A step of "distill" is forward and backward through the whole model and forward through the dense one, so its time goes
 with iterations * batch_size * T: 0.33 CPU seconds for that model and 8 rows of 256. One of "autoround" takes a block
@@ -24,11 +25,11 @@ from jq4.steps import AFTER
 
 EFFORTS = ("light", "default", "best")
 BLOCK, END_TO_END = "autoround", "distill"
+TOKENS = 2048
 
 _SHARED: dict[str, dict[str, Any]] = {
     BLOCK: {"batch_size": 8, "scale_rate": 1e-3, "shift_rate": 1e-3, "optimizer": "adam"},
     END_TO_END: {
-        "batch_size": 8,
         "scale_rate": 5e-4,
         "shift_rate": 5e-4,
         "optimizer": "adam",
