@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from models.config import DecoderConfig
+from models.folds import untied
 from models.hf import fill_leaf, matched_tensors, nested, open_tensors
 from models.tensor_files import StoredTensor
 from models.tensor_names import Path, places
@@ -42,3 +43,17 @@ class FolderSource:
             mixed = len({tensor.dtype for tensor in self._tensors[path]}) > 1
             leaves[path] = fill_leaf(of_one_layer, each, np.float32 if mixed else None)
         return nested(leaves)
+
+
+class UntiedSource:
+    """A source of a model whose head is its embedding, with the head as a leaf of its own (see models.folds.untied)."""
+
+    def __init__(self, source: FolderSource, config: DecoderConfig) -> None:
+        self._source = source
+        self._config = config
+
+    def outside(self) -> dict[str, Any]:
+        return untied(self._config, self._source.outside())[1]
+
+    def block(self, index: int) -> dict[str, Any]:
+        return self._source.block(index)

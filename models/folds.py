@@ -55,11 +55,16 @@ def untied(config: DecoderConfig, params: Mapping[str, Any]) -> tuple[DecoderCon
     """The same model with a head of its own, a copy of the embedding; one that has it is returned as it is."""
     if not config.tied_embeddings:
         return config, dict(params)
-    source = json.dumps(json.loads(config.source or "{}") | {"tie_word_embeddings": False}, sort_keys=True)
-    config = dataclasses.replace(config, tied_embeddings=False, source=source if config.source else "")
+    config = untied_config(config)
     inner = params.get("params", params)
     headed = {**inner, "lm_head": {"kernel": jnp.asarray(inner["embed"]["embedding"]).T}}
     return config, {**params, "params": headed} if "params" in params else headed
+
+
+def untied_config(config: DecoderConfig) -> DecoderConfig:
+    """The config of the same model with a head of its own."""
+    source = json.dumps(json.loads(config.source or "{}") | {"tie_word_embeddings": False}, sort_keys=True)
+    return dataclasses.replace(config, tied_embeddings=False, source=source if config.source else "")
 
 
 def _kernels(group: str, *names: str) -> tuple[str, ...]:

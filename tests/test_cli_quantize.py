@@ -77,3 +77,13 @@ def test_what_cannot_be_calibrated_writes_nothing(capsys, source, tmp_path, opti
 def test_another_effort_is_refused_by_name(capsys, source, tmp_path):
     assert main(["quantize", str(source), str(tmp_path / "out"), "--effort", "heroic"]) == 2
     assert "invalid choice: 'heroic'" in capsys.readouterr().err
+
+
+def test_a_rotation_gives_a_tied_head_weights_of_its_own(capsys, source, tmp_path):
+    out = tmp_path / "out"
+    assert main(["quantize", str(source), str(out), "--recipe", "rotate-rtn-w8g32"]) == 0
+    assert "the output head gets weights of its own" in capsys.readouterr().err
+    ids = ["--ids", str(source / "ids.npy"), "--reference", str(source)]
+    assert main(["eval", str(out), *ids, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kld_mean"] < 1e-3 and found["went_dense"] == []

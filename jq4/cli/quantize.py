@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +85,24 @@ def pack(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def pack_folder(arguments: argparse.Namespace, recipe: Any) -> tuple[dict[str, Any], Any]:
     """A Hugging Face folder, block by block."""
+    from jq4.chain import BlockSource
     from jq4.cli import _models, _terminal
     from jq4.driver import quantize_blocks
     from models.chain import decoder_chain
-    from models.folder_source import FolderSource
+    from models.folder_source import FolderSource, UntiedSource
+    from models.folds import untied_config
     from models.hf import load_config
     from models.language_model import companion_files
 
     watch = _terminal.Stopwatch()
     source, destination = Path(arguments.source), Path(arguments.destination)
     config = load_config(source)
-    blocks = FolderSource(source, config)
+    blocks: BlockSource = FolderSource(source, config)
     files = companion_files(source)
+    if config.tied_embeddings and rotates(recipe):
+        blocks, config = UntiedSource(blocks, config), untied_config(config)
+        files["config.json"] = json.dumps(config.to_hf(), indent=2).encode()
+        _terminal.say("the output head gets weights of its own: a rotation takes it apart from the embedding")
     calibration = read_rows(arguments, config, files) if is_calibrated(arguments.calibration, recipe) else None
 
     def provenance() -> dict[str, Any]:
@@ -120,6 +127,11 @@ def pack_folder(arguments: argparse.Namespace, recipe: Any) -> tuple[dict[str, A
         )
     told = {**result.as_dict(), "calibration": None if calibration is None else calibration.as_dict()}
     return account(arguments, recipe, result.report, watch) | told, result.report
+
+
+def rotates(recipe: Any) -> bool:
+    """Whether the recipe turns the residual stream, and with it the embedding and the head."""
+    return any(step.step == "rotate" and dict(step.options).get("residual", True) for step in recipe.before)
 
 
 def pack_again(arguments: argparse.Namespace, recipe: Any) -> tuple[dict[str, Any], Any]:
