@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import jq4
 from jq4.equalize import collects, for_model, scale_block
@@ -197,3 +198,23 @@ def test_a_model_takes_the_scales_into_its_folds():
         assert all(q.input_scale is None for q in jax.tree.leaves(packed, is_leaf=lambda q: isinstance(q, QArray))
                    if isinstance(q, QArray))  # fmt: skip
     assert errors["awq"] < 0.8 * errors["rtn"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "TPU v6 lite"])
+@pytest.mark.parametrize("spec", [PartitionSpec("m"), PartitionSpec(None, "m")], ids=["rows", "columns"])
+def test_shards_take_their_part_of_them(spec, device):
+    mesh = jax.make_mesh((2,), ("m",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    over_rows = spec[0] == "m"
+
+    def product(w, x):
+        return jax.lax.psum(x @ w, "m") if over_rows else x @ w
+
+    x_spec = PartitionSpec(None, "m" if over_rows else None)
+    out_spec = PartitionSpec(None, None if over_rows else "m")
+
+    def f(w, x):
+        return jax.shard_map(product, mesh=mesh, in_specs=(spec, x_spec), out_specs=out_spec)(w, x)
+
+    q, x = multiplied((32, 16)), jnp.asarray(RANDOM.normal(0, 1, (5, 32)), jnp.float32)
+    out = jax.jit(jq4.quantized(f, strict=True))(prepare({"w": q}, device)["w"], x)
+    np.testing.assert_allclose(out, x @ q.dequantize(), rtol=1e-4, atol=1e-4)
