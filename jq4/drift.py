@@ -28,11 +28,11 @@ import jax
 import numpy as np
 
 from jq4.errors import JQ4Error
+from jq4.input_divergence import Inputs, damping_of, divergence
 from jq4.statistics import Statistics, WeightStatistics, merge
 
 MARGIN = 2.0
 SPLITS = 16  # at most, of the parts into halves
-_DAMPING = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,43 +159,6 @@ def _halves(parts: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
         yield first, tuple(part for part in range(parts) if part not in first)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    """Sums over the inputs of one slice, in float64: additive, so that halves are put together from parts."""
-
-    count: int
-    absmax: np.ndarray  # f64[K]
-    total: np.ndarray  # f64[K]
-    square: np.ndarray  # f64[K], or f64[K, K] where whole covariances are compared
-
-    def plus(self, other: "_Inputs") -> "_Inputs":
-        absmax = np.maximum(self.absmax, other.absmax)
-        return _Inputs(self.count + other.count, absmax, self.total + other.total, self.square + other.square)
-
-    @property
-    def mean(self) -> np.ndarray:
-        return self.total / self.count
-
-    @property
-    def moments(self) -> np.ndarray:
-        """E[x x^T] or its diagonal."""
-        return self.square / self.count
-
-    @property
-    def mean_square(self) -> np.ndarray:
-        return np.diagonal(self.moments) if self.square.ndim == 2 else self.moments
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """f64[K, K] or its diagonal."""
-        outer = np.outer(self.mean, self.mean) if self.square.ndim == 2 else self.mean**2
-        return self.moments - outer
-
-    @property
-    def variance(self) -> np.ndarray:
-        return np.maximum(self.mean_square - self.mean**2, 0.0)
-
-
 def _slices_of(
     path: str,
     a: WeightStatistics,
@@ -223,16 +186,16 @@ def _host(path: str, statistics: WeightStatistics) -> WeightStatistics:
     return jax.device_get(statistics)
 
 
-def _inputs(statistics: WeightStatistics, index: tuple[int, ...], full: bool) -> _Inputs:
+def _inputs(statistics: WeightStatistics, index: tuple[int, ...], full: bool) -> Inputs:
     squares = statistics.outer_total if full else statistics.square_total
     sums = (np.asarray(each[index], np.float64) for each in (statistics.absmax, statistics.total, squares))
-    return _Inputs(int(statistics.count[index]), *sums)
+    return Inputs(int(statistics.count[index]), *sums)
 
 
-def _compare(path: str, index: tuple[int, ...], a: _Inputs, b: _Inputs, null: float | None) -> SliceDrift:
+def _compare(path: str, index: tuple[int, ...], a: Inputs, b: Inputs, null: float | None) -> SliceDrift:
     if not (a.count and b.count):
         return SliceDrift(path, index, null, a.count, b.count)
-    damping = _damping(a)
+    damping = damping_of(a)
     mean_shift = np.sqrt(np.mean((b.mean - a.mean) ** 2 / (a.variance + damping)))
     scales = [np.log(each.mean_square + damping) / 2 for each in (a, b)]
     scale_shift = np.sqrt(np.mean((scales[1] - scales[0]) ** 2))
@@ -243,7 +206,7 @@ def _compare(path: str, index: tuple[int, ...], a: _Inputs, b: _Inputs, null: fl
 
 
 def _null(
-    a: _Inputs, b: _Inputs, parts: Sequence[_Inputs], halves: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+    a: Inputs, b: Inputs, parts: Sequence[Inputs], halves: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> float | None:
     """The largest divergence of two halves, scaled to the sizes of a and b; None where nothing was seen or split."""
     if not (a.count and b.count):
@@ -257,25 +220,8 @@ def _null(
     return float(max(found)) if found else None
 
 
-def _sum(parts: Sequence[_Inputs], chosen: Iterable[int]) -> _Inputs:
+def _sum(parts: Sequence[Inputs], chosen: Iterable[int]) -> Inputs:
     first, *others = (parts[part] for part in chosen)
     for other in others:
         first = first.plus(other)
     return first
-
-
-def _damping(a: _Inputs) -> float:
-    return _DAMPING * float(a.variance.mean()) + float(np.finfo(np.float32).tiny)
-
-
-def divergence(a: _Inputs, b: _Inputs) -> float:
-    """KL(N(b) || N(a)) / K, nats a channel."""
-    damping, moved = _damping(a), b.mean - a.mean
-    if a.square.ndim == 1:
-        of_a, of_b = a.variance + damping, b.variance + damping
-        return float(np.mean((of_b + moved**2) / of_a - 1 + np.log(of_a) - np.log(of_b)) / 2)
-    features = len(moved)
-    of_a, of_b = (each.covariance + damping * np.eye(features) for each in (a, b))
-    both = np.linalg.solve(of_a, np.concatenate([of_b, moved[:, None]], axis=1))
-    traced = np.trace(both[:, :features]) + moved @ both[:, features]
-    return float((traced - features + np.linalg.slogdet(of_a)[1] - np.linalg.slogdet(of_b)[1]) / (2 * features))
