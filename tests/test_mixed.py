@@ -12,6 +12,7 @@ from random_model import make_random_model
 import jq4
 from jq4.choose_formats import choose_formats, frontier_of, uniform_choices
 from jq4.cli import main
+from jq4.cli.mixed import draw
 from jq4.errors import JQ4Error
 from jq4.knapsack import Frontier
 from jq4.sensitivity import Sensitivity, kld_of_params, sensitivity, target_of
@@ -235,6 +236,22 @@ def test_bad_input_is_told_in_one_line(source, capsys, more, code, message):
     assert main(arguments(source, *more)) == code
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == ""
+
+
+def test_the_frontier_is_drawn(small, tmp_path):
+    """A PNG by its signature; another mix gives another picture."""
+    pytest.importorskip("matplotlib")
+    *_, found = small
+    uniform = [
+        {"name": name, "bits": mix.bits, "measured": mix.predicted} for name, mix in uniform_choices(found).items()
+    ]
+    pictures = []
+    for bits in (5, 7):
+        mix = choose_formats(found, bits=bits)
+        data = {"mix": {**mix.as_dict(), "measured": mix.predicted}, "uniform": uniform, "frontier": frontier_of(found)}
+        draw(data, tmp_path / "bits.png")
+        pictures.append((tmp_path / "bits.png").read_bytes())
+    assert all(each.startswith(b"\x89PNG") for each in pictures) and pictures[0] != pictures[1]
 
 
 def test_sensitivities_are_plain_data(small):
