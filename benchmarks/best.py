@@ -1,6 +1,7 @@
 """The best at equal bits? Our calibrated presets and the peers' methods, same model, same rows, one script.
 
-    python -m benchmarks.best [--model tinystories|tiny] [--ours NAME ...] [--peer METHOD=PYTHON ...] [--json FILE]
+    python -m benchmarks.best [--model tinystories|tiny] [--ours NAME ...] [--effort EFFORT] [--peer METHOD=PYTHON ...]
+                              [--json FILE]
 
 Ours are made by `jq4 quantize` and everything is measured by `jq4 eval`, as a user would: KLD, perplexity and top-1
 agreement against the dense model, in float32, on rows that calibrated nothing. Peers (`auto-round`,
@@ -70,9 +71,10 @@ def measure(packed: Path, dense: Path, ids: Path) -> dict[str, Any]:
     return {name: found[name] for name in names} | {"bits": found["bits_per_weight_packed"]}
 
 
-def run_ours(name: str, work: Path, dense: Path, calibration: Path, ids: Path) -> dict[str, Any]:
+def run_ours(name: str, effort: str, work: Path, dense: Path, calibration: Path, ids: Path) -> dict[str, Any]:
     out, start = work / name, time.perf_counter()
-    run(sys.executable, "-m", "jq4", "quantize", dense, out, "--recipe", name, "--calibration", calibration, "--json")
+    options = ["--recipe", name, "--effort", effort, "--calibration", calibration]
+    run(sys.executable, "-m", "jq4", "quantize", dense, out, *options, "--json")
     seconds = time.perf_counter() - start
     return {"method": name, "seconds": seconds, **measure(out, dense, ids)}
 
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("tinystories", "tiny"), default="tinystories")
     defaults = [f"{method}-{cell}" for method in ("gptq", "best") for cell in CELLS]
     parser.add_argument("--ours", nargs="*", default=defaults, metavar="NAME")
+    parser.add_argument("--effort", choices=("light", "default", "best"), default="default")
     parser.add_argument("--peer", action="append", default=[], metavar="METHOD=PYTHON")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -122,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         dense, calibration, ids = open_rows(arguments.model, work)
-        jobs = [(run_ours, (name,)) for name in arguments.ours]
+        jobs: list[tuple[Any, tuple[str, ...]]] = [(run_ours, (name, arguments.effort)) for name in arguments.ours]
         peers = [peer.split("=", 1) for peer in arguments.peer]
         jobs += [(run_peer, (*peer, cell)) for peer in peers for cell in cells_of(peer[0])]
         for job, names in jobs:
@@ -135,7 +138,7 @@ def main() -> None:
     if arguments.json:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
         about = {
-            "command": f"python -m benchmarks.best --model {arguments.model}",
+            "command": f"python -m benchmarks.best --model {arguments.model} --effort {arguments.effort}",
             "date": date.today().isoformat(),
             "commit": commit.stdout.strip() or None,
             "jq4": jq4.__version__,
