@@ -1,18 +1,36 @@
 """Oracle: GPTQ as its paper has it, in numpy and float64: a row at a time, from the Cholesky factor of the inverse."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jq4.methods import gptq
+import jq4
+from jq4.methods import gptq, rtn
 from jq4.qarray import codes_of
 from jq4.rounding import Encoding, codes_of_blocks, find_parameters
-from jq4.statistics import statistics_of
+from jq4.statistics import WeightStatistics, statistics_of
 
 PAPER = {"refinements": 0, "actorder": "none"}
+QUICK = {"xla_backend_optimization_level": 0}  # tests spend their time in compiling
+
+
+@functools.partial(jax.jit, static_argnames=("encoding", "options"), compiler_options=QUICK)
+def _quantized(weight, statistics, encoding, options):
+    return gptq.diagnosed(weight, statistics, encoding, **dict(options))
+
+
+def diagnosed(weight, statistics, encoding, **options):
+    return _quantized(weight, statistics, encoding, tuple(options.items()))
+
+
+def quantize(weight, statistics, encoding, **options):
+    return diagnosed(weight, statistics, encoding, **options)[0]
 
 
 def normal(*shape, seed=0):
@@ -56,18 +74,186 @@ def gptq_of_the_paper(weight, x, encoding, damping=0.01):
     "encoding",
     [
         Encoding(group_size=32),
-        Encoding(group_size=32, symmetric=False, observer="minmax"),
-        Encoding(group_size=32, symmetric=False, observer="minmax", zero_point="float"),
-        Encoding(group_size=24),
+        Encoding(group_size=24, symmetric=False, observer="minmax"),
+        Encoding(group_size=None, symmetric=False, observer="minmax", zero_point="float"),
         Encoding(group_size=100),
-        Encoding(group_size=None),
         Encoding(format="nf4", group_size=64),
     ],
     ids=str,
 )
 def test_its_own_sweep_is_the_papers(encoding):
     weight, x = normal(151, 40), inputs(400, 151)
-    q = jax.jit(lambda w, s: gptq.quantize(w, s, encoding, **PAPER))(weight, statistics(x))
+    q = quantize(weight, statistics(x), encoding, **PAPER)
     codes, scales = gptq_of_the_paper(weight, x, encoding)
     assert np.mean(codes_of(q) != codes) < 0.001  # a tie in f32 changes the codes after it as well
     np.testing.assert_allclose(np.asarray(q.scale, np.float32), scales, rtol=0.02)
+
+
+def hessian_error(q, weight, x):
+    """E|x^T Q - x^T W|^2 over rows x, in float64."""
+    missed = np.asarray(x, np.float64) @ (
+        np.asarray(q.dequantize(jnp.float32), np.float64) - np.asarray(weight, np.float64)
+    )
+    return np.square(missed).sum() / len(x)
+
+
+def rule(**options: Any):
+    return jq4.Rule(("w",), group_size=32, method="gptq", axis=-2, options=tuple(options.items()))
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        Encoding(group_size=32, observer="mse"),
+        Encoding(format="int3", group_size=None, observer="mse", symmetric=False),
+        Encoding(format="int2", group_size=16, observer="mse", symmetric=False, zero_point="float"),
+        Encoding(format="fp4", per_tensor=True, observer="mse"),
+    ],
+    ids=lambda encoding: f"{encoding.format}-{encoding.group_size}-{encoding.symmetric}",
+)
+def test_it_beats_rounding_and_refinements_lower_the_error(encoding):
+    weight, x = normal(99, 24), inputs(300, 99)
+    errors = [
+        hessian_error(quantize(weight, statistics(x), encoding, refinements=rounds), weight, x) for rounds in (0, 2)
+    ]
+    rounded = hessian_error(rtn.quantize(jnp.asarray(weight), None, encoding), weight, x)
+    assert errors[0] < 0.7 * rounded
+    assert errors[1] < errors[0]
+
+
+def test_the_error_that_it_reports_is_the_error():
+    weight, x = normal(70, 24), inputs(300, 70)
+    q, found = diagnosed(weight, statistics(x), Encoding(group_size=32, observer="mse"))
+    assert float(found.error) == pytest.approx(
+        hessian_error(q, weight, x) / np.square(x @ weight).sum() * len(x), rel=1e-3
+    )
+
+
+def test_any_axis_and_any_stack_is_the_matrix_alone():
+    encoding, weight, x = (
+        Encoding(group_size=32, observer="mse"),
+        normal(3, 2, 70, 24),
+        inputs(6 * 300, 70).reshape(3, 2, 300, 70),
+    )
+    found = quantize(weight, statistics(x), encoding)
+    alone = quantize(weight[2, 1], statistics(x[2, 1]), encoding)
+    assert np.mean(codes_of(found)[2, 1] != codes_of(alone)) < 0.001
+    turned = quantize(weight[2, 1].T, statistics(x[2, 1]), Encoding(group_size=32, observer="mse", axis=-1))
+    np.testing.assert_array_equal(codes_of(turned).T, codes_of(alone))
+
+
+def test_a_weight_contracted_over_two_axes_has_groups_within_the_last():
+    weight, x = normal(3, 20, 24), inputs(400, 60)  # [heads, head_dim, O]
+    q = quantize(weight, statistics(x), Encoding(group_size=16, observer="mse"))
+    assert q.scale.shape == (3, 2, 24)
+    flat = np.asarray(q.dequantize()).reshape(60, 24) - weight.reshape(60, 24)
+    rounded = np.asarray(rtn.quantize(jnp.asarray(weight), None, Encoding(group_size=16)).dequantize()).reshape(
+        60, 24
+    ) - weight.reshape(60, 24)
+    assert np.square(x @ flat).sum() < 0.5 * np.square(x @ rounded).sum()
+
+
+def test_sharded_over_columns_it_gives_the_same_codes():
+    weight, x = normal(96, 64), inputs(300, 96)
+    encoding = Encoding(group_size=32, observer="mse")
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("columns",))
+    sharded = jax.device_put(jnp.asarray(weight), NamedSharding(mesh, P(None, "columns")))
+    here, there = (quantize(w, statistics(x), encoding) for w in (weight, sharded))
+    assert len(there.codes.sharding.device_set) == 8
+    assert np.mean(codes_of(here) != codes_of(there)) < 1e-4
+
+
+def test_statistics_of_a_pair_undo_what_the_prefix_did():
+    weight, x = normal(48, 24), inputs(500, 48)
+    y = x + 0.3 * inputs(500, 48, seed=7)
+    pair = statistics_of(jnp.asarray(y), frozenset({"hessian"}))
+    crossed = WeightStatistics(pair.count, outer_total=pair.outer_total, cross_total=jnp.asarray(x.T @ y))
+    fine = Encoding(format="int8", group_size=16, observer="mse")
+    best = np.linalg.lstsq(y.astype(np.float64), (x @ weight).astype(np.float64), rcond=None)[0]
+    found = quantize(weight, crossed, fine, damping=1e-6).dequantize()
+    np.testing.assert_allclose(found, best, atol=0.05)
+    kept = quantize(weight, crossed, fine, correction=0.0).dequantize()
+    np.testing.assert_allclose(kept, weight, atol=0.1)
+
+
+def test_dead_inputs_get_weights_of_zero_and_are_counted():
+    weight, x = normal(64, 24), inputs(300, 64)
+    x[:, [3, 40]] = 0
+    report = jq4.QuantizeReport()
+    q = jq4.quantize({"w": jnp.asarray(weight)}, rule(), {"w": statistics(x)}, report=report)["w"]
+    np.testing.assert_array_equal(q.dequantize()[jnp.asarray([3, 40])], 0)
+    assert report.notes == {"w": "2 inputs that were never anything but zero, whose weights are now zero"}
+
+
+def test_a_hessian_without_a_factor_raises_its_damping_and_says_so():
+    x = inputs(40, 64)  # fewer rows than inputs
+    x[:, 1] = x[:, 0]
+    stats, params = {"w": statistics(x)}, {"w": jnp.asarray(normal(64, 24))}
+    with pytest.warns(jq4.CalibrationWarning, match="w: damping raised from 0 to .* in 1 of 1 slices"):
+        q = jq4.quantize(params, rule(damping=0.0), stats)["w"]
+    assert np.isfinite(q.dequantize()).all()
+    report = jq4.QuantizeReport()
+    jq4.quantize(params, rule(), stats, report=report)
+    assert report.notes == {}  # the default's damping suffices
+
+
+def mixture(tree, x):
+    expert = jnp.argmax(x @ tree["router"], axis=-1)
+    order = jnp.argsort(expert)
+    return jax.lax.ragged_dot(x[order], tree["w"], jnp.bincount(expert, length=4).astype(jnp.int32))
+
+
+def test_starved_experts_fall_back_are_counted_and_never_nan():
+    router = (
+        jnp.zeros((32, 4)).at[0].set(jnp.asarray([2.0, 1.0, 0.0, -1e3])).at[1].set(jnp.asarray([0.0, 3.0, 0.0, -1e3]))
+    )
+    tree = {"router": router, "w": jnp.asarray(normal(4, 32, 24))}
+    x = jnp.asarray(inputs(400, 32)).at[:, 0].set(1.0)  # expert 3 is sent nothing, expert 2 hardly anything
+    x = x.at[:5, 0].set(-1.0).at[:5, 1].set(0.0)
+    stats = jq4.observe(mixture, tree, [x], collect=("hessian",))
+    counts = np.asarray(stats["w"].count)
+    starved = int((counts < 32).sum())
+    assert counts.min() == 0 and 1 <= starved < 4
+    report = jq4.QuantizeReport()
+    q = jq4.quantize({"w": tree["w"]}, rule(fallback="rtn"), stats, report=report)["w"]
+    (leaf,) = report.packed
+    assert (leaf.starved, leaf.slices) == (starved, 4)
+    assert leaf.note.startswith(f"{starved} of 4 slices saw fewer than 32 rows: rtn without data")
+    assert np.isfinite(q.dequantize()).all()
+    rounded = rtn.quantize(tree["w"], None, rule().encoding(-2))
+    for expert in np.flatnonzero(counts < 32):
+        np.testing.assert_array_equal(codes_of(q)[expert], codes_of(rounded)[expert])
+    with pytest.warns(jq4.CalibrationWarning, match=f"{starved} of 4 slices saw fewer"):
+        jq4.quantize({"w": tree["w"]}, rule(), stats)
+
+
+def test_bad_statistics_are_refused():
+    params, x = {"w": jnp.asarray(normal(64, 24))}, inputs(300, 64)
+    poisoned = statistics(np.where(np.arange(300)[:, None] == 7, np.nan, x))
+    with pytest.raises(
+        jq4.JQ4Error, match=r"w: its statistics are not finite \(outer_total\): calibration fed it a NaN"
+    ):
+        jq4.quantize(params, rule(), {"w": poisoned})
+    with pytest.raises(jq4.JQ4Error, match=r"w: gptq needs a Hessian: call jq4.observe\(..., collect=\('hessian',\)\)"):
+        jq4.quantize(params, rule(), {"w": statistics_of(jnp.asarray(x), frozenset({"mean"}))})
+    with pytest.raises(jq4.JQ4Error, match="w: method gptq needs statistics"):
+        jq4.quantize(params, rule())
+    with pytest.raises(
+        jq4.JQ4Error, match=r"w: its statistics are a Hessian of shape \(60, 60\), which the weight of shape"
+    ):
+        jq4.quantize(params, rule(), {"w": statistics(x[:, :60])})
+    with pytest.raises(jq4.JQ4Error, match="rule: option actorder is 'group', wanted one of static, none"):
+        rule(actorder="group")
+    with pytest.raises(jq4.JQ4Error, match="wanted damping >= 0"):
+        jq4.quantize(params, rule(damping=-1.0), {"w": statistics(x)})
+
+
+def test_it_traces():
+    params = {"w": jax.ShapeDtypeStruct((2, 64, 24), jnp.bfloat16)}
+    stats = {
+        "w": WeightStatistics(
+            jax.ShapeDtypeStruct((2,), jnp.int32), outer_total=jax.ShapeDtypeStruct((2, 64, 64), jnp.float32)
+        )
+    }
+    q = jax.eval_shape(lambda p, s: jq4.quantize(p, rule(), s), params, stats)["w"]
+    assert q.shape == (2, 64, 24) and q.dtype == "bfloat16"
