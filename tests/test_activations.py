@@ -17,6 +17,7 @@ from jq4.rounding import quantize_weight
 from models.decoder import Decoder
 from models.folds import decoder_folds
 from tests.test_folds import TOKENS, logits_of, observe, random_decoder
+from tests.zoo import jit
 
 RANDOM = np.random.default_rng(3)
 X = jnp.asarray(RANDOM.normal(0, 1, (5, 24)) * np.exp(RANDOM.normal(0, 1, (5, 1))), jnp.float32)
@@ -37,7 +38,7 @@ def test_eight_bits_by_eight_are_sums_of_integers(axis):
     q = quantize_weight(W if axis == -2 else W.T, "int8", group_size=None, axis=axis, scale_dtype="float32")
     q = rounding_inputs(q, "int8-token", None)
     numbers = NUMBERS if axis == -2 else (((1,), (1,)), ((), ()))
-    out = jax.jit(lambda x, q: dot_general(x, q, numbers, weight_side="rhs"))(X, q)
+    out = jit(lambda x, q: dot_general(x, q, numbers, weight_side="rhs"))(X, q)
     integers, step = rounded(X)
     levels = np.asarray(codes_of(q), np.int64) - 128
     sums = integers.astype(np.int64) @ (levels if axis == -2 else levels.T)
@@ -71,9 +72,9 @@ def test_a_fixed_step_clips_what_lies_beyond():
 def test_gradients_go_straight_through(group):
     q = rounding_inputs(quantize_weight(W, "int8", group_size=group), "int8-token", None)
     dy = jnp.asarray(RANDOM.normal(0, 1, (5, 7)), jnp.float32)
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jq4.matmul(x, q) * dy)))(X)
+    gradient = jit(jax.grad(lambda x: jnp.sum(jq4.matmul(x, q) * dy)))(X)
     np.testing.assert_allclose(gradient, np.asarray(dy) @ np.asarray(q.dequantize()).T, rtol=1e-4, atol=1e-4)
-    by_scale = jax.grad(lambda s: jnp.sum(jq4.matmul(X, dataclasses.replace(q, scale=s)) * dy))(q.scale)
+    by_scale = jit(jax.grad(lambda s: jnp.sum(jq4.matmul(X, dataclasses.replace(q, scale=s)) * dy)))(q.scale)
     assert by_scale.shape == q.scale.shape and np.abs(np.asarray(by_scale, np.float32)).min() > 0
 
 
@@ -84,7 +85,7 @@ def test_ragged_rows_are_rounded_by_themselves():
     q = validate(dataclasses.replace(q, input_scale=factors))
     q = rounding_inputs(q, "int8-token", None)
     sizes = np.array([2, 0, 3], np.int32)
-    out = ragged_dot(X, q, jnp.asarray(sizes))
+    out = jit(ragged_dot)(X, q, jnp.asarray(sizes))
     codes = np.asarray(dataclasses.replace(q, input_scale=None).dequantize(), np.float64)
     for row, expert in enumerate(np.repeat(np.arange(3), sizes)):
         integers, step = rounded(np.asarray(X[row] * factors[expert, :, 0])[None])
@@ -98,7 +99,7 @@ def test_a_model_runs_with_rounded_activations_and_none_goes_dense():
     kernel = packed["layers"]["mlp"]["up_proj"]["kernel"]
     assert (kernel.activations, kernel.format, kernel.num_groups) == ("int8-token", "int8", 1)
     model = jq4.quantized(Decoder(config).apply, strict=True)
-    logits = np.asarray(jax.jit(model)({"params": packed}, jnp.asarray(TOKENS)))
+    logits = np.asarray(jit(model)({"params": packed}, jnp.asarray(TOKENS)))
     dense = logits_of(config, params)
     weights_only = logits_of(config, jq4.dequantize(packed))
     lost = np.sqrt(np.square(logits - weights_only).mean() / np.square(dense).mean())
@@ -113,7 +114,7 @@ def test_scanned_layers_round_their_own_inputs():
     def layers(x, tree):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, tree["w"])[0]
 
-    out = jax.jit(jq4.quantized(layers, strict=True))(X, {"w": q})
+    out = jit(jq4.quantized(layers, strict=True))(X, {"w": q})
     x = np.asarray(X, np.float64)
     for layer, weight in enumerate(np.asarray(q.dequantize(), np.float64)):
         integers, step = rounded(x, 127, float(steps[layer].max()) / 127)
@@ -154,7 +155,7 @@ def test_smoothing_makes_eight_bits_of_a_tensor_do():
     errors = []
     for tree in (params, smoothed):
         packed = jq4.quantize(tree, rules, observe(config, tree, ("absmax",)))
-        logits = jq4.quantized(Decoder(config).apply, strict=True)({"params": packed}, jnp.asarray(TOKENS))
+        logits = jit(jq4.quantized(Decoder(config).apply, strict=True))({"params": packed}, jnp.asarray(TOKENS))
         errors.append(float(np.square(np.asarray(logits) - dense).mean()))
     assert errors[1] < 0.5 * errors[0]
 

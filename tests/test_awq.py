@@ -21,6 +21,7 @@ from jq4.statistics import statistics_of
 from models.decoder import Decoder
 from models.folds import decoder_folds
 from tests.test_folds import TOKENS, logits_of, observe, random_decoder
+from tests.zoo import jit
 
 RANDOM = np.random.default_rng(0)
 K, N, GROUP = 64, 24, 16
@@ -86,7 +87,7 @@ def test_the_method_loses_less_than_rounding_and_keeps_its_scales_beside_the_cod
     clipped = jq4.quantize(tree, dataclasses.replace(rule, options=(("multiplier", 0),)), stats)["w"]
     assert clipped.input_scale is None
     assert output_error(W, clipped.dequantize()) < output_error(W, simple.dequantize())
-    out = jax.jit(jq4.quantized(lambda p, x: x @ p["w"], strict=True))({"w": packed}, X)
+    out = jit(jq4.quantized(lambda p, x: x @ p["w"], strict=True))({"w": packed}, X)
     np.testing.assert_allclose(out, X @ packed.dequantize(), rtol=1e-4, atol=1e-3)
 
 
@@ -104,7 +105,7 @@ def test_any_function_s_weights_are_found_their_scales():
     packed = jq4.quantize(tree, AWQ, stats)
     assert packed["layers"].input_scale.shape == (3, K, 1)
     assert packed["out"].input_scale.shape == (4, 16, 1)
-    out = jax.jit(jq4.quantized(function, strict=True))(packed, X)
+    out = jit(jq4.quantized(function, strict=True))(packed, X)
     np.testing.assert_allclose(out, function(jq4.dequantize(packed), X), rtol=1e-3, atol=1e-3)
 
 
@@ -118,7 +119,7 @@ def multiplied(shape, axis=-2, stacked=0, **options):
 
 def same(function, q, *args):
     """A function packed, strictly, against the same on what the weight dequantizes to."""
-    out = jax.jit(jq4.quantized(function, strict=True))(q, *args)
+    out = jit(jq4.quantized(function, strict=True))(q, *args)
     np.testing.assert_allclose(out, function(q.dequantize(), *args), rtol=1e-4, atol=1e-4)
 
 
@@ -139,7 +140,7 @@ def test_scales_of_inputs_go_where_the_weight_goes():
     same(lambda w, i: w[i], multiplied((12, 32), axis=-1), jnp.array([3, 0, 5]))
     merged = multiplied((3, 12, 32), axis=-1, stacked=1)
     np.testing.assert_array_equal(reshape(merged, (36, 32)).dequantize(), merged.dequantize().reshape(36, 32))
-    slope = jax.grad(lambda x, w: jnp.sum(jnp.square(jq4.matmul(x, w))))
+    slope = jit(jax.grad(lambda x, w: jnp.sum(jnp.square(jq4.matmul(x, w)))))
     np.testing.assert_allclose(slope(x, q), slope(x, q.dequantize()), rtol=1e-3, atol=1e-3)
 
 
@@ -180,9 +181,14 @@ def test_saved_and_restored(tmp_path):
     np.testing.assert_array_equal(found.dequantize(), tree["w"].dequantize())
 
 
+def mlp_only(preset):
+    recipe = jq4.Recipe.preset(preset)
+    return dataclasses.replace(recipe, ignore=(*recipe.ignore, "re:attention"))
+
+
 def test_a_model_takes_the_scales_into_its_folds():
     config, params = random_decoder("untied")
-    folds, recipe = decoder_folds(config), jq4.Recipe.preset("awq-w4g32")
+    folds, recipe = decoder_folds(config), mlp_only("awq-w4g32")
     assert not recipe.before and recipe.rules[0].observer == "mse"
     whole = for_model(recipe, folds)
     assert [step.step for step in whole.before] == ["awq"] and whole.rules[0].method_options["multiplier"] == 0
@@ -191,9 +197,12 @@ def test_a_model_takes_the_scales_into_its_folds():
     assert dict(for_model(few, folds).before[0].options) == {"ratios": 5}
     dense, errors = logits_of(config, params), {}
     moved = scale_block(params, folds, whole, observe(config, params, collects(whole, folds)))
-    for name, tree, rules in (("rtn", params, "rtn-w4g32"), ("awq", moved, dataclasses.replace(whole, before=()))):
+    for name, tree, rules in (
+        ("rtn", params, mlp_only("rtn-w4g32")),
+        ("awq", moved, dataclasses.replace(whole, before=())),
+    ):
         packed = jq4.quantize(tree, rules, observe(config, tree, ("mean_square", "hessian")))
-        logits = jq4.quantized(Decoder(config).apply, strict=True)({"params": packed}, jnp.asarray(TOKENS))
+        logits = jit(jq4.quantized(Decoder(config).apply, strict=True))({"params": packed}, jnp.asarray(TOKENS))
         errors[name] = float(np.square(np.asarray(logits) - dense).mean())
         assert all(q.input_scale is None for q in jax.tree.leaves(packed, is_leaf=lambda q: isinstance(q, QArray))
                    if isinstance(q, QArray))  # fmt: skip
@@ -216,5 +225,5 @@ def test_shards_take_their_part_of_them(spec, device):
         return jax.shard_map(product, mesh=mesh, in_specs=(spec, x_spec), out_specs=out_spec)(w, x)
 
     q, x = multiplied((32, 16)), jnp.asarray(RANDOM.normal(0, 1, (5, 32)), jnp.float32)
-    out = jax.jit(jq4.quantized(f, strict=True))(prepare({"w": q}, device)["w"], x)
+    out = jit(jq4.quantized(f, strict=True))(prepare({"w": q}, device)["w"], x)
     np.testing.assert_allclose(out, x @ q.dequantize(), rtol=1e-4, atol=1e-4)

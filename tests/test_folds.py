@@ -18,6 +18,7 @@ from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.folds import decoder_folds
 from tests.random_model import CONFIG
+from tests.zoo import jit
 
 _GEMMA = {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh"}
 FAMILIES = {
@@ -49,7 +50,7 @@ def random_decoder(family):
 
 
 def logits_of(config, params):
-    return np.asarray(jax.jit(Decoder(config).apply)({"params": params}, jnp.asarray(TOKENS)))
+    return np.asarray(jit(Decoder(config).apply)({"params": params}, jnp.asarray(TOKENS)))
 
 
 def observe(config, params, collect):
