@@ -21,10 +21,10 @@ What differs from the paper, each measured to help at equal bits on calibration 
     to its inputs: see `corrected` in jq4.methods.hessian.
 
 Dead inputs and damping: jq4.methods.hessian. A slice (an expert) whose statistics count fewer than `min_rows` rows is
-not fitted to them: it is quantized by `fallback`, which looks at no data. (On rows that are independent, 16 of them
-already do better than none at K of 128 and of 512; those of one text are not, hence 32.) Slices go one after another, so that the work
-space is that of one: about five f32[K, K] and four f32[K, N]. What is traded for time: each refinement costs as much
-as the first sweep, 2 K^2 N flops, besides K^3 / 3 for the factor.
+not fitted to them: it is quantized by `fallback`, which looks at no data. (Of rows that are independent, 16 do better
+than none at K of 128 and of 512; those of one text are not independent, hence 32.) Slices go one after another, so that
+the work space is that of one: about five f32[K, K] and four f32[K, N]. What is traded for time: each refinement costs
+as much as the first sweep, 2 K^2 N flops, besides K^3 / 3 for the factor.
 """
 
 import dataclasses
