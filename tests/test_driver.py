@@ -146,11 +146,15 @@ def test_gptq_fits_each_block_to_the_inputs_it_meets(config, many_rows, calibrat
     assert (result.calibration_rows, result.context) == (128, 16)
 
 
-def test_eight_devices_change_fewer_than_one_code_in_ten_thousand(config, many_rows, calibrated):
-    params, result = calibrated
-    chain, source = decoder_chain(config), TreeSource(params, LAYERS)
-    found = quantize_blocks(chain, source, "gptq-w4g16", many_rows, devices=jax.devices()[:8]).params
-    assert np.mean(codes_of(found) != codes_of(result.params)) < 1e-4
+def test_eight_devices_change_fewer_than_one_code_in_ten_thousand_of_a_block(many_rows):
+    """Of one block: behind a code that did flip, later blocks are fitted to other inputs, and differ as well."""
+    config = DecoderConfig.from_hf(SMALL | {"num_hidden_layers": 1})
+    chain, source = decoder_chain(config), TreeSource(random_params(config), LAYERS)
+    one, eight = (
+        quantize_blocks(chain, source, "gptq-w4g16", many_rows, devices=jax.devices()[:count]).params
+        for count in (1, 8)
+    )
+    assert np.mean(codes_of(one) != codes_of(eight)) < 1e-4
 
 
 def test_poisoned_activations_name_block_and_leaf(config, params, rows, tmp_path):
