@@ -176,3 +176,28 @@ def test_calibration_is_asked_for_before_any_work(config, params, tmp_path):
     with pytest.raises(JQ4Error, match=r"calibration rows are float64\[2, 3\], wanted integers \[rows, tokens\]"):
         quantize_blocks(chain, source, "gptq-w4g16", np.zeros((2, 3)), destination=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"seed": -1}])
+def test_numbers_that_are_none_are_refused_before_any_work(config, params, rows, tmp_path, options):
+    chain, source = decoder_chain(config), TreeSource(params, LAYERS)
+    with pytest.raises(JQ4Error, match=r"batch_size is \d and seed is -?\d: wanted 1 or more, and 0 to 2\*\*31 - 1"):
+        quantize_blocks(chain, source, "gptq-w4g16", rows, destination=tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_that_is_only_looked_up_has_no_inputs_to_calibrate_on(untied_config, rows):
+    chain, source = decoder_chain(untied_config), TreeSource(random_params(untied_config), LAYERS)
+    recipe = jq4.Recipe.preset("gptq-w4g16", embeddings=True)
+    with pytest.raises(JQ4Error, match=r"embed/embedding: its rule looks at what it is multiplied by"):
+        quantize_blocks(chain, source, recipe, rows)
+
+
+def test_a_poisoned_embedding_is_found_before_any_block(config, params, rows):
+    ill = params | {"embed": {"embedding": params["embed"]["embedding"].at[299, 0].set(jnp.nan)}}
+    said = []
+    with pytest.raises(JQ4Error, match=r"embed/embedding: holds NaN or Inf"):
+        quantize_blocks(
+            decoder_chain(config), TreeSource(ill, LAYERS), "rtn-w4g16", rows, progress=lambda *a: said.append(a)
+        )
+    assert said == []

@@ -6,6 +6,7 @@ Run as a script this file is the victim: it imports JAX once, and forks for each
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def parts() -> tuple[Any, Any, np.ndarray]:
 
 
 def run(destination: Path, recipe: str = RECIPE, kill_at: int | None = None, **options: Any) -> tuple[Any, int]:
-    """Quantizes; before the step number `kill_at` (of progress, syncs and renames) the process kills itself."""
+    """Quantizes; before step number `kill_at` (of progress, syncs, renames, removals) the process kills itself."""
     from jq4.driver import quantize_blocks
 
     steps = 0
@@ -58,13 +59,13 @@ def run(destination: Path, recipe: str = RECIPE, kill_at: int | None = None, **o
 
         return call
 
-    kept = os.fsync, os.replace
-    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    kept = os.fsync, os.replace, shutil.rmtree
+    os.fsync, os.replace, shutil.rmtree = map(counted, kept)
     try:
         chain, source, rows = parts()
         result = quantize_blocks(chain, source, recipe, rows, destination=destination, progress=step, **options)
     finally:
-        os.fsync, os.replace = kept
+        os.fsync, os.replace, shutil.rmtree = kept
     return result, steps
 
 
@@ -138,17 +139,27 @@ def test_killed_at_random_points_it_gives_the_same_bytes(victim, undisturbed, tm
 
 def test_killed_in_the_save_it_gives_the_same_bytes(victim, undisturbed, tmp_path):
     wanted, steps = undisturbed
-    done = victim.run(tmp_path / "out", kill_at=steps - 3)
-    assert done["killed"]
+    done = victim.run(tmp_path / "out", kill_at=steps - 12)
+    assert done["killed"] and not (tmp_path / "out" / "jq4.json").exists()
     done = victim.run(tmp_path / "out")
     assert done["resumed"] == 3 and contents(tmp_path / "out") == contents(wanted)
+
+
+@pytest.mark.parametrize("before_the_end", [5, 1])
+def test_killed_while_its_work_is_removed_it_gives_the_same_bytes(victim, undisturbed, tmp_path, before_the_end):
+    wanted, steps = undisturbed
+    assert victim.run(tmp_path / "out", kill_at=steps - before_the_end)["killed"]
+    assert contents(tmp_path / "out") == contents(wanted) and (tmp_path / "out.partial").exists()
+    assert not victim.run(tmp_path / "out")["killed"]
+    assert contents(tmp_path / "out") == contents(wanted)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_another_run_does_not_go_on_from_this_one(victim, undisturbed, tmp_path):
     from jq4.errors import JQ4Error
 
     _, steps = undisturbed
-    assert victim.run(tmp_path / "out", kill_at=steps - 3)["killed"]
+    assert victim.run(tmp_path / "out", kill_at=steps - 12)["killed"]
     with pytest.raises(
         JQ4Error, match=r"out.partial: holds the unfinished work of another run, whose calibration rows, recipe differ"
     ):
@@ -162,13 +173,18 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
     from jq4.errors import JQ4Error
 
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "thesis.tex").write_text("precious")
-    with pytest.raises(JQ4Error, match=r"out.partial: holds thesis.tex and no journal, so it is not ours"):
-        run(tmp_path / "out", recipe="rtn-w4g16")
-    (tmp_path / "out.partial" / "journal.json").write_text("{")
+    thesis, journal = tmp_path / "out.partial" / "thesis.tex", tmp_path / "out.partial" / "journal.json"
+    thesis.write_text("precious")
+    for restart in (False, True):
+        with pytest.raises(JQ4Error, match=r"out.partial: holds thesis.tex and no journal, so it is not ours"):
+            run(tmp_path / "out", recipe="rtn-w4g16", restart=restart)
+    journal.write_text("{")
+    with pytest.raises(JQ4Error, match=r"out.partial: holds thesis.tex, so it is not ours"):
+        run(tmp_path / "out", recipe="rtn-w4g16", restart=True)
+    assert thesis.read_text() == "precious"
+    thesis.unlink()
     with pytest.raises(JQ4Error, match=r"journal.json: not a journal of jq4"):
         run(tmp_path / "out", recipe="rtn-w4g16")
-    assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "precious"
 
 
 def _serve() -> None:

@@ -32,7 +32,8 @@ def workspace(target: Path) -> Iterator[Path]:
     check_ours(target)
     created = not target.exists()
     folder = target / WORKSPACE
-    lock = _lock(folder)
+    busy = f"{target}: another process is saving there; wait for it to end, or choose another path"
+    lock = lock_folder(folder, busy)
     try:
         for leftover in folder.iterdir():
             remove(leftover)
@@ -131,7 +132,8 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def _lock(folder: Path) -> int:
+def lock_folder(folder: Path, busy: str) -> int:
+    """A descriptor that holds `folder`, made if need be; CheckpointError(busy) where another process has it."""
     import fcntl  # POSIX alone has it; reading a checkpoint does without
 
     while True:
@@ -144,9 +146,7 @@ def _lock(folder: Path) -> int:
                     return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise CheckpointError(
-                f"{folder.parent}: another process is saving there; wait for it to end, or choose another path"
-            ) from None
+            raise CheckpointError(busy) from None
         os.close(descriptor)
 
 

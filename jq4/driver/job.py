@@ -6,16 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jq4.axes import contraction_axes
 from jq4.chain import BlockSource, Chain
 from jq4.driver import end_to_end
+from jq4.driver.block import check_dense_leaves
 from jq4.driver.calibration_rows import Needs, check_rows, needs_of
 from jq4.driver.equalized import RotatedSource
 from jq4.driver.journal import digest_of
-from jq4.driver.plan import BlockPlan, paths_of, plan_block
+from jq4.driver.plan import BlockPlan, paths_of, plan_block, wanted_of
 from jq4.driver.streams import Placement
 from jq4.equalize import for_model
+from jq4.errors import JQ4Error
 from jq4.quantize import quantize_report
 from jq4.quantize_report import LeafReport
 from jq4.recipe import Recipe
@@ -85,6 +89,7 @@ def plan_job(
     recipe = for_model(with_effort(recipe, effort), chain.folds)
     rotated = RotatedSource(source, chain, recipe) if recipe.before else source
     outside, first = rotated.outside(), rotated.block(0)
+    check_dense_leaves("", outside)
     plan = plan_block(chain, outside, first, recipe)
     planned_outside = tuple(quantize_report(outside, plan.recipe).leaves)
     needs = needs_of(recipe, plan, planned_outside)
@@ -93,6 +98,7 @@ def plan_job(
     if last_step is not None:
         end_to_end.check_memory(outside, first, chain.num_blocks)
     width = jax.eval_shape(chain.embed, outside, jax.ShapeDtypeStruct((1, 2), np.int32)).shape[-1]
+    _check_observed(chain, outside, planned_outside, width)
     return Job(
         chain=chain,
         given=source,
@@ -107,6 +113,19 @@ def plan_job(
         seed=seed,
         placement=Placement(devices),
     )
+
+
+def _check_observed(chain: Chain, outside: Any, planned: Sequence[LeafReport], width: int) -> None:
+    """Raises JQ4Error for a rule that looks at a leaf's inputs where the leaf has none: a table that is looked up."""
+    asking = [leaf.path for leaf in planned if leaf.is_planned and leaf.rule is not None and wanted_of(leaf.rule)]
+    x = jax.ShapeDtypeStruct((1, 2, width), jnp.float32)
+    multiplied = contraction_axes(chain.head, outside, x) if asking else {}
+    for path in asking:
+        if path not in multiplied:
+            raise JQ4Error(
+                f"{path}: its rule looks at what it is multiplied by, and this leaf is only looked up: leave it dense, "
+                "or give it a rule of its own, of a method that needs no calibration, such as hqq"
+            )
 
 
 def _digest_of_source(chain: Chain, source: BlockSource) -> str:

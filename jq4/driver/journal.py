@@ -6,8 +6,9 @@
     DST.partial/streams/        activations that memory would not hold; of no use to a later run
 
 A block counts once the journal names it, and the journal is replaced by one rename after the block's files are synced:
-whenever the process is killed, everything that the journal names is there. The identity is everything that the result
-depends on (recipe, source, rows, options, versions), so that no run goes on from what another one made.
+whenever the process is killed, everything that the journal names is there. What is removed, the journal forgets first,
+and it goes last. The identity is everything that the result depends on (recipe, source, rows, options, versions), so
+that no run goes on from what another one made. In a folder that holds anything else, nothing is touched.
 """
 
 import contextlib
@@ -21,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.atomic import sync_folder, write_synced
+from jq4.checkpoint.atomic import lock_folder, sync_folder, write_synced
 from jq4.errors import CheckpointError, JQ4Error
 
-_JOURNAL = "journal.json"
+_JOURNAL, _UNFINISHED = "journal.json", "journal.json.new"
+_FOLDERS = ("blocks", "dense", "streams")
 SUFFIX = ".partial"
 
 
@@ -47,7 +49,7 @@ class Journal:
         self.write()
 
     def write(self) -> None:
-        temporary = self.folder / f"{_JOURNAL}.new"
+        temporary = self.folder / _UNFINISHED
         temporary.unlink(missing_ok=True)
         write_synced(temporary, json.dumps({"identity": self._identity, "blocks": self._blocks}).encode())
         temporary.replace(self.folder / _JOURNAL)
@@ -60,13 +62,14 @@ def journal_in(folder: Path, identity: Mapping[str, Any], restart: bool) -> Iter
 
     Raises JQ4Error for the folder of another run, unless `restart` says to throw that away.
     """
-    lock = _lock(folder)
+    lock = lock_folder(folder, f"{folder}: another run is at work there; wait for it, or choose another destination")
     try:
-        blocks = [] if restart else _read(folder, identity)
-        if not blocks:
-            _clear(folder)
-        journal = Journal(folder, identity, blocks)
-        journal.write()
+        _check_ours(folder)
+        journal = Journal(folder, identity, [] if restart else _read(folder, identity))
+        if journal.blocks:
+            journal.write()
+        else:
+            _clear(journal)
         for name in ("blocks", "dense"):
             (folder / name).mkdir(exist_ok=True)
         try:
@@ -74,9 +77,9 @@ def journal_in(folder: Path, identity: Mapping[str, Any], restart: bool) -> Iter
         except CheckpointError:  # the save failed, and not the work
             raise
         except JQ4Error:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(journal)
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(journal)
     finally:
         os.close(lock)
 
@@ -93,13 +96,14 @@ def digest_of(value: Any) -> str:
 def _read(folder: Path, identity: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     file = folder / _JOURNAL
     if not file.exists():
-        _check_empty(folder)
         return []
     try:
         found = json.loads(file.read_bytes())
         held, blocks = found["identity"], found["blocks"]
     except (ValueError, KeyError, TypeError) as error:
         raise JQ4Error(f"{file}: not a journal of jq4 ({error}); remove {folder}, or restart (--restart)") from error
+    if not blocks:  # nothing that could be lost
+        return []
     differing = sorted(name for name in {*held, *identity} if held.get(name) != identity.get(name))
     if differing:
         raise JQ4Error(
@@ -109,27 +113,24 @@ def _read(folder: Path, identity: Mapping[str, Any]) -> list[list[dict[str, Any]
     return blocks
 
 
-def _check_empty(folder: Path) -> None:
-    strangers = sorted(path.name for path in folder.iterdir() if path.name != f"{_JOURNAL}.new")
-    if strangers:
-        raise JQ4Error(f"{folder}: holds {strangers[0]} and no journal, so it is not ours; remove or rename it")
+def _check_ours(folder: Path) -> None:
+    found = {path.name for path in folder.iterdir()} - {_UNFINISHED}
+    ours = {_JOURNAL, *_FOLDERS} if _JOURNAL in found else set()
+    if strangers := sorted(found - ours):
+        without = "" if ours else " and no journal"
+        raise JQ4Error(f"{folder}: holds {strangers[0]}{without}, so it is not ours; remove or rename it")
 
 
-def _clear(folder: Path) -> None:
-    for name in (_JOURNAL, f"{_JOURNAL}.new"):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("blocks", "dense", "streams"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+def _clear(journal: Journal) -> None:
+    """Removes the work; a kill on the way leaves a journal that names none of it."""
+    journal.blocks.clear()
+    journal.write()
+    for name in _FOLDERS:
+        shutil.rmtree(journal.folder / name, ignore_errors=True)
 
 
-def _lock(folder: Path) -> int:
-    import fcntl  # POSIX alone has it
-
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise JQ4Error(f"{folder}: another run is at work there; wait for it, or choose another destination") from None
-    return descriptor
+def _remove(journal: Journal) -> None:
+    with contextlib.suppress(OSError):  # what it leaves, the next run clears
+        _clear(journal)
+        (journal.folder / _JOURNAL).unlink()
+        journal.folder.rmdir()

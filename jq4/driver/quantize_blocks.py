@@ -42,6 +42,7 @@ from jq4.driver.plan import paths_of, wanted_of
 from jq4.driver.report import BlocksResult, LeafRow, whole_report
 from jq4.driver.rows_learned import rows_learned
 from jq4.driver.store import BlockStore
+from jq4.errors import JQ4Error
 from jq4.quantize import warn_of_idle_rules
 from jq4.recipe import Recipe
 from jq4.rule import Rule
@@ -94,6 +95,8 @@ def quantize_blocks(
       IdleRuleWarning: for a rule that quantized no leaf.
     """
     started = time.perf_counter()
+    if batch_size < 1 or not 0 <= seed < 2**31:
+        raise JQ4Error(f"batch_size is {batch_size} and seed is {seed}: wanted 1 or more, and 0 to 2**31 - 1")
     target = None if destination is None else Path(destination).expanduser().resolve()
     if target is not None:
         check_ours(target)

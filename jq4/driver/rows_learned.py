@@ -25,4 +25,7 @@ def rows_learned(rows: Sequence[LeafRow], dense: Any, packed: Any) -> list[LeafR
         found = float(sqnr(weight, q))
         return found if math.isfinite(found) else None
 
-    return [dataclasses.replace(row, sqnr_db=sqnr_of(row), weighted_error=None, note=LEARNED) for row in rows]
+    def note_of(row: LeafRow) -> str:
+        return row.note if LEARNED in row.note else "; ".join(filter(None, (row.note, LEARNED)))
+
+    return [dataclasses.replace(row, sqnr_db=sqnr_of(row), weighted_error=None, note=note_of(row)) for row in rows]

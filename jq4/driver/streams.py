@@ -8,6 +8,7 @@ parts in the same order, so that another batch size (rows sent to the devices at
 number of devices does change the parts, by rounding.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,14 +89,22 @@ def make_stream(
     """The embeddings of rows i32[R, T], in `file` if one is given, as a stream."""
     width = jax.eval_shape(embed, jax.ShapeDtypeStruct((1, tokens.shape[1]), np.int32)).shape[-1]
     shape = (*tokens.shape, width)
-    if file is not None:
-        file.parent.mkdir(exist_ok=True)
-    array = np.empty(shape, np.float32) if file is None else np.lib.format.open_memmap(file, "w+", np.float32, shape)
+    array = np.empty(shape, np.float32) if file is None else _in_file(file, shape)
     unit = unit_rows(tokens.shape[1], len(placement.devices))
     for start in range(0, len(tokens), unit):
         part = np.asarray(embed(placement.rows(tokens[start : start + unit])))
         array[start : start + unit] = part
     return Stream(array, batch_size, placement)
+
+
+def _in_file(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A memory map whose pages the disk has: a write to one that it had no room for would kill the process."""
+    file.parent.mkdir(exist_ok=True)
+    array = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+    with file.open("r+b") as opened:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return array
 
 
 def unit_rows(length: int, num_devices: int) -> int:
