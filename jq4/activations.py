@@ -28,6 +28,7 @@ from jq4.errors import JQ4Error
 from jq4.qarray import QArray
 
 NAMES = ("", "int8-token", "int8-tensor", "int4-token", "int4-tensor")
+_NOTHING = 1e-30  # a token no larger than this is zeros: a 127th of it is near where float32 ends
 _STRATEGIES = {("token", True): "token", ("tensor", False): "tensor"}
 
 
@@ -97,7 +98,9 @@ def integers_of(x: jax.Array, name: str, axes: Sequence[int], fixed: jax.Array |
         step = fixed.astype(jnp.float32)
     else:
         largest = jnp.max(jnp.abs(wide), axis=tuple(axes), keepdims=True, initial=0)
-        step = jax.lax.stop_gradient(jnp.where(largest > 0, largest, most) / most)
+        step = jax.lax.stop_gradient(jnp.where(largest > _NOTHING, largest, most) / most)
+    poisoned = jnp.any(jnp.isnan(wide), axis=tuple(axes), keepdims=True)  # no integer says so: the step does
+    step = jnp.where(poisoned, jnp.nan, step)
     return _nearest(wide / step, most).astype(x.dtype), step
 
 
@@ -134,6 +137,11 @@ def rounding_inputs(q: QArray, name: str, absmax: Any) -> QArray:
 
 
 def fixed_step(absmax: jax.Array, name: str) -> jax.Array:
-    """The step f32[*B] of a "tensor" strategy for inputs of which max |x| is known, f32[*B, K]."""
+    """The step f32[*B] of a "tensor" strategy for inputs of which max |x| is known, f32[*B, K].
+
+    Of stacked slices, one that calibration has not seen (an expert) takes the largest step of those beside it.
+    """
     largest, most = jnp.max(absmax, axis=-1), most_of(name)
+    if largest.ndim:
+        largest = jnp.where(largest > 0, largest, jnp.max(largest, axis=-1, keepdims=True))
     return jnp.where(largest > 0, largest, most) / most

@@ -16,11 +16,16 @@ from jax import lax
 from jq4.qarray import NEUTRAL, QArray, dequantize_array, is_qarray
 from pallas_kernels import packing
 
+_MOST = 127  # of the integers of x
+
 
 def has_integer_product(q: QArray) -> bool:
     """Whether a weight [*B, K, N] or [*B, N, K] has codes that can be summed as they are."""
     plain = q.zero_point is None and q.offset is None and not is_qarray(q.scale)
-    return q.layout == NEUTRAL and q.number_format.is_integer and q.num_groups == 1 and plain
+    form = q.number_format
+    if q.layout != NEUTRAL or not form.is_integer or q.num_groups > 1 or not plain:
+        return False
+    return q.shape[q.axis] * _MOST * form.center < 2**31  # else int32 sums might overflow: K of 132,104 at 8 bits
 
 
 @jax.custom_vjp

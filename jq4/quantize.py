@@ -210,18 +210,18 @@ def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> tuple[QArray, A
     rule, axis = entry.rule, entry.axis
     assert rule is not None and axis is not None
     method = get_method(rule.method)
-    statistics = None
-    if method.needs_statistics:
-        statistics = find_path(stats or {}, entry.path)
-        if statistics is None:
-            raise JQ4Error(f"{entry.path}: method {rule.method} needs statistics: pass stats=jq4.observe(...)")
+    statistics = find_path(stats or {}, entry.path)
+    if method.needs_statistics and statistics is None:
+        raise JQ4Error(f"{entry.path}: method {rule.method} needs statistics: pass stats=jq4.observe(...)")
+    if statistics is not None and (method.needs_statistics or rule.has_fixed_step):
         check_finite(entry.path, statistics)
     _check_values(entry.path, leaf, rule)
     try:
         options = tuple(rule.method_options.items())
-        packed, findings = _quantize_leaf(leaf, statistics, rule.method, rule.encoding(axis), options, _work_of(leaf))
+        looked_at = statistics if method.needs_statistics else None
+        packed, findings = _quantize_leaf(leaf, looked_at, rule.method, rule.encoding(axis), options, _work_of(leaf))
         packed = _double_quantized(packed) if rule.double_quant else packed
-        return _with_activations(packed, rule, find_path(stats or {}, entry.path)), findings
+        return _with_activations(packed, rule, statistics), findings
     except JQ4Error as error:
         raise JQ4Error(f"{entry.path}: {error}") from None
 
@@ -234,7 +234,7 @@ def _with_activations(packed: QArray, rule: Rule, statistics: Any) -> QArray:
     if wanted is None:
         return packed
     absmax = getattr(statistics, "absmax", None)
-    if absmax is None and not wanted.dynamic:
+    if absmax is None and rule.has_fixed_step:
         raise JQ4Error(
             "input_activations with dynamic false want max |x| of the inputs: pass stats=jq4.observe(...) with absmax"
         )

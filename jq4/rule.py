@@ -77,6 +77,11 @@ class Rule:
         return self.num_bits == DENSE_BITS
 
     @property
+    def has_fixed_step(self) -> bool:
+        """Whether products round their inputs to steps that calibration finds."""
+        return self.input_activations is not None and not self.input_activations.dynamic
+
+    @property
     def format(self) -> str:
         """The number format, a key of jq4.formats.FORMATS."""
         return _FORMATS[self.type, self.num_bits]

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 import jq4
-from jq4.activations import Activations, rounding_inputs
+from jq4.activations import Activations, fixed_step, rounding_inputs
 from jq4.equalize import collects, scale_block
+from jq4.integer_product import has_integer_product
 from jq4.inventory import inventory
 from jq4.matmul import dot_general, ragged_dot
-from jq4.qarray import codes_of, validate
+from jq4.qarray import QArray, codes_of, validate
 from jq4.rounding import quantize_weight
+from jq4.statistics import statistics_of
 from models.decoder import Decoder
 from models.folds import decoder_folds
 from tests.test_folds import TOKENS, logits_of, observe, random_decoder
@@ -66,6 +68,46 @@ def test_a_fixed_step_clips_what_lies_beyond():
     assert (np.abs(np.asarray(X)) > 127.5 * step).any()
     wanted = (integers * step) @ np.asarray(q.dequantize(), np.float64)
     np.testing.assert_allclose(jq4.matmul(X, q), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int8-token", "int8-tensor"])
+@pytest.mark.parametrize("group", [None, 8])
+def test_a_token_with_a_nan_gives_nan_and_no_other_does(group, name):
+    """Integers know no NaN, and a sum of them would hide it."""
+    q = rounding_inputs(quantize_weight(W, "int8", group_size=group), name, jnp.abs(X).max(0))
+    out = np.asarray(jq4.matmul(X.at[1, 3].set(jnp.nan), q))
+    assert np.isnan(out[1]).all()
+    np.testing.assert_array_equal(np.delete(out, 1, 0), np.delete(np.asarray(jq4.matmul(X, q)), 1, 0))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-37])
+def test_a_token_of_nothing_gives_nothing(size):
+    q = rounding_inputs(quantize_weight(W, "int8", group_size=None), "int8-token", None)
+    x = X.at[1].set(size).at[1, 0].set(0)
+    np.testing.assert_allclose(jq4.matmul(x, q)[1], 0, atol=1e-30)
+    assert np.isfinite(jax.grad(lambda x: jnp.sum(jq4.matmul(x, q)))(x)).all()
+
+
+def test_sums_that_int32_cannot_hold_are_of_floats():
+    def weight(length):
+        codes, scale = (jax.ShapeDtypeStruct((rows, 7), jnp.uint8) for rows in (length, 1))
+        return QArray(codes, scale, format="int8", group_size=length)
+
+    longest = (2**31 - 1) // (127 * 128)
+    assert has_integer_product(weight(longest)) and not has_integer_product(weight(longest + 1))
+
+
+def test_fixed_steps_of_experts_that_no_row_reached_are_those_beside_them():
+    seen = jnp.asarray([[3.0, 1.0], [0.0, 0.0], [2.0, 5.0]])
+    np.testing.assert_allclose(fixed_step(seen, "int8-tensor"), np.asarray([3, 5, 5]) / 127, rtol=1e-6)
+    np.testing.assert_allclose(fixed_step(jnp.stack([seen, 0 * seen]), "int8-tensor")[1], 1)
+
+
+def test_fixed_steps_want_finite_statistics():
+    rule = jq4.Rule(("w",), num_bits=8, axis=-2, input_activations=Activations(strategy="tensor", dynamic=False))
+    poisoned = statistics_of(X.at[0, 0].set(jnp.nan), frozenset({"absmax"}))
+    with pytest.raises(jq4.JQ4Error, match=r"^w: its statistics are not finite \(absmax\)"):
+        jq4.quantize({"w": W}, rule, {"w": poisoned})
 
 
 @pytest.mark.parametrize("group", [None, 8])
