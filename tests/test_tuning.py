@@ -139,6 +139,26 @@ def test_a_block_is_never_worse_than_its_start_and_better_by_scales_alone():
             _assert_same(tuned, packed)
 
 
+@pytest.mark.parametrize("name", ["rtn-w3g32-asym", "hqq-w3g32-asym", "nf4-g32-dq"])
+def test_zero_points_offsets_and_packed_scales_are_tuned(name):
+    dense, _, inputs, targets = _problem()
+    dense["layers"]["kernel"] = dense["layers"]["kernel"].at[:32, 1].set(0)
+    packed = _layer(jq4.quantize(dense, dataclasses.replace(jq4.Recipe.preset(name), name=None))["layers"]["kernel"])
+    tuned = tune_block(_linear, dense, packed, inputs, targets, index=0, options={"iterations": 30, "batch_size": 4})
+    assert _error(tuned, inputs, targets) < 0.9 * _error(packed, inputs, targets)
+    assert jax.tree.structure(tuned) == jax.tree.structure(packed)
+
+
+def test_a_group_with_a_scale_of_zero_stays_zero():
+    dense, packed, inputs, targets = _problem()
+    q = packed["layers"]["kernel"]
+    dense = _layer(dense["layers"]["kernel"].at[:32, 1].set(0))
+    packed = _layer(dataclasses.replace(q, scale=q.scale.at[0, 1].set(0)))
+    tuned = tune_block(_linear, dense, packed, inputs, targets, index=0, options={"iterations": 4})
+    kernel = np.asarray(tuned["layers"]["kernel"].dequantize())
+    assert np.isfinite(kernel).all() and not kernel[:32, 1].any()
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others():
     dense, packed, inputs, targets = _problem()
     make = [
@@ -211,6 +231,7 @@ def test_an_effort_fills_in_what_a_step_leaves_open():
     [
         ({"iterations": -1}, "block 3: iterations is -1, wanted an integer, 0 or more"),
         ({"rate": "fast"}, "block 3: rate is 'fast', wanted a number, zero or more"),
+        ({"iters": 5}, "block 3: unknown option 'iters' of step autoround, wanted one of iterations, batch_size"),
         ({"optimizer": "newton"}, "block 3: optimizer is 'newton', wanted one of adam, sign"),
     ],
 )

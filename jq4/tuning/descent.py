@@ -101,7 +101,8 @@ def descend(
     first = _measure(loss, variables, context, rows, settings.batch_size)
     if not math.isfinite(first):
         raise JQ4Error(f"the loss at the start is {first}: wanted finite weights, inputs and targets")
-    best, least = jax.tree.map(jnp.array, variables), first
+    best, least = variables, first
+    variables = jax.tree.map(jnp.array, variables)  # a copy, since steps take theirs over
     state = _optimizer(settings).init(variables)
     size = _bytes_of(rows.fetch(rows.learn[:1])) * settings.batch_size
     at_once = max(1, min(STEPS_A_DISPATCH, DISPATCH_BYTES // max(size, 1)))

@@ -21,7 +21,7 @@ from typing import Any
 
 from jq4.errors import JQ4Error
 from jq4.recipe import Recipe
-from jq4.steps import AFTER
+from jq4.steps import AFTER, STEPS
 
 EFFORTS = ("light", "default", "best")
 BLOCK, END_TO_END = "autoround", "distill"
@@ -56,6 +56,10 @@ def defaults(step: str, options: Mapping[str, Any] | None = None, effort: str = 
     """All options of a step: those given, and the effort's for the others."""
     if effort not in EFFORTS:
         raise JQ4Error(f"unknown effort {effort!r}: wanted one of {', '.join(EFFORTS)}")
+    known = STEPS[step].options
+    for name in options or {}:
+        if name not in known:
+            raise JQ4Error(f"unknown option {name!r} of step {step}, wanted one of {', '.join(known)}")
     return {**_SHARED[step], **_BY_EFFORT[effort][step], **(options or {})}
 
 

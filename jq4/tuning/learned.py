@@ -139,6 +139,7 @@ def _ratio(weight: jax.Array, scale: jax.Array, offset: jax.Array | None, q: QAr
     target = weight.astype(jnp.float32)
     target = target if q.input_scale is None else target / q.input_scale.astype(jnp.float32)
     target = target if offset is None else target - _spread(offset, q)
+    scale = jnp.where(scale == 0, 1.0, scale)  # of groups of nothing but zeros, as files and packed scales have them
     return target / _spread(scale, q)
 
 

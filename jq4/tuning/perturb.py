@@ -24,7 +24,7 @@ def perturb(
     """i32[count, T], each from a row of `rows` i32[R, T]: all of them once before any again."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise JQ4Error(f"perturbed_rows is {count!r}, wanted an integer, 0 or more")
-    if not 0 < share <= 1:
+    if isinstance(share, bool | str) or not 0 < share <= 1:
         raise JQ4Error(f"perturbed_share is {share!r}, wanted above 0 and at most 1")
     made = [rows[:0]]
     for start in range(0, count, _BATCH):
