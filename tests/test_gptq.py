@@ -185,6 +185,14 @@ def test_dead_inputs_get_weights_of_zero_and_are_counted():
     assert report.notes == {"w": "2 inputs that were never anything but zero, whose weights are now zero"}
 
 
+def test_a_dead_input_does_not_damp_small_ones():
+    weight, x = normal(64, 24), inputs(300, 64)
+    x[:, 3] = 0
+    encoding = Encoding(group_size=32, observer="mse")
+    codes, small = (codes_of(quantize(weight, statistics(size * x), encoding)) for size in (1, 2.0**-12))
+    np.testing.assert_array_equal(small, codes)
+
+
 def test_a_hessian_without_a_factor_raises_its_damping_and_says_so():
     x = inputs(40, 64)  # fewer rows than inputs
     x[:, 1] = x[:, 0]
@@ -225,6 +233,10 @@ def test_starved_experts_fall_back_are_counted_and_never_nan():
         np.testing.assert_array_equal(codes_of(q)[expert], codes_of(rounded)[expert])
     with pytest.warns(jq4.CalibrationWarning, match=f"{starved} of 4 slices saw fewer"):
         jq4.quantize({"w": tree["w"]}, rule(), stats)
+    unseen = WeightStatistics(jnp.int32(0), outer_total=jnp.zeros((32, 32)))
+    with pytest.warns(jq4.CalibrationWarning, match="1 of 1 slices saw fewer than 1 rows: rtn"):
+        alone = jq4.quantize({"w": tree["w"][0]}, rule(fallback="rtn", min_rows=0), {"w": unseen})["w"]
+    np.testing.assert_array_equal(codes_of(alone), codes_of(rounded)[0])
 
 
 def test_bad_statistics_are_refused():

@@ -75,7 +75,7 @@ class Findings(NamedTuple):
         said = []
         if starved := int(jnp.sum(self.starved)):
             said.append(
-                f"{starved} of {self.starved.size} slices saw fewer than {wanted.min_rows} rows: {wanted.fallback} "
+                f"{starved} of {self.starved.size} slices saw fewer than {wanted.rows_wanted} rows: {wanted.fallback} "
                 "without data"
             )
         if raised:
@@ -111,6 +111,11 @@ class Options:
         for name, value, known in (("actorder", self.actorder, ACTORDERS), ("fallback", self.fallback, FALLBACKS)):
             if value not in known:
                 raise JQ4Error(f"gptq: {name} is {value!r}, wanted one of {', '.join(known)}")
+
+    @property
+    def rows_wanted(self) -> int:
+        """min_rows, and one at least: no rows are no reason for weights of zero."""
+        return max(self.min_rows, 1)
 
 
 def _with_margin(damping: float) -> float:
@@ -164,7 +169,7 @@ class _Solver:
     ) -> tuple[jax.Array, Parameters, Findings]:
         """Codes u8[K, N], parameters f32[G, N] and findings, of sums over `count` rows."""
         rows = jnp.maximum(count, 1).astype(jnp.float32)
-        starved = count < self.options.min_rows
+        starved = count < self.options.rows_wanted
 
         def by_rows(_: None) -> Any:
             return self._solve(weight.astype(jnp.float32), outer / rows, None if cross is None else cross / rows)

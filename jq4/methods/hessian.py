@@ -1,8 +1,8 @@
 """What the second-order methods make of a Hessian H = E[x x^T]: dead inputs, damping, the triangular factor.
 
-dead     an input that was never anything but zero has H_kk = 0. As in GPTQ its diagonal becomes 1 and its weights 0:
-         they multiplied nothing that calibration has seen, and 0 is on every grid (up to rounding, on one with a
-         float offset).
+dead     an input that was never anything but zero has H_kk = 0. As in GPTQ its weights become 0: they multiplied
+         nothing that calibration has seen, and 0 is on every grid (up to rounding, on one with a float offset). Its
+         diagonal becomes the mean of the others'; GPTQ's 1 would set the damping where the others are small.
 damping  H + damping * mean(diag H) * I. Few rows (fewer than K) or inputs that depend on each other leave H without
          a Cholesky factor in f32; then the damping is multiplied by 10 until there is one, and what it came to is
          reported.
@@ -19,9 +19,11 @@ _LAST = 1e6  # past this, H does not hold finite numbers
 
 
 def with_dead_inputs(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(f32[K, K] with 1 on the diagonal of dead inputs, bool[K] which those are)."""
-    dead = jnp.diagonal(hessian) == 0
-    return hessian + jnp.diag(dead.astype(jnp.float32)), dead
+    """(f32[K, K] with the others' mean on the diagonal of dead inputs, bool[K] which those are)."""
+    diagonal = jnp.diagonal(hessian)
+    dead = diagonal == 0
+    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1).astype(jnp.float32)
+    return hessian + jnp.diag(jnp.where(dead, jnp.where(mean > 0, mean, 1.0), 0.0)), dead
 
 
 def damped_factor(matrix: jax.Array, unit: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
