@@ -157,6 +157,12 @@ def test_what_cannot_carry_scales_of_inputs_says_so():
         jq4.quantize({"w": W}, AWQ)
     with pytest.raises(jq4.JQ4Error, match="w: method awq wants mean_square"):
         jq4.quantize({"w": W}, AWQ, {"w": statistics_of(X, frozenset({"absmax"}))})
+    for name, value in (("ratios", 0), ("columns", -3), ("finalists", -1)):
+        rule = dataclasses.replace(AWQ, options=((name, value),))
+        with pytest.raises(
+            jq4.JQ4Error, match=f"{name} {value}.*; wanted ratios 1 or more, finalists and columns 0 or"
+        ):
+            jq4.quantize({"w": W}, rule, {"w": statistics_of(X, frozenset({"mean_square", "hessian"}))})
 
 
 @pytest.mark.parametrize("device", ["TPU v6 lite", "NVIDIA H200"])
@@ -193,6 +199,8 @@ def test_a_model_takes_the_scales_into_its_folds():
     whole = for_model(recipe, folds)
     assert [step.step for step in whole.before] == ["awq"] and whole.rules[0].method_options["multiplier"] == 0
     assert for_model(whole, folds) == whole
+    clipping = (dataclasses.replace(recipe.rules[0], options=(("multiplier", 0),)),)
+    assert not for_model(dataclasses.replace(recipe, rules=clipping), folds).before
     few = dataclasses.replace(recipe, rules=(dataclasses.replace(recipe.rules[0], options=(("ratios", 5),)),))
     assert dict(for_model(few, folds).before[0].options) == {"ratios": 5}
     dense, errors = logits_of(config, params), {}

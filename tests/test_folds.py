@@ -10,7 +10,8 @@ import pytest
 import jq4
 from jq4.chain import TreeSource
 from jq4.equalize import collects, for_model, prepare_tree, scale_block
-from jq4.equalize.folds import leaf_at, scale_inputs
+from jq4.equalize.folds import Fold, leaf_at, scale_inputs
+from jq4.equalize.smoothquant import smooth_scale
 from jq4.statistics import WeightStatistics
 from jq4.steps import Step
 from models.chain import LAYERS
@@ -146,6 +147,12 @@ def test_a_dead_channel_keeps_its_scale():
         np.testing.assert_array_equal(leaf_at(moved, "q_proj/kernel")[:, 7], kernel[:, 7])
 
 
+def test_smoothing_has_bounds():
+    """What calibration hardly saw would else be 1e15 times the rest of a token, where it is seen."""
+    scale = np.asarray(smooth_scale(Fold((), ""), [jnp.ones((3, 5))], jnp.asarray([1e-20, 4.0, 1e20]), 0.5))
+    np.testing.assert_allclose(scale, [1 / 4096, 2, 4096], rtol=1e-6)
+
+
 def test_only_what_a_step_needs_is_collected():
     folds = decoder_folds(random_decoder("llama")[0])
     collect = collects(with_steps("rtn-w4g32", ("awq", (("finalists", 0),))), folds)
@@ -161,6 +168,10 @@ def test_errors_say_what_is_missing():
     recipe = with_steps("rtn-w4g32", ("smoothquant",))
     with pytest.raises(jq4.JQ4Error, match=r"step smoothquant: no statistics of the inputs of layers/attention/q_proj"):
         scale_block(random_decoder("llama")[1], folds, recipe, {"other": WeightStatistics(1)})
+    with pytest.raises(jq4.JQ4Error, match=r"no max \|x\| of layers/attention/q_proj/kernel, wanted the statistics of"):
+        scale_block(random_decoder("llama")[1], folds, recipe, {folds.consumers[0]: WeightStatistics(1)})
+    with pytest.raises(jq4.JQ4Error, match=r"step smoothquant: alpha is 1\.5, wanted a number from 0 to 1"):
+        smooth_scale(Fold((), ""), [jnp.ones((4, 3))], jnp.ones(4), 1.5)
     with pytest.raises(jq4.JQ4Error, match="the recipe has the step smoothquant, and the model does not say"):
         for_model(recipe, None)
     with pytest.raises(jq4.JQ4Error, match="awq, rotate: wanted rotate first"):

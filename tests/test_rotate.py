@@ -58,6 +58,8 @@ def test_models_with_norms_after_their_sublayers_turn_their_heads_alone(family):
     assert not np.allclose(leaf_at(rotated, "v_proj/kernel"), leaf_at(params, "v_proj/kernel"))
     with pytest.raises(jq4.JQ4Error, match=r"cannot be rotated: gemma.* has a norm after each .*residual: false"):
         rotate_block(params, folds, with_steps("rtn-w4g32", ("rotate",)))
+    with pytest.raises(jq4.JQ4Error, match="step rotate: residual is 'no', wanted true or false"):
+        rotate_block(params, folds, with_steps("rtn-w4g32", ("rotate", (("residual", "no"),))))
 
 
 def test_a_tied_model_is_told_how_to_be_untied():

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq4.equalize.folds import Fold
+from jq4.errors import JQ4Error
 from jq4.rounding import Encoding, find_parameters, map_groups, round_trip
 from jq4.statistics import WeightStatistics
 
@@ -50,6 +51,10 @@ def awq_scale(
       finalists: candidates that the whole Hessian judges; 0 leaves it to the diagonal.
       columns: output columns of each weight that are looked at; 0 for all.
     """
+    counts = {"ratios": ratios, "finalists": finalists, "columns": columns}
+    if not all(isinstance(count, int) and count >= (name == "ratios") for name, count in counts.items()):
+        found = ", ".join(f"{name} {count!r}" for name, count in counts.items())
+        raise JQ4Error(f"awq: found {found}; wanted ratios 1 or more, finalists and columns 0 or more")
     hessian = statistics.hessian if finalists and statistics.outer_total is not None else None
     seen = tuple(weight[..., :: _stride(weight.shape[-1], int(columns))] for weight in weights)
     pairs = candidates(int(ratios), bool(by_weights))

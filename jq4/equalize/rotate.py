@@ -55,13 +55,13 @@ def rotate_block(tree: Any, folds: Folds, options: Mapping[str, Any]) -> Any:
             tree = replace_leaves(tree, {path: _left(leaf_at(tree, path), rotation) for path in norm.consumers})
         for path in residual.writers:
             tree = _written(tree, path, rotation)
-    if folds.values is not None and options.get("heads", True):
+    if folds.values is not None and _wanted(options, "heads"):
         tree = _turn_heads(tree, folds.values, options)
     return tree
 
 
 def _residual(folds: Folds, options: Mapping[str, Any]) -> Residual | None:
-    if not options.get("residual", True):
+    if not _wanted(options, "residual"):
         return None
     if folds.residual is None:
         raise JQ4Error(
@@ -69,6 +69,13 @@ def _residual(folds: Folds, options: Mapping[str, Any]) -> Residual | None:
             "The option `residual: false` turns the value heads alone"
         )
     return folds.residual
+
+
+def _wanted(options: Mapping[str, Any], name: str) -> bool:
+    value = options.get(name, True)
+    if not isinstance(value, bool):
+        raise JQ4Error(f"step rotate: {name} is {value!r}, wanted true or false")
+    return value
 
 
 def _rotation(width: int, options: Mapping[str, Any]) -> jax.Array:

@@ -21,14 +21,18 @@ import jax
 import jax.numpy as jnp
 
 from jq4.equalize.folds import Fold
+from jq4.errors import JQ4Error
 
 ALPHA = 0.8
+_MOST = 4096.0  # s and 1 / s: what calibration hardly saw must not drown all else where it is seen
 
 
 def smooth_scale(fold: Fold, weights: Sequence[jax.Array], absmax: jax.Array, alpha: float) -> jax.Array:
     """The s f32[*B, K'] of a fold, for its consumers' weights float[*B, K, N] and their inputs' max |x| f32[*B, K]."""
+    if isinstance(alpha, bool | str) or not 0 <= alpha <= 1:
+        raise JQ4Error(f"step smoothquant: alpha is {alpha!r}, wanted a number from 0 to 1")
     of_inputs = fold.pooled(absmax, jnp.max)
     largest = [jnp.max(jnp.abs(weight.astype(jnp.float32)), axis=-1) for weight in weights]
     of_weights = fold.pooled(jnp.max(jnp.stack(largest), axis=0), jnp.max)
     scale = of_inputs**alpha / of_weights ** (1 - alpha)
-    return jnp.where((of_inputs > 0) & (of_weights > 0), scale, 1.0)
+    return jnp.where((of_inputs > 0) & (of_weights > 0), jnp.clip(scale, 1 / _MOST, _MOST), 1.0)

@@ -50,7 +50,7 @@ def for_model(recipe: "Recipe", folds: Folds | None) -> "Recipe":
         return recipe
     if _ROTATE in wanted[1:]:
         raise JQ4Error(f"the recipe's steps before its rules are {', '.join(wanted)}: wanted rotate first, and once")
-    searching = [rule for rule in recipe.rules if rule.method == "awq"]
+    searching = [rule for rule in recipe.rules if rule.method == "awq" and rule.method_options.get("multiplier", 1)]
     if not searching:
         return recipe
     rules = tuple(_without_multiplier(rule) if rule.method == "awq" else rule for rule in recipe.rules)
@@ -116,7 +116,9 @@ def _scale_of(step: Step, fold: Fold, tree: Any, rules: "dict[str, Rule]", stati
     weights = [leaf_at(tree, path) for path in rules]
     options = dict(step.options)
     if step.step == "smoothquant":
-        return smooth_scale(fold, weights, statistics.absmax, float(options.get("alpha", ALPHA)))
+        if statistics.absmax is None:
+            raise JQ4Error(f"step smoothquant: no max |x| of {fold.consumers[0]}, wanted the statistics of collects()")
+        return smooth_scale(fold, weights, statistics.absmax, options.get("alpha", ALPHA))
     encodings = [dataclasses.replace(rule.encoding(-2), observer=_quick(rule)) for rule in rules.values()]
     return awq_scale(fold, weights, encodings, statistics, **options)
 
