@@ -1,20 +1,24 @@
 """`observe`: streaming statistics of the inputs of every weight that a function multiplies by.
 
-The function is run as it is, one batch after another, under one jitted program whose accumulators are donated: memory
-is the function's own and the sums'. The sums are in float32, per weight and per stacked slice (a scanned layer, an
-expert); see jq4.statistics for their shapes. Another batch size changes them by rounding only.
+The function is run as it is, one batch after another, and the sums of each are added to the total in the order of the
+batches: memory is the function's own and twice the sums'. A batch is computed on the device where it lies, by the same
+program on each, and the total is on the first one's: so that the sums are the same bytes however many devices share the
+batches. They are in float32, per weight and per stacked slice (a scanned layer, an expert); see jq4.statistics for
+their shapes. Another batch size changes them by rounding only.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from jq4 import jax_compat
 from jq4.axes import is_array, watched_call
+from jq4.beside import beside, device_of
 from jq4.errors import JQ4Error
 from jq4.statistics import CHEAP, Statistics, WeightStatistics, check_collectable, merge
 from jq4.watch import Frame, Watcher
@@ -44,7 +48,7 @@ def observe(
     Args:
       function: any traceable function; called as function(tree, batch), or function(tree, *batch) for a tuple.
       tree: the parameters, dense; a weight is a float leaf of two axes or more.
-      batches: pytrees of arrays; may be a generator, of which one batch is held at a time.
+      batches: pytrees of arrays; may be a generator, of which one batch a device is held at a time.
       collect: some of "absmax", "mean", "mean_square", "hessian" (counts always come along), or a function from a
         leaf's path to them. A Hessian of K inputs takes 4*K*K bytes a slice, so it is only collected where asked.
       programs: of an earlier call with this function and `collect`, so that nothing is compiled again; filled here.
@@ -64,13 +68,14 @@ def observe(
         run(leaves)
         return watcher
 
-    return accumulate(gather, ((tree, as_arguments(batch)) for batch in batches), "observe", programs)
+    here = beside(tree)
+    return accumulate(gather, ((here(batch), as_arguments(batch)) for batch in batches), "observe", programs)
 
 
 def accumulate(
     gather: Callable[[Any], Watcher], calls: Iterable[Any], name: str, programs: Programs | None = None
 ) -> Statistics:
-    """The sums of what `gather` finds in each call's arguments, added up under jit to a donated total.
+    """The sums of what `gather` finds in each call's arguments, added up in their order, on the first one's device.
 
     `gather(arguments)` is traced once for each structure and set of shapes, and returns the watcher that has seen all.
     """
@@ -83,13 +88,35 @@ def accumulate(
         if key not in programs.steps:
             programs.steps[key] = _step(gather, leaves, structure, programs.axes, programs.tables)
         arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
-        statistics, add = programs.steps[key]
-        if total is None:  # zeros, so that one program is compiled and not two
-            total = jax.tree.map(jax_compat.zeros, jax.eval_shape(statistics, arrays))
-        total = add(total, arrays)
+        total = _added(total, programs.steps[key], arrays)
     if total is None:
         raise JQ4Error(f"{name} was given no batches: wanted at least one")
     return Statistics(dict(total), tuple(programs.axes.items()), tuple(programs.tables))
+
+
+def _added(
+    total: dict[str, WeightStatistics] | None, step: Callable[..., dict[str, WeightStatistics]], arrays: list[Any]
+) -> dict[str, WeightStatistics]:
+    """The total, whose arrays are taken over, with the statistics of one more call."""
+    if total is None:
+        return jax.tree.map(jnp.copy, step(arrays))  # the program may give back an array that it was given
+    home = device_of(total)
+    if home == device_of(arrays) and not _is_traced(total):
+        jax.block_until_ready(total)  # of each device's batches one is under way, not all
+    found = step(arrays)
+    if home is not None:
+        found = jax.device_put(found, home)
+    both = {path: new for path, new in found.items() if path in total}
+    return total | found | _merge({path: total[path] for path in both}, both)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _merge(total: dict[str, WeightStatistics], found: dict[str, WeightStatistics]) -> dict[str, WeightStatistics]:
+    return {path: merge(total[path], new) for path, new in found.items()}
+
+
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def as_arguments(batch: Any) -> tuple[Any, ...]:
@@ -110,8 +137,8 @@ def _step(
     structure: Any,
     axes: dict[str, int],
     tables: dict[str, int],
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(statistics of one call, their sum with a donated total, jitted), for arguments like these.
+) -> Callable[..., dict[str, WeightStatistics]]:
+    """Statistics of one call, jitted, for arguments like these.
 
     `axes` and `tables` are filled with what the trace learns.
     """
@@ -127,11 +154,7 @@ def _step(
         tables.update(watcher.looked_up)
         return _by_path(watcher.frame)
 
-    def add(total: dict[str, WeightStatistics], arrays: list[Any]) -> dict[str, WeightStatistics]:
-        found = statistics(arrays)
-        return total | {path: merge(total[path], new) if path in total else new for path, new in found.items()}
-
-    return statistics, jax.jit(add, donate_argnums=0)
+    return jax.jit(statistics)
 
 
 def _by_path(frame: Frame) -> dict[str, WeightStatistics]:

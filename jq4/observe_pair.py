@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jq4.axes import is_array, watched_call
+from jq4.beside import beside
 from jq4.errors import JQ4Error
 from jq4.observe import Collect, Programs, accumulate, as_arguments, collector
 from jq4.paths import flatten_with_paths
@@ -69,8 +70,9 @@ def observe_pair(
         run(leaves)
         return watcher
 
-    trees = (dense_tree, quantized_tree)
-    return accumulate(gather, ((trees, _pair_of(batches)) for batches in batches_of_pairs), "observe_pair", programs)
+    here = beside((dense_tree, quantized_tree))
+    calls = ((here(pair), _pair_of(pair)) for pair in batches_of_pairs)
+    return accumulate(gather, calls, "observe_pair", programs)
 
 
 def _pair_of(batches: Any) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq4.apply import quantized
+from jq4.beside import beside
 from jq4.chain import BlockSource, Chain
 from jq4.driver.block import BlockQuantizer, check_dense_leaves
 from jq4.driver.calibration_rows import Needs
@@ -58,7 +59,7 @@ class BlocksInOrder:
     def embed(self, outside: Any, rows: np.ndarray, batch_size: int, folder: Path | None) -> None:
         """Makes the streams of the rows i32[R, T], in files of `folder` if one is given."""
         step = jax.jit(self._chain.embed)
-        outside = self._placement.everywhere(outside)
+        outside = self._placement.first(outside)
 
         def stream(name: str) -> Stream:
             file = None if folder is None else folder / f"{name}.npy"
@@ -72,7 +73,7 @@ class BlocksInOrder:
         if self.x is not None:
             self._run_dense(self._dense())
         if self.x_hat is not None:
-            self._run_packed(self._placement.everywhere(packed()))
+            self._run_packed(self._placement.first(packed()))
         self.next += 1
 
     def quantize(self, progress: Callable[[str], None]) -> tuple[Any, Any, list[LeafRow]]:
@@ -103,21 +104,23 @@ class BlocksInOrder:
         """Statistics of the weights that the head multiplies by, behind all blocks; None where none are asked for."""
         if self.x_hat is None or not any(wanted.values()):
             return None
-        head, outside = self._chain.head, self._placement.everywhere(outside)
+        head, outside = self._chain.head, self._placement.first(outside)
         found = observe(head, outside, ((x,) for _, x in self.x_hat.units()), collect=Collector(wanted))
         for path in set(wanted) & set(found):
             check_finite(path, found[path])
         return found
 
     def _dense(self) -> Any:
-        return self._placement.everywhere(self._source.block(self.next))
+        return self._placement.first(self._source.block(self.next))
 
     def _run_dense(self, block: Any) -> None:
         assert self.x is not None
         number = jnp.int32(self.next)
-        self.x.advance(lambda x: self._dense_step(block, number, x), f"block {self.next}, dense")
+        here = beside(block)
+        self.x.advance(lambda x: self._dense_step(here(x), number, x), f"block {self.next}, dense")
 
     def _run_packed(self, block: Any) -> None:
         assert self.x_hat is not None
         number = jnp.int32(self.next)
-        self.x_hat.advance(lambda x: self._packed_step(block, number, x), f"block {self.next}, quantized")
+        here = beside(block)
+        self.x_hat.advance(lambda x: self._packed_step(here(x), number, x), f"block {self.next}, quantized")

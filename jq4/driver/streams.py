@@ -3,43 +3,40 @@
 Two of them run through the model: x of the dense one, x^ of the quantized one, of which only what a recipe needs is
 kept. A block maps each row by itself, so its outputs take the place of its inputs.
 
-Rows are computed in units of about 1,024 tokens a device, whatever the batch size: sums over rows are made of the same
-parts in the same order, so that another batch size (rows sent to the devices at a time) changes no byte. Another
-number of devices does change the parts, by rounding.
+Rows are computed in units of about 1,024 tokens, each whole on one device, the devices taking turns: sums over rows are
+made of the same parts in the same order, so that neither another batch size (rows read at a time) nor another number
+of devices changes a byte. Only the rows are shared out: each device holds the block at work, and the first one all
+that is made of it.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jq4.errors import JQ4Error
 
 _TOKENS_A_UNIT = 1024
 
+Item = TypeVar("Item")
+
 
 class Placement:
-    """Rows over devices, everything else on all of them."""
+    """Units of rows over devices, everything else on the first."""
 
     def __init__(self, devices: Sequence[Any] | None) -> None:
         self.devices = tuple(devices) if devices else default_devices()
-        mesh = jax.sharding.Mesh(np.asarray(self.devices), ("rows",))
-        self._split = NamedSharding(mesh, PartitionSpec("rows"))
-        self._whole = NamedSharding(mesh, PartitionSpec())
 
-    def rows(self, array: Any) -> jax.Array:
-        """Rows [B, ...] over the devices, or on all of them where they do not divide."""
-        if len(self.devices) == 1:
-            return jax.device_put(array, self.devices[0])
-        even = array.shape[0] % len(self.devices) == 0
-        return jax.device_put(array, self._split if even else self._whole)
+    def unit(self, array: Any, number: int) -> jax.Array:
+        """The activations of one unit on the device whose turn it is."""
+        return jax.device_put(array, self.devices[number % len(self.devices)])
 
-    def everywhere(self, tree: Any) -> Any:
-        return jax.device_put(tree, self.devices[0] if len(self.devices) == 1 else self._whole)
+    def first(self, tree: Any) -> Any:
+        return jax.device_put(tree, self.devices[0])
 
 
 def default_devices() -> tuple[Any, ...]:
@@ -54,22 +51,23 @@ class Stream:
     def __init__(self, array: np.ndarray, batch_size: int, placement: Placement) -> None:
         self.array = array
         self._placement = placement
-        self._unit = unit_rows(array.shape[1], len(placement.devices))
+        self._unit = unit_rows(array.shape[1])
         self._batch = -(-batch_size // self._unit) * self._unit
 
     def units(self) -> Iterator[tuple[slice, jax.Array]]:
-        """The rows of each unit and their activations on the device, in order."""
+        """The rows of each unit and their activations on its device, in order."""
         count = self.array.shape[0]
         for start in range(0, count, self._batch):
             batch = np.array(self.array[start : start + self._batch])
             for inner in range(0, len(batch), self._unit):
                 unit = batch[inner : inner + self._unit]
-                yield slice(start + inner, start + inner + len(unit)), self._placement.rows(unit)
+                first = start + inner
+                yield slice(first, first + len(unit)), self._placement.unit(unit, first // self._unit)
 
     def advance(self, step: Callable[[jax.Array], jax.Array], name: str) -> None:
         """x <- step(x), unit by unit. Raises JQ4Error, saying `name`, for what is not finite."""
-        for rows, x in self.units():
-            out = np.asarray(step(x))
+        for rows, made in _ahead(((rows, step(x)) for rows, x in self.units()), len(self._placement.devices)):
+            out = np.asarray(made)
             if not np.isfinite(out).all():
                 row, position = np.argwhere(~np.isfinite(out))[0][:2]
                 raise JQ4Error(
@@ -90,9 +88,9 @@ def make_stream(
     width = jax.eval_shape(embed, jax.ShapeDtypeStruct((1, tokens.shape[1]), np.int32)).shape[-1]
     shape = (*tokens.shape, width)
     array = np.empty(shape, np.float32) if file is None else _in_file(file, shape)
-    unit = unit_rows(tokens.shape[1], len(placement.devices))
+    unit = unit_rows(tokens.shape[1])
     for start in range(0, len(tokens), unit):
-        part = np.asarray(embed(placement.rows(tokens[start : start + unit])))
+        part = np.asarray(embed(placement.first(tokens[start : start + unit])))
         array[start : start + unit] = part
     return Stream(array, batch_size, placement)
 
@@ -107,6 +105,16 @@ def _in_file(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def unit_rows(length: int, num_devices: int) -> int:
+def unit_rows(length: int) -> int:
     """Rows of `length` tokens that are computed at a time."""
-    return max(1, _TOKENS_A_UNIT // length) * num_devices
+    return max(1, _TOKENS_A_UNIT // length)
+
+
+def _ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The items in order, `count` of them made before the first is given."""
+    waiting: deque[Item] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) == count:
+            yield waiting.popleft()
+    yield from waiting
