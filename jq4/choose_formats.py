@@ -6,6 +6,7 @@ of the mix in whatever is printed. Out comes a Recipe whose rules name their lea
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from jq4.errors import JQ4Error
@@ -48,6 +49,8 @@ def choose_formats(found: Sensitivity, *, bits: float | None = None, bytes: int 
     """
     if (bits is None) == (bytes is None):
         raise JQ4Error("choose_formats: wanted either bits (a weight, on average) or bytes (of the candidate leaves)")
+    if bits is not None and not math.isfinite(bits):
+        raise JQ4Error(f"choose_formats: bits is {bits}, wanted a number")
     budget = int(bits * found.size / 8 + 1e-6) if bits is not None else int(bytes or 0)
     frontier = _frontier(found)
     least = frontier.points[0][0]

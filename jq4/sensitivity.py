@@ -138,6 +138,8 @@ def sensitivity(
                 progress(done, jobs, f"{path} in {name}")
             made.append(_option(path, name, rule, weights[path], params, stats, measure if trials == "all" else None))
             done += 1
+        if trials != "all":
+            _check_errors(path, made, trials)
         if trials == "one":
             made = _scaled(path, made, params, stats, measure)
         leaves.append(LeafSensitivity(path, int(np.prod(weights[path].shape)), tuple(made)))
@@ -192,11 +194,18 @@ def packed_leaf(path: str, rule: Rule, params: Any, stats: Any) -> Any:
     return dict(flatten_with_paths(quantize(params, Recipe((rule,)), stats)))[path]
 
 
+def _check_errors(path: str, options: list[Option], trials: str) -> None:
+    if any(option.output_error is None for option in options):
+        raise JQ4Error(
+            f"{path}: the statistics do not tell its outputs' errors, which trials={trials!r} goes by: use 'all'"
+        )
+
+
 def _scaled(path: str, options: list[Option], params: Any, stats: Any, measure: Any) -> list[Option]:
     """Losses in proportion to output errors, by the factor that one trial measures."""
     lossy = sorted((option for option in options if option.output_error), key=lambda option: option.output_error or 0)
     if not lossy:
-        raise JQ4Error(f"{path}: the statistics do not tell its outputs' errors, which trials='one' goes by: use 'all'")
+        return options
     probe = lossy[len(lossy) // 2]
     kld = measure(path, packed_leaf(path, probe.rule, params, stats))
     factor = kld / (probe.output_error or 1.0)

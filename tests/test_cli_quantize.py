@@ -11,6 +11,7 @@ from random_model import make_random_model
 import jq4
 from jq4.chain import TreeSource
 from jq4.cli import main
+from jq4.cli._calibration import choose_context
 from models.chain import LAYERS, decoder_chain
 from models.hf import load_config, load_params
 
@@ -23,8 +24,9 @@ def source(tmp_path_factory):
 def run_error(capsys, *argv):
     assert main([*map(str, argv)]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    return captured.err
+    told = captured.err.splitlines()[-1]
+    assert captured.out == "" and told.startswith(f"jq4 {argv[0]}: error: ")
+    return told
 
 
 def test_calibrated_from_a_text(capsys, source, tmp_path):
@@ -49,6 +51,16 @@ def test_calibrated_from_a_text(capsys, source, tmp_path):
         np.testing.assert_array_equal(np.asarray(have), np.asarray(want))
 
 
+def test_what_calibration_lacked_is_said(capsys, source, tmp_path):
+    """Two rows of eight tokens: fewer than the 32 that GPTQ wants, and more positions than are there are remarked."""
+    given = ["--calibration", str(source / "ids.npy"), "--rows", "2", "--context", "8"]
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--recipe", "gptq-w4g32", *given]) == 0
+    said = capsys.readouterr().err
+    assert "layers/mlp/down_proj/kernel (0, 1): 1 of 1 slices saw fewer than 32 rows: hqq without data" in said
+    assert choose_context(65, 64) == 65 and choose_context(None, 64) == 64
+    assert capsys.readouterr().err == "--context 65 is more than the 64 positions that the model was made for\n"
+
+
 def jq4_tokenizer(folder):
     from tokenizers import Tokenizer
 
@@ -64,6 +76,7 @@ def jq4_tokenizer(folder):
             "the recipe gptq-w4g32 needs calibration (method gptq), and none was given",
         ),
         (["--calibration", "{source}/text.txt", "--context", "9999"], "fewer than one row of 9999"),
+        (["--calibration", "{source}/ids.npy", "--context", "0"], "128 rows of 0 tokens: wanted 1 row or more"),
         (["--calibration", "{source}/nothing.txt"], "there is no such file to calibrate with"),
         (["--calibration", "{source}/config.json", "--memory", "much"], "memory 'much': wanted an amount such as"),
     ],

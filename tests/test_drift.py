@@ -1,5 +1,6 @@
 """Drift. Oracles: closed forms of Gaussians in numpy, and samples that are known to have moved, or not to have."""
 
+import argparse
 import json
 
 import jax
@@ -9,11 +10,13 @@ import pytest
 from random_model import make_random_model
 
 import jq4
+from jq4.calibration import Calibration
 from jq4.cli import main
-from jq4.cli.drift import judge
+from jq4.cli.drift import judge, rounded, say_other_calibration
 from jq4.drift import MARGIN, Drift, SliceDrift, drift, merge_statistics
 from jq4.errors import JQ4Error
 from jq4.observe import Programs
+from models.language_model import LanguageModel
 
 ALL = ("absmax", "mean", "mean_square", "hessian")
 CHEAP = ALL[:3]
@@ -219,6 +222,24 @@ def test_the_exit_code_is_for_those_who_ask(capsys, folders, monkeypatch):
     assert run(capsys, folders, "other", "--exit-code")[0] == 3
     code, captured = run(capsys, folders, "other")
     assert code == 0 and json.loads(captured.out)["recalibrate"]
+
+
+def test_the_control_looks_at_no_calibration(folders):
+    model = LanguageModel.from_folder(folders / "dense")
+    made = rounded(model, jq4.Recipe.preset("smoothquant-w8a8-static"))
+    plain = jq4.quantize(model.params, "rtn-w8gc")
+    for have, want in zip(jax.tree.leaves(made.params), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(have, want)
+
+
+def test_another_calibration_file_than_the_model_tells_is_remarked(capsys, folders):
+    model = LanguageModel.from_folder(folders / "dense")
+    text = Calibration(np.zeros((1, 2), np.int32), "old.npy", "0f", 1)
+    for sha256, remarks in (("0f", 0), ("1e", 1)):
+        model.save(folders / "told", source={"calibration": {"file": "web.txt", "sha256": f"sha256:{sha256}"}})
+        capsys.readouterr()
+        say_other_calibration(argparse.Namespace(model=str(folders / "told"), calibration="old.npy"), text)
+        assert capsys.readouterr().err.count("was calibrated on another file, web.txt") == remarks
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,13 @@ def test_numbers_that_are_none_are_refused_before_any_work(config, params, rows,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("after", [["distill", "autoround"], ["autoround", "autoround"]])
+def test_steps_that_would_not_be_followed_are_refused(config, params, rows, after):
+    recipe = jq4.Recipe.from_dict(jq4.Recipe.preset("gptq-w4g16").to_dict() | {"after": after})
+    with pytest.raises(JQ4Error, match=rf"steps after its rules are {', '.join(after)}: wanted .*, each once"):
+        quantize_blocks(decoder_chain(config), TreeSource(params, LAYERS), recipe, rows)
+
+
 def test_a_table_that_is_only_looked_up_has_no_inputs_to_calibrate_on(untied_config, rows):
     chain, source = decoder_chain(untied_config), TreeSource(random_params(untied_config), LAYERS)
     recipe = jq4.Recipe.preset("gptq-w4g16", embeddings=True)

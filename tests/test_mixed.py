@@ -187,6 +187,10 @@ def test_bad_requests_are_told(small):
         sensitivity(apply, params, ("rtn-w4g16", "rtn-w8gc"), rows, trials="few")
     with pytest.raises(JQ4Error, match=r"need stats=jq4\.observe"):
         sensitivity(apply, params, ("rtn-w4g16", "rtn-w8gc"), rows, trials="one")
+    with pytest.raises(JQ4Error, match="the statistics do not tell its outputs' errors, which trials='none' goes by"):
+        sensitivity(apply, params, ("rtn-w4g16", "rtn-w8gc"), rows, {}, trials="none")
+    with pytest.raises(JQ4Error, match="bits is nan, wanted a number"):
+        choose_formats(found, bits=float("nan"))
     with pytest.raises(JQ4Error, match="wanted either bits"):
         choose_formats(found)
     with pytest.raises(JQ4Error, match=r"less than the smallest of the formats take, .* \(4 bits a weight\)"):
@@ -224,6 +228,7 @@ def test_the_command_writes_a_recipe_that_quantize_takes(source, tmp_path, capsy
     [
         (("--bits", "1"), 1, "is less than the smallest of the formats take"),
         (("--bits", "4.5", "--formats", "rtn-w4g32"), 1, "wanted two or more"),
+        (("--bits", "4.5", "--batch-size", "0"), 1, "--batch-size is 0, wanted 1 or more"),
         (("--bits", "4.5", "--out", "nowhere/mix.yaml"), 1, "there is no folder"),
         (("--bits", "4.5", "--out", "mix.txt"), 1, "wanted a name that ends in .yaml"),
         (("--bits", "4.5", "--calibration", "nowhere.npy"), 1, "there is no such file"),

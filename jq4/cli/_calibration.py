@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from jq4.calibration import DEFAULT_FIELD, DEFAULT_ROWS, Calibration, read_calibration
+from jq4.cli import _terminal
 
 DEFAULT_CONTEXT = 2048
 
@@ -19,6 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default 8)")
 
 
+def choose_context(asked: int | None, longest: int) -> int:
+    """Tokens a row: as asked, or as many as the model takes, at most DEFAULT_CONTEXT."""
+    if asked is not None and asked > longest:
+        _terminal.say(f"--context {asked} is more than the {longest} positions that the model was made for")
+    return min(DEFAULT_CONTEXT, longest) if asked is None else asked
+
+
 def read_rows(model: Any, file: str, arguments: argparse.Namespace, context: int | None = None) -> Calibration:
     """The rows of a file by the model's own tokenizer; `context` tokens each, by default --context."""
     tokenizer = model.tokenizer
@@ -26,7 +34,7 @@ def read_rows(model: Any, file: str, arguments: argparse.Namespace, context: int
         file,
         encode=None if tokenizer is None else lambda text: tokenizer.encode(text).ids,
         vocab_size=model.config.vocab_size,
-        context=context or arguments.context or min(DEFAULT_CONTEXT, model.config.max_position_embeddings),
+        context=context or choose_context(arguments.context, model.config.max_position_embeddings),
         rows=arguments.rows,
         field=arguments.field,
     )

@@ -53,6 +53,8 @@ def observe_inputs(
     from jq4.cli import _terminal
     from jq4.observe import observe
 
+    if batch_size < 1:
+        raise JQ4Error(f"--batch-size is {batch_size}, wanted 1 or more")
     starts = range(0, len(rows), batch_size)
     with _terminal.progress(description) as step:
 

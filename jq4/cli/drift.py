@@ -58,6 +58,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     model = _models.open_model(arguments.model)
     reference = None if arguments.reference is None else _models.open_model(arguments.reference)
     texts = read_texts(model, arguments)
+    say_other_calibration(arguments, texts["calibration"])
     rows = {name: text.rows for name, text in texts.items()}
     parts = parts_of(rows["calibration"], arguments.parts, arguments.calibration)
     observed = dense_of(model) if reference is None else reference
@@ -91,6 +92,17 @@ def read_texts(model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     if len(contexts) == 1:
         return texts
     return {name: _calibration.read_rows(model, file, arguments, min(contexts)) for name, file in files.items()}
+
+
+def say_other_calibration(arguments: argparse.Namespace, text: Any) -> None:
+    """Says so where the model was calibrated on another file, by its own account."""
+    from jq4.checkpoint.orbax import read_manifest
+    from jq4.cli import _models, _terminal
+
+    about = read_manifest(arguments.model).source if _models.is_checkpoint(arguments.model) else None
+    told = (about or {}).get("calibration", {})
+    if told and told.get("sha256") != text.as_dict()["sha256"]:
+        _terminal.say(f"{arguments.calibration}: {arguments.model} was calibrated on another file, {told.get('file')}")
 
 
 def parts_of(rows: Any, parts: int, file: str) -> list[Any]:
@@ -146,10 +158,15 @@ def rounded(reference: Any, recipe: Any) -> Any:
 
     if reference is None:
         return None
-    plain = {"method": "rtn", "options": ()}
-    rules = tuple(rule if rule.is_dense else dataclasses.replace(rule, **plain) for rule in recipe.rules)
+    rules = tuple(rule if rule.is_dense else dataclasses.replace(rule, **_plain(rule)) for rule in recipe.rules)
     control = dataclasses.replace(recipe, rules=rules, before=(), after=())
     return dataclasses.replace(reference, params=quantize(reference.params, control))
+
+
+def _plain(rule: Any) -> dict[str, Any]:
+    """What of a rule is changed so that it looks at no calibration."""
+    is_fixed = rule.input_activations is not None and not rule.input_activations.dynamic
+    return {"method": "rtn", "options": ()} | ({"input_activations": None} if is_fixed else {})
 
 
 def kld_of(model: Any, reference: Any, rows: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:

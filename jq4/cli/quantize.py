@@ -47,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 DEFAULT_RECIPE = "hqq-w4g64-asym"
-DEFAULT_CONTEXT = 2048
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -60,12 +59,26 @@ def run(arguments: argparse.Namespace) -> None:
         return
     out = _terminal.console()
     out.print(quantize_table(data))
+    for remark in remarks_of(data):
+        _terminal.say(remark)
     out.print(
         f"{format_bytes(data['bytes_before'])} -> {format_bytes(data['bytes'])} held "
         f"({format_figure(data['bits_per_weight_packed'])} bits a packed weight, "
         f"{data['bits_per_weight']:.3f} over all), "
         f"{format_bytes(data['bytes_on_disk'])} in {data['destination']}, {data['seconds']:.1f} s"
     )
+
+
+def remarks_of(data: dict[str, Any]) -> list[str]:
+    """What the methods have to say of the calibration, once for all blocks that it is said of."""
+    from jq4.driver.rows_learned import LEARNED
+
+    blocks: dict[tuple[str, str], list[str]] = {}
+    for row in data.get("rows", ()):
+        if row["note"] not in ("", LEARNED):
+            place = "outside of the blocks" if row["block"] is None else str(row["block"])
+            blocks.setdefault((row["path"], row["note"]), []).append(place)
+    return [f"{path} ({', '.join(places)}): {note}" for (path, note), places in blocks.items()]
 
 
 def pack(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -207,15 +220,15 @@ def memory_of(given: str | None) -> int:
 def read_rows(arguments: argparse.Namespace, config: Any, files: Any) -> Any:
     """The calibration rows, by the model's own tokenizer."""
     from jq4.calibration import read_calibration
+    from jq4.cli._calibration import choose_context
     from models.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_files(files.get, arguments.source)
-    longest = min(DEFAULT_CONTEXT, config.max_position_embeddings)
     return read_calibration(
         arguments.calibration,
         encode=None if tokenizer is None else lambda text: tokenizer.encode(text).ids,
         vocab_size=config.vocab_size,
-        context=arguments.context or longest,
+        context=choose_context(arguments.context, config.max_position_embeddings),
         rows=arguments.rows,
         field=arguments.field,
     )

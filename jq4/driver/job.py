@@ -23,7 +23,7 @@ from jq4.errors import JQ4Error
 from jq4.quantize import quantize_report
 from jq4.quantize_report import LeafReport
 from jq4.recipe import Recipe
-from jq4.steps import Step
+from jq4.steps import AFTER, STEPS, Step
 from jq4.tuning import with_effort
 
 
@@ -86,6 +86,7 @@ def plan_job(
     devices: Sequence[Any] | None,
 ) -> Job:
     """The job; a JQ4Error for whatever can be known to be wrong before it is begun."""
+    _check_order([step.step for step in recipe.after])
     recipe = for_model(with_effort(recipe, effort), chain.folds)
     rotated = RotatedSource(source, chain, recipe) if recipe.before else source
     outside, first = rotated.outside(), rotated.block(0)
@@ -113,6 +114,14 @@ def plan_job(
         seed=seed,
         placement=Placement(devices),
     )
+
+
+def _check_order(after: list[str]) -> None:
+    wanted = [name for name, kind in STEPS.items() if kind.when == AFTER and name in after]
+    if after != wanted:
+        raise JQ4Error(
+            f"the recipe's steps after its rules are {', '.join(after)}: wanted {', '.join(wanted)}, each once"
+        )
 
 
 def _check_observed(chain: Chain, outside: Any, planned: Sequence[LeafReport], width: int) -> None:
