@@ -226,6 +226,11 @@ def validate(q: QArray, path: str = "QArray") -> QArray:
 
 def _validate_inputs(q: QArray, path: str) -> None:
     """input_scale has the grouped axis whole, activation_scale has 1 there; any other axis is whole or 1."""
+    if q.activations.endswith("-tensor") != (q.activation_scale is not None):
+        found = "none" if q.activation_scale is None else f"one of shape {tuple(q.activation_scale.shape)}"
+        raise JQ4Error(
+            f"{path}: activations {q.activations!r} with activation_scale {found}: a fixed step is what 'tensor' has"
+        )
     for name, whole in (("input_scale", True), ("activation_scale", False)):
         part = getattr(q, name)
         if part is None:

@@ -213,14 +213,17 @@ def find_parameters(blocks: jax.Array, encoding: Encoding) -> Parameters:
 
 
 def find_range(blocks: jax.Array, encoding: Encoding) -> tuple[jax.Array, jax.Array]:
-    """The (low, high) that a group's levels shall span, low <= 0 <= high, f32[..., G, 1, ...]."""
+    """The (low, high) that a group's levels shall span, low <= 0 <= high, f32[..., G, 1, ...].
+
+    Percentiles leave out what is NaN, for callers that fill their groups up with it.
+    """
     axes = encoding.reduced_axes
     if encoding.observer == "percentile":
         kept = encoding.percentile / 100
         if encoding.symmetric:
-            high = jnp.quantile(jnp.abs(blocks), kept, axis=axes, keepdims=True)
+            high = jnp.nanquantile(jnp.abs(blocks), kept, axis=axes, keepdims=True)
             return -high, high
-        low, high = (jnp.quantile(blocks, q, axis=axes, keepdims=True) for q in (1 - kept, kept))
+        low, high = (jnp.nanquantile(blocks, q, axis=axes, keepdims=True) for q in (1 - kept, kept))
         return jnp.minimum(low, 0), jnp.maximum(high, 0)
     low = jnp.min(blocks, axis=axes, keepdims=True, initial=0)
     high = jnp.max(blocks, axis=axes, keepdims=True, initial=0)

@@ -103,6 +103,14 @@ def test_fixed_steps_of_experts_that_no_row_reached_are_those_beside_them():
     np.testing.assert_allclose(fixed_step(jnp.stack([seen, 0 * seen]), "int8-tensor")[1], 1)
 
 
+def test_a_fixed_step_goes_with_the_name_of_one():
+    fixed = rounding_inputs(quantize_weight(W, "int8", group_size=None), "int8-tensor", jnp.abs(X).max(0))
+    with pytest.raises(jq4.JQ4Error, match="w: activations 'int8-tensor' with activation_scale none"):
+        validate(dataclasses.replace(fixed, activation_scale=None), "w")
+    with pytest.raises(jq4.JQ4Error, match=r"activations 'int8-token' with activation_scale one of shape \(1, 1\)"):
+        validate(dataclasses.replace(fixed, activations="int8-token"))
+
+
 def test_fixed_steps_want_finite_statistics():
     rule = jq4.Rule(("w",), num_bits=8, axis=-2, input_activations=Activations(strategy="tensor", dynamic=False))
     poisoned = statistics_of(X.at[0, 0].set(jnp.nan), frozenset({"absmax"}))

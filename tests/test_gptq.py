@@ -89,6 +89,18 @@ def test_its_own_sweep_is_the_papers(encoding):
     np.testing.assert_allclose(np.asarray(q.scale, np.float32), scales, rtol=0.02)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_percentiles_of_a_short_group_are_those_of_its_own_rows(symmetric):
+    """Inputs that know nothing of each other: what is left of GPTQ is rounding to nearest."""
+    encoding = Encoding(group_size=32, observer="percentile", percentile=80.0, symmetric=symmetric)
+    weight = normal(17 * 32 + 3, 24)
+    known = WeightStatistics(jnp.int32(100), outer_total=100 * jnp.eye(len(weight)))
+    found = quantize(weight, known, encoding, refinements=0)
+    wanted = rtn.quantize(jnp.asarray(weight), None, encoding)
+    np.testing.assert_array_equal(found.scale, wanted.scale)
+    np.testing.assert_array_equal(codes_of(found), codes_of(wanted))
+
+
 def hessian_error(q, weight, x):
     """E|x^T Q - x^T W|^2 over rows x, in float64."""
     missed = np.asarray(x, np.float64) @ (

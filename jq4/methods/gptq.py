@@ -218,6 +218,8 @@ class _Solver:
             expected = entry.rows.weight if slots.group == weight.shape[0] else _updated(entry)
             if self.encoding.observer == "mse":
                 found = search(expected, entry.rows.importance, self.encoding, self.options.starts)
+            elif self.encoding.observer == "percentile":
+                found = find_parameters(_without_nothing(expected, entry.rows.importance), self.encoding)
             else:
                 found = find_parameters(expected, self.encoding)
             return found, entry.error
@@ -261,6 +263,12 @@ def _updated(entry: Entry) -> jax.Array:
     pulled = entry.target - entry.rows.weight
     moved = jax.lax.linalg.triangular_solve(entry.pull, pulled, left_side=True, lower=True, unit_diagonal=True)
     return entry.rows.weight + moved
+
+
+def _without_nothing(rows: jax.Array, importance: jax.Array) -> jax.Array:
+    """A group's rows f32[g, N], NaN where a slot holds none; a group of nothing else as it is."""
+    holds = importance > 0
+    return jnp.where(holds | ~jnp.any(holds), rows, jnp.nan)
 
 
 def _without_diagonal(matrix: jax.Array) -> jax.Array:
