@@ -199,6 +199,16 @@ def test_a_table_that_is_only_looked_up_has_no_inputs_to_calibrate_on(untied_con
         quantize_blocks(chain, source, recipe, rows)
 
 
+def test_a_poisoned_norm_is_named_and_not_the_weights_behind_it(config, params, rows, tmp_path):
+    norm = {"scale": params["layers"]["input_norm"]["scale"].at[1, 3].set(jnp.nan)}
+    ill = params | {"layers": params["layers"] | {"input_norm": norm}}
+    with pytest.raises(JQ4Error, match=r"block 1: layers/input_norm/scale: holds NaN or Inf"):
+        quantize_blocks(
+            decoder_chain(config), TreeSource(ill, LAYERS), "smoothquant-w8a8", rows, destination=tmp_path / "out"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_poisoned_embedding_is_found_before_any_block(config, params, rows):
     ill = params | {"embed": {"embedding": params["embed"]["embedding"].at[299, 0].set(jnp.nan)}}
     said = []

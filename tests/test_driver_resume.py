@@ -6,6 +6,7 @@ Run as a script this file is the victim: it imports JAX once, and forks for each
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from jq4.errors import CheckpointError
 
 KILLS = 4
 RECIPE = "gptq-w4g16"
@@ -185,6 +188,37 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
     thesis.unlink()
     with pytest.raises(JQ4Error, match=r"journal.json: not a journal of jq4"):
         run(tmp_path / "out", recipe="rtn-w4g16")
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**11, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"x_hat.npy"):
+            run(tmp_path / "out", memory=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
+def test_a_save_that_fails_keeps_the_work(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.PyTreeCheckpointHandler.save", full)
+        with pytest.raises(CheckpointError, match=r"Orbax cannot write these arrays \(RESOURCE_EXHAUSTED: No space"):
+            run(tmp_path / "out", "rtn-w4g16")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    result, _ = run(tmp_path / "out", "rtn-w4g16")
+    assert result.resumed_blocks == 3
+
+
+def test_a_destination_that_orbax_would_not_find_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"a\\b: has a backslash in it, which Orbax takes for a slash"):
+        run(tmp_path / "a\\b", "rtn-w4g16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def _serve() -> None:

@@ -94,6 +94,8 @@ def write_group(folder: Path, arrays: Mapping[tuple[str, ...], Any]) -> None:
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     try:
         handler.save(epath.Path(folder), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+    except ValueError as error:  # TensorStore's, of a full disk too
+        raise CheckpointError(f"{folder}: Orbax cannot write these arrays ({error})") from error
     finally:
         handler.close()
 

@@ -48,6 +48,8 @@ def workspace(target: Path) -> Iterator[Path]:
 
 def check_ours(target: Path) -> None:
     """Raises CheckpointError if `target` is something that a save must not touch: changes nothing."""
+    if os.sep == "/" and "\\" in str(target):
+        raise CheckpointError(f"{target}: has a backslash in it, which Orbax takes for a slash; choose another path")
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -109,10 +111,21 @@ def hash_files(folder: Path, sync: bool = False) -> dict[str, FileInfo]:
 
 def write_synced(path: Path, content: bytes) -> None:
     """Writes a new file and waits until the disk has it."""
-    with path.open("xb") as file:
+    with naming(path), path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError that names no file, such as that of a write to a full disk, the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from jq4.chain import BlockSource, Chain
 from jq4.driver.block import BlockQuantizer, check_dense_leaves
 from jq4.driver.calibration_rows import Needs
 from jq4.driver.equalized import Equalizer
-from jq4.driver.plan import BlockPlan
+from jq4.driver.plan import BlockPlan, paths_of
 from jq4.driver.report import LeafRow
 from jq4.driver.rows_learned import rows_learned
 from jq4.driver.stage_statistics import Collector
@@ -45,6 +45,7 @@ class BlocksInOrder:
         self._source = source
         self._placement = placement
         self._needs = needs
+        self._planned = frozenset(plan.wanted)
         self._seed = seed
         self._equalizer = Equalizer(chain, recipe)
         self._quantizer = BlockQuantizer(chain, plan, needs.pairs)
@@ -78,7 +79,9 @@ class BlocksInOrder:
 
     def quantize(self, progress: Callable[[str], None]) -> tuple[Any, Any, list[LeafRow]]:
         """The next block as it was quantized from (scales moved), packed, and its rows."""
-        dense = self._equalizer.scaled(self.next, self._dense(), self.x_hat)
+        dense = self._dense()
+        check_dense_leaves(f"block {self.next}: ", self._without_planned(dense))
+        dense = self._equalizer.scaled(self.next, dense, self.x_hat)
         packed, rows = self._quantizer.quantize(self.next, dense, self.x_hat, self.x, progress)
         check_dense_leaves(f"block {self.next}: ", packed)
         if self.x is not None:
@@ -90,6 +93,10 @@ class BlocksInOrder:
             self._run_packed(packed)
         self.next += 1
         return dense, packed, rows
+
+    def _without_planned(self, block: Any) -> dict[str, Any]:
+        """The leaves by path that no rule means: those that are meant are checked when they are packed."""
+        return {path: leaf for path, leaf in paths_of(block).items() if path not in self._planned}
 
     def _tuned(self, dense: Any, packed: Any, rows: list[LeafRow]) -> tuple[Any, list[LeafRow]]:
         """The packed block learned against the dense one's outputs, which x now holds."""

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jq4.checkpoint.atomic import sync_folder, write_synced
+from jq4.checkpoint.atomic import naming, sync_folder, write_synced
 from jq4.errors import JQ4Error
 from jq4.paths import flatten_with_paths
 from jq4.qarray import QArray, is_qarray
@@ -43,7 +43,7 @@ class BlockStore:
             self._begin(described)
         self._check_same(index, described)
         for number, array in enumerate(arrays):
-            with self._file(number).open("r+b") as file:
+            with naming(self._file(number)), self._file(number).open("r+b") as file:
                 file.seek(index * array.nbytes)
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 file.flush()
@@ -60,7 +60,7 @@ class BlockStore:
     def _begin(self, described: dict[str, Any]) -> None:
         self._leaves = described
         for spec in _specs_of(described):
-            with self._file(spec["array"]).open("wb") as file:
+            with naming(self._file(spec["array"])), self._file(spec["array"]).open("wb") as file:
                 file.truncate(self._num_blocks * _nbytes(spec))
         temporary = self._folder / f"{_TREE}.new"
         temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from jq4.checkpoint.atomic import naming
 from jq4.errors import JQ4Error
 
 _TOKENS_A_UNIT = 1024
@@ -98,8 +99,9 @@ def make_stream(
 def _in_file(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A memory map whose pages the disk has: a write to one that it had no room for would kill the process."""
     file.parent.mkdir(exist_ok=True)
-    array = np.lib.format.open_memmap(file, "w+", np.float32, shape)
-    with file.open("r+b") as opened:
+    with naming(file):
+        array = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+    with naming(file), file.open("r+b") as opened:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     return array
