@@ -119,10 +119,10 @@ def rounding_inputs(q: QArray, name: str, absmax: Any) -> QArray:
     """The weight, whose products round their inputs from now on.
 
     Args:
-      name: of NAMES.
+      name: of NAMES; "" for products that do not.
       absmax: for a "tensor" strategy, max |x| f32[*S, K] of the inputs of each stacked slice; else not looked at.
     """
-    if name.endswith("token"):
+    if not check_name(name, "rounding_inputs") or name.endswith("token"):
         return dataclasses.replace(q, activations=name, activation_scale=None)
     stacked = absmax.shape[:-1]
     rows = jnp.asarray(absmax, jnp.float32)

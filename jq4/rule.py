@@ -162,6 +162,11 @@ class Rule:
         if not self.is_dense and (self.type, self.num_bits) not in _FORMATS:
             listed = ", ".join(f"{kind} {bits}" for kind, bits in _FORMATS)
             raise JQ4Error(f"rule: type {self.type} with num_bits {self.num_bits}, wanted one of {listed} (16: dense)")
+        if self.is_dense and self.input_activations is not None:
+            raise JQ4Error(
+                f"rule: input_activations with num_bits {DENSE_BITS}, which leaves the leaf to its own product: wanted "
+                "num_bits 8 or less, or no input_activations"
+            )
         if self.axis is not None and self.axis >= 0:
             raise JQ4Error(
                 f"rule: axis is {self.axis}, wanted a negative one, so that stacked leaves keep their meaning"

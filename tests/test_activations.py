@@ -215,6 +215,10 @@ def test_smoothing_makes_eight_bits_of_a_tensor_do():
     [
         ({"num_bits": 3}, "num_bits 3.*wanted num_bits 8 or 4"),
         ({"strategy": "tensor"}, "strategy 'tensor', dynamic True; wanted"),
+        (
+            {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": False},
+            "strategy 'token', dynamic False; wanted",
+        ),
         ({"bits": 8}, r"\{'bits': 8\}, wanted a mapping with some of num_bits, type"),
         ("int8", "input_activations is 'int8', wanted a mapping"),
     ],
@@ -222,6 +226,15 @@ def test_smoothing_makes_eight_bits_of_a_tensor_do():
 def test_activations_that_cannot_be(value, text):
     with pytest.raises(jq4.JQ4Error, match=text):
         jq4.Rule.from_dict({"targets": ["Linear"], "input_activations": value})
+
+
+def test_dense_leaves_have_no_rounded_inputs():
+    with pytest.raises(jq4.JQ4Error, match="input_activations with num_bits 16, which leaves the leaf to its own"):
+        jq4.Rule(("w",), num_bits=16, input_activations=Activations())
+    q = quantize_weight(W, "int8", group_size=None)
+    assert rounding_inputs(rounding_inputs(q, "int8-token", None), "", None).activations == ""
+    with pytest.raises(jq4.JQ4Error, match="activations are 'int8', wanted one of int8-token"):
+        rounding_inputs(q, "int8", None)
 
 
 def test_presets_with_activations():
