@@ -35,7 +35,7 @@ STEPS: dict[str, StepKind] = {
     "smoothquant": StepKind(BEFORE, ("alpha",)),
     "awq": StepKind(BEFORE, ("ratios", "by_weights", "finalists", "columns")),
     "autoround": StepKind(AFTER, _DESCENT),
-    "distill": StepKind(AFTER, (*_DESCENT, "perturbed_rows", "perturbed_share")),
+    "distill": StepKind(AFTER, (*_DESCENT, "perturbed_rows", "perturbed_share", "held_out")),
 }
 
 

@@ -14,6 +14,7 @@ from jq4.chain import Chain
 from jq4.qarray import codes_of
 from jq4.tuning import distill, logits_of_chain, tune_block, with_effort
 from jq4.tuning.descent import draw_batches
+from jq4.tuning.distill import split_rows
 from jq4.tuning.learned import begin, harden, weight_of
 from jq4.tuning.learned_tree import begin_tree
 
@@ -302,3 +303,13 @@ def _divergence(logits, dense, packed, rows):
         for tree in (dense, jq4.dequantize(packed))
     )
     return (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+
+
+def test_the_rows_that_distillation_judges_by_are_not_learned_from():
+    learned, judges = split_rows(97, 0.15)
+    assert len(judges) == 14 and not set(judges) & set(learned)
+    assert sorted([*judges, *learned]) == list(range(97))
+    assert np.diff(judges).max() <= 8  # spread over the text
+    assert [list(part) for part in split_rows(3, 0.15)] == [[0, 1, 2], [0, 1, 2]]
+    with pytest.raises(jq4.JQ4Error, match=r"held_out is 0.9, wanted a share of the rows from 0 to 0.5"):
+        split_rows(10, 0.9)

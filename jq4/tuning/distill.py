@@ -13,7 +13,8 @@ place (`perturbed_rows`, `perturbed_share`), and the teacher's predictions on th
 as likely as text, are learned as well. This takes one forward pass where sampling whole rows (LLM-QAT, Liu et al.
 2023) takes one a token; and what a small model makes up from its first word is far from the text it will meet, so that
 it measured worse, at equal steps, than text with three tokens in ten replaced. Half of what is learned from stays
-text, however many rows were made. `more_rows` takes rows made in any way.
+text, however many rows were made. `more_rows` takes rows made in any way. And a part of the rows, `held_out`, is not
+learned from at all: what is kept is the best on those, the start included.
 
 Held at a time: the dense weights twice (the teacher's, and the learned ones with their gradient), with `rounding` the
 variables and two moments of the size of the weights in f32, the activations of one batch, and its logits thrice.
@@ -60,7 +61,7 @@ def distill(
     progress: Progress | None = None,
     more_rows: Any = None,
 ) -> Any:
-    """The tree with its packed leaves tuned; of the same static form, and never worse on its own objective.
+    """The tree with its packed leaves tuned; of the same static form, and never worse on the rows held out.
 
     Args:
       logits: of dense trees; the same function at every call is compiled once.
@@ -78,14 +79,26 @@ def distill(
         raise JQ4Error(f"distill: calibration rows of shape {rows.shape}, wanted [rows, tokens]")
     options = {"batch_size": max(1, TOKENS // rows.shape[1]), **defaults(END_TO_END, options)}
     settings = Settings.of(options)
-    made = [perturb(logits, dense, rows, options["perturbed_rows"], options["perturbed_share"], seed)]
+    learned, judges = split_rows(len(rows), options["held_out"])
+    made = [perturb(logits, dense, rows[learned], options["perturbed_rows"], options["perturbed_share"], seed)]
     if more_rows is not None:
         made.append(np.asarray(more_rows, np.int32).reshape(-1, rows.shape[1]))
     everything = np.concatenate([rows, *made])
-    judges = np.arange(len(rows))
     others = np.arange(len(rows), len(everything))
-    learners = np.concatenate([np.resize(judges, max(len(judges), len(others))), others])  # half of them text
+    learners = np.concatenate([np.resize(learned, max(len(learned), len(others))), others])  # half of them text
     batches = Rows(lambda indices: everything[indices], learners, judges)
     variables = begin_tree(packed, dense, rounding=settings.rate > 0, scales=settings.scale_rate > 0)
     best, _, _ = descend(Divergence(logits), variables, (packed, dense), batches, settings, seed, progress)
     return harden_tree(best, packed, dense)
+
+
+def split_rows(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """The rows to learn from, and the rows to judge by: evenly spread, and all of them where a share makes no row."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 0.5:
+        raise JQ4Error(f"held_out is {share!r}, wanted a share of the rows from 0 to 0.5")
+    held = int(count * share)
+    everyone = np.arange(count)
+    if not held:
+        return everyone, everyone
+    judges = (np.arange(held) * count) // held
+    return np.setdiff1d(everyone, judges), judges

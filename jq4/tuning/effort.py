@@ -8,6 +8,7 @@ calibration rows of TinyStories-656K (17 of 97), from GPTQ's codes, at 4 bits in
     scale_rate    a quarter of that or less: scales that move as far as codes do are worse on other text
     optimizer     Adam; the sign of the gradient measured worse at equal steps, block by block
     perturbed     six tokens in ten drawn anew measured better than three
+    held_out      of the rows, those that "distill" judges by
     batch_size    of "distill", where none is named: as many rows as TOKENS make, for a step holds their logits
 
 A step of "distill" is forward and backward through the whole model and forward through the dense one, so its time goes
@@ -34,6 +35,8 @@ _SHARED: dict[str, dict[str, Any]] = {
         "shift_rate": 5e-4,
         "optimizer": "adam",
         "perturbed_share": 0.6,
+        "held_out": 0.15,
+        "checks": 8,
     },
 }
 _BY_EFFORT: dict[str, dict[str, dict[str, Any]]] = {
