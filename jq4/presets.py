@@ -9,7 +9,7 @@
     rotate-rtn-w4g128-a8    smoothquant-w8a8-static the same with a step for each weight's inputs from calibration
 
     autoround-w4g32         gptq-w4g32, then rounding and scales learned block by block (jq4.tuning)
-    best-w4g32              and then all of them end to end, which is the best that there is at these bits
+    best-w4g32              gptq-w4g32, then scales and rounding learned end to end: the best at these bits
 
 `rotate-` before any of them is the step of that name (jq4.equalize). Presets leave norms, biases, embeddings and the
 output head dense, by their names, unless asked.
@@ -33,7 +33,7 @@ _TYPE = {"nf": "nf", "fp": "float"}
 
 
 _ACTIVATIONS = re.compile(r"(?P<weights>.+)-a(?P<bits>[48])")
-_LEARNED = {"autoround": ("autoround",), "best": ("autoround", "distill")}
+_LEARNED = {"autoround": ("autoround",), "best": ("distill",)}
 _LEARNED_FROM = "gptq"
 _SMOOTHQUANT = {"smoothquant-w8a8": "", "smoothquant-w8a8-static": "static"}
 

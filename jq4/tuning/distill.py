@@ -3,8 +3,9 @@
     minimise  mean over tokens of KL(p_dense || p_learned)        nats; the figure that jq4.evaluate reports
 
 Block-wise tuning cannot know which errors of a block the later ones forgive; this can, and it is how few bits come
-nearest to the dense model. Two kinds of variables (jq4.tuning.learned): with `rounding` each weight's code is learned
-too, which a small model can afford; without it scales and offsets alone, which are few enough for a large one.
+nearest to the dense model. Two phases, each kept only if it is better on rows held out: first scales and offsets alone,
+which are few and generalize; then, with a `rate` above zero, each weight's code as well (jq4.tuning.learned), which
+pays where few bits have lost much and learns small samples by heart where little is left to gain.
 
 There are more codes to learn than calibration tokens to learn them from, so the rows are soon learned by heart: 1,500
 steps over 97 rows of 256 are worse on other text than 600. What helps is that the teacher answers any question: rows
@@ -87,9 +88,17 @@ def distill(
     others = np.arange(len(rows), len(everything))
     learners = np.concatenate([np.resize(learned, max(len(learned), len(others))), others])  # half of them text
     batches = Rows(lambda indices: everything[indices], learners, judges)
-    variables = begin_tree(packed, dense, rounding=settings.rate > 0, scales=settings.scale_rate > 0)
-    best, _, _ = descend(Divergence(logits), variables, (packed, dense), batches, settings, seed, progress)
-    return harden_tree(best, packed, dense)
+    for phase in _phases(settings):
+        variables = begin_tree(packed, dense, rounding=phase.rate > 0, scales=phase.scale_rate > 0)
+        best, _, _ = descend(Divergence(logits), variables, (packed, dense), batches, phase, seed, progress)
+        packed = harden_tree(best, packed, dense)
+    return packed
+
+
+def _phases(settings: Settings) -> list[Settings]:
+    """Scales and offsets first, where both they and codes are to be learned."""
+    alone = dataclasses.replace(settings, rate=0.0)
+    return [alone, settings] if settings.rate and settings.scale_rate else [settings]
 
 
 def split_rows(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,8 @@ calibration rows of TinyStories-656K (17 of 97), from GPTQ's codes, at 4 bits in
     batch_size    of "distill", where none is named: as many rows as TOKENS make, for a step holds their logits
 
 A step of "distill" is forward and backward through the whole model and forward through the dense one, so its time goes
-with iterations * batch_size * T: 0.33 CPU seconds for that model and 8 rows of 256. One of "autoround" takes a block
-forward and backward alone.
+with 2 (phases) * iterations * batch_size * T: 0.33 CPU seconds for that model and 8 rows of 256. One of "autoround"
+takes a block forward and backward alone.
 """
 
 import dataclasses
@@ -42,15 +42,15 @@ _SHARED: dict[str, dict[str, Any]] = {
 _BY_EFFORT: dict[str, dict[str, dict[str, Any]]] = {
     "light": {
         BLOCK: {"iterations": 100, "rate": 5e-3},
-        END_TO_END: {"iterations": 300, "rate": 5e-3, "perturbed_rows": 600},
+        END_TO_END: {"iterations": 200, "rate": 5e-3, "perturbed_rows": 600},
     },
     "default": {
         BLOCK: {"iterations": 200, "rate": 3e-3},
-        END_TO_END: {"iterations": 1000, "rate": 3e-3, "perturbed_rows": 2000},
+        END_TO_END: {"iterations": 500, "rate": 3e-3, "perturbed_rows": 2000},
     },
     "best": {
         BLOCK: {"iterations": 400, "rate": 3e-3},
-        END_TO_END: {"iterations": 2000, "rate": 2e-3, "perturbed_rows": 4000},
+        END_TO_END: {"iterations": 1200, "rate": 2e-3, "perturbed_rows": 4000},
     },
 }
 
