@@ -87,6 +87,20 @@ def test_what_cannot_be_calibrated_writes_nothing(capsys, source, tmp_path, opti
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_report_goes_into_a_folder_of_its_own(capsys, source, tmp_path):
+    told = run_error(capsys, "quantize", source, tmp_path / "out", "--report", source)
+    assert "holds config.json, which no report wrote; choose another folder with --report" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_packed_model_has_no_steps_to_take(capsys, source, tmp_path):
+    packed = tmp_path / "packed"
+    assert main(["quantize", str(source), str(packed), "--recipe", "rtn-w4g32"]) == 0
+    capsys.readouterr()
+    told = run_error(capsys, "quantize", packed, tmp_path / "again", "--recipe", "rotate-rtn-w4g32")
+    assert "is packed already, and the recipe has steps: give the dense model" in told
+
+
 def test_another_effort_is_refused_by_name(capsys, source, tmp_path):
     assert main(["quantize", str(source), str(tmp_path / "out"), "--effort", "heroic"]) == 2
     assert "invalid choice: 'heroic'" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from jq4.cli import main
 from jq4.errors import JQ4Error
 from jq4.leaf_errors import collect_hessians, error_of, leaf_errors
 from jq4.quality_report import compose_report, expert_coverage, leaf_rows, read_report, write_report
-from jq4.quality_report.pictures import errors_by_layer
+from jq4.quality_report.pictures import draw, errors_by_layer
 
 FIGURES = ("perplexity", "kld_mean", "kld_p50", "kld_p90", "kld_p99", "kld_p99_9", "kld_max", "top1_agreement")
 
@@ -248,3 +248,10 @@ def test_layers_are_read_from_slices_and_from_names():
     found = errors_by_layer({"leaves": leaves})
     assert found["layers/up"] == {0: pytest.approx(0.2)}
     assert found["layers_*/down/kernel"] == {0: 0.5, 11: pytest.approx(0.1)}
+
+
+def test_a_name_of_a_model_is_no_mathematics():
+    """matplotlib reads text between two dollars as TeX, and raises for what is none."""
+    pytest.importorskip("matplotlib")
+    report = {"compared": [{"name": name, "bits_per_weight_packed": 4.5, "kld_mean": 0.1} for name in ("a$_{$", "b")]}
+    assert draw(report).startswith(b"\x89PNG")

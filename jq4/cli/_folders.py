@@ -6,10 +6,10 @@ from pathlib import Path
 from jq4.errors import JQ4Error
 
 
-def check_only_ours(out: Path, written: Collection[str], whose: str) -> None:
+def check_only_ours(out: Path, written: Collection[str], whose: str, option: str = "--out") -> None:
     """Refuses to write among other files than those `written` by an earlier run; `whose` says so of a stranger."""
     if out.exists() and not out.is_dir():
-        raise JQ4Error(f"{out}: a file stands there, wanted a folder; choose another with --out")
+        raise JQ4Error(f"{out}: a file stands there, wanted a folder; choose another with {option}")
     strangers = sorted({path.name for path in out.iterdir()} - set(written)) if out.is_dir() else []
     if strangers:
-        raise JQ4Error(f"{out}: holds {strangers[0]}, which {whose}; choose another folder with --out")
+        raise JQ4Error(f"{out}: holds {strangers[0]}, which {whose}; choose another folder with {option}")

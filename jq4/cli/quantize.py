@@ -91,7 +91,7 @@ def pack(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = read_recipe(arguments.recipe)
     folder_of(arguments.source)
     if arguments.report is not None:
-        _folders.check_only_ours(Path(arguments.report), FILES, "no report wrote")
+        _folders.check_only_ours(Path(arguments.report), FILES, "no report wrote", "--report")
     data, report = (pack_again if _models.is_checkpoint(source) else pack_folder)(arguments, recipe)
     return data if arguments.report is None else data | {"report": write_report_of(arguments, data, report)}
 
@@ -150,10 +150,13 @@ def rotates(recipe: Any) -> bool:
 def pack_again(arguments: argparse.Namespace, recipe: Any) -> tuple[dict[str, Any], Any]:
     """A folder that is packed already: refused, unless just as this recipe says."""
     from jq4.cli import _models, _terminal
+    from jq4.errors import JQ4Error
     from jq4.quantize import quantize
     from jq4.quantize_report import QuantizeReport
 
     watch = _terminal.Stopwatch()
+    if recipe.has_steps:
+        raise JQ4Error(f"{arguments.source}: is packed already, and the recipe has steps: give the dense model")
     model = _models.open_model(arguments.source)
     is_calibrated(arguments.calibration, recipe)
     report = QuantizeReport()

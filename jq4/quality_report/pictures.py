@@ -101,7 +101,7 @@ def draw_bits_against_kld(axes: Any, points: list[tuple[str, float, float]]) -> 
     for place, (name, bits, kld) in enumerate(points):
         colour = COLOURS[(place + 1) % len(COLOURS)]
         axes.scatter([bits], [kld], s=60, color=colour, zorder=3)
-        axes.annotate(name, (bits, kld), (6, 5), textcoords="offset points", fontsize=8)
+        axes.annotate(name, (bits, kld), (6, 5), textcoords="offset points", fontsize=8, parse_math=False)
     axes.set_yscale("log")
     axes.set_xlabel("bits a packed weight, scales included")
     axes.set_ylabel("mean KLD, nats")
