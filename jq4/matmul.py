@@ -114,7 +114,7 @@ def dot_general(
         out = packed_matmul(rows, weight, accumulator, precision, implementation)
     if summed:
         out = jnp.sum(out, axis=tuple(range(len(batch_shape), len(batch_shape) + summed)))
-    if rounded:
+    if step is not None:
         order = (*x_batch, *x_free, *x_contract)
         out = out * lax.transpose(step, order).reshape(*batch_shape, -1, 1).astype(out.dtype)
     out = out.astype(wanted.dtype).reshape(*batch_shape, *m_shape, *n_shape)
