@@ -10,12 +10,8 @@ rotation gives a tied model a head of its own first (models.folds.untied), dense
 
 import argparse
 import dataclasses
-import json
-import platform
-import subprocess
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from rich.console import Console
 
 import jq4
 from benchmarks.best import open_rows
+from benchmarks.provenance import publish
 from jq4.chain import TreeSource
 from jq4.driver import quantize_blocks
 from jq4.evaluate import evaluate
@@ -95,21 +92,6 @@ class Bench:
         return lambda tokens: apply({"params": params}, tokens)
 
 
-def provenance(model: str) -> dict[str, Any]:
-    """What a published figure carries: commit, device, versions."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "command": f"python -m benchmarks.activations --model {model}",
-        "model": model,
-        "date": date.today().isoformat(),
-        "commit": commit or None,
-        "jq4": jq4.__version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("tinystories", "tiny"), default="tinystories")
@@ -132,8 +114,8 @@ def main() -> None:
             highlight=False,
         )
         if arguments.json:
-            value = provenance(arguments.model) | {"held_out_calibration": arguments.select, "rows": found}
-            arguments.json.write_text(json.dumps(value, indent=2) + "\n")
+            value = {"model": arguments.model, "held_out_calibration": arguments.select, "rows": found}
+            publish(arguments.json, "activations", value)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ llm-compressor. The two take turns, and the least time of each counts. Both run 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jq4
+from benchmarks.provenance import publish
 from jq4.equalize.awq import awq_scale
 from jq4.equalize.folds import Fold
 from jq4.rounding import Encoding
@@ -71,13 +69,8 @@ def main() -> None:
         rounds.append(ours.seconds())
         if arguments.peer:
             peer.append(peer_seconds(arguments.peer, arguments.size, arguments.tokens))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     found: dict[str, Any] = {
-        "command": "python -m benchmarks.awq_speed --peer PYTHON",
-        "date": date.today().isoformat(),
-        "commit": commit,
         "size": arguments.size, "tokens": arguments.tokens, "cores": os.cpu_count(),
-        "jq4": jq4.__version__, "jax": jax.__version__, "python": platform.python_version(),
         "first_call_with_compiling": first,
         "statistics": min(each[0] for each in rounds), "search": min(each[1] for each in rounds),
         "statistics_and_search": min(map(sum, rounds)),
@@ -85,7 +78,7 @@ def main() -> None:
     }  # fmt: skip
     print(json.dumps(found, indent=2))
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        publish(arguments.json, "awq_speed", found)
 
 
 if __name__ == "__main__":

@@ -13,22 +13,19 @@ the best peer's when this project began.
 
 import argparse
 import json
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-import jq4
+from benchmarks.provenance import publish
 from models.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,17 +133,7 @@ def main() -> None:
             console.print(f"{row['method']}: KLD {row['kld_mean']:.4f} in {row['seconds']:.0f} s", highlight=False)
     show(rows, console)
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
-        about = {
-            "command": f"python -m benchmarks.best --model {arguments.model} --effort {arguments.effort}",
-            "date": date.today().isoformat(),
-            "commit": commit.stdout.strip() or None,
-            "jq4": jq4.__version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "device": jax.devices()[0].device_kind,
-        }
-        arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        publish(arguments.json, "best", {"rows": rows})
 
 
 if __name__ == "__main__":

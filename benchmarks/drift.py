@@ -12,10 +12,7 @@ KLD where it was on the text of deployment itself: what recalibrating would win 
 import argparse
 import dataclasses
 import json
-import platform
-import subprocess
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jq4
+from benchmarks.provenance import publish
 from jq4.drift import drift, merge_statistics
 from jq4.evaluate import evaluate
 from jq4.observe import Programs
@@ -151,17 +149,7 @@ def main() -> None:
     for each in found:
         show(each, console)
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
-        about = {
-            "command": f"python -m benchmarks.drift --model {' '.join(arguments.model)} --recipe {arguments.recipe}",
-            "date": date.today().isoformat(),
-            "commit": commit.stdout.strip() or None,
-            "jq4": jq4.__version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "device": jax.devices()[0].device_kind,
-        }
-        arguments.json.write_text(json.dumps(about | {"models": found}, indent=2) + "\n")
+        publish(arguments.json, "drift", {"models": found})
 
 
 if __name__ == "__main__":

@@ -144,13 +144,12 @@ def main() -> None:
         "anonymous_blocks_above_start": (found["sampled_peak_anonymous"] - found["start"]) / block,
         "bytes_on_disk": on_disk,
         "machine": platform.machine(),
-        "python": platform.python_version(),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "command": " ".join(["python -m benchmarks.driver_memory", *sys.argv[1:]]),
     }
     print(json.dumps(data, indent=2))
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(data, indent=2) + "\n")
+        from benchmarks.provenance import publish  # with JAX, which the process that starts the child does without
+
+        publish(arguments.json, "driver_memory", data)
 
 
 if __name__ == "__main__":

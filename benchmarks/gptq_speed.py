@@ -13,11 +13,9 @@ E|x^T Q - x^T W|^2 / E|x^T W|^2 over those rows, measured the same way for both.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-import jq4
+from benchmarks.provenance import publish
 from jq4.methods import gptq
 from jq4.rounding import Encoding
 from jq4.statistics import WeightStatistics
@@ -114,21 +112,13 @@ def main() -> None:
     load = os.getloadavg()[0]
     rows = measure(arguments, console)
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
         about = {
-            "command": "python -m benchmarks.gptq_speed --peer PYTHON",
             "size": arguments.size,
             "tokens": arguments.tokens,
-            "date": date.today().isoformat(),
-            "commit": commit.strip() or None,
-            "jq4": jq4.__version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "device": jax.devices()[0].device_kind,
             "cores": os.cpu_count(),
             "load_before": round(load, 1),
         }
-        arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        publish(arguments.json, "gptq_speed", about | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ its files are compared, and another folder is begun, until enough kills are coun
 import argparse
 import json
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from benchmarks.provenance import publish
 from tests.test_driver_resume import RECIPE, Victim, contents
 
 
@@ -57,12 +55,9 @@ def main() -> None:
         "kills": sum(len(each["killed_at"]) for each in folders),
         "identical": all(each["identical"] for each in folders),
         "folders": folders,
-        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "command": " ".join(["python -m benchmarks.kill_resume", *sys.argv[1:]]),
     }
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(data, indent=2) + "\n")
+        publish(arguments.json, "kill_resume", data)
     print(f"{data['kills']} kills in {len(folders)} folders: {'identical' if data['identical'] else 'NOT IDENTICAL'}")
     sys.exit(not data["identical"])
 

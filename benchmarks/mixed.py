@@ -10,19 +10,16 @@ both on calibration rows that no method was fitted to: how nearly losses add up.
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
-import jq4
+from benchmarks.provenance import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT.parent / "shared" / "data" / "tinystories-656k"
@@ -91,17 +88,7 @@ def main() -> None:
         rows = [row for method in arguments.method for row in compare(method, arguments.bits, Path(folder))]
     show(rows, console)
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
-        about = {
-            "command": f"python -m benchmarks.mixed --bits {arguments.bits} --method {' '.join(arguments.method)}",
-            "date": date.today().isoformat(),
-            "commit": commit.stdout.strip() or None,
-            "jq4": jq4.__version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "device": jax.devices()[0].device_kind,
-        }
-        arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        publish(arguments.json, "mixed", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,11 +11,7 @@ of the scales.
 
 import argparse
 import dataclasses
-import json
-import platform
-import subprocess
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jq4
+from benchmarks.provenance import publish
 from jq4.evaluate import evaluate
 from models.decoder import Decoder
 from models.hf import load_config, load_params
@@ -115,22 +112,6 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def provenance(folder: Path, names: list[str]) -> dict[str, Any]:
-    """What a published figure carries: commit, device, versions, command."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    command = "python -m benchmarks.quality" + ("" if names == list(RECIPES) else " --recipes " + " ".join(names))
-    return {
-        "command": command + ("" if folder == DATA else f" --model {folder.name}"),
-        "model": folder.name,
-        "date": date.today().isoformat(),
-        "commit": commit or None,
-        "jq4": jq4.__version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DATA)
@@ -143,8 +124,7 @@ def main() -> None:
     rows = measure(arguments.model, ids, arguments.recipes, console)
     show(rows, console)
     if arguments.json:
-        value = provenance(arguments.model, arguments.recipes) | {"rows": rows}
-        arguments.json.write_text(json.dumps(value, indent=2) + "\n")
+        publish(arguments.json, "quality", {"model": arguments.model.name, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import numpy as np
 from jq4.errors import JQ4Error
 from jq4.paths import find_path, flatten_with_paths
 from jq4.qarray import is_qarray
+from jq4.sqnr import as_float32, common_unit
 
 HESSIAN, MEAN_SQUARE = "hessian", "mean_square"
 HESSIAN_BYTES = 2**28  # of one leaf, above which its diagonal is collected instead
@@ -165,18 +166,13 @@ def _energies(
     weight: Any, approximation: Any, moments: jax.Array | None, *, shape: tuple[int, ...], axis: int
 ) -> dict[str, jax.Array]:
     """Sums over each slice, f32[*B]: of W**2 and D**2, and of the outputs they make where `moments` are known."""
-    exact, near = (_as_matrices(_dense(leaf), shape, axis) for leaf in (weight, approximation))  # f32[*B, K, N]
-    unit = jnp.maximum(jnp.max(jnp.abs(exact)), jnp.max(jnp.abs(near)))  # so that no square overflows
-    unit = jnp.where(unit == 0, jnp.ones_like(unit), unit)
+    exact, near = (_as_matrices(as_float32(leaf), shape, axis) for leaf in (weight, approximation))  # f32[*B, K, N]
+    unit = common_unit(exact, near)
     exact, lost = exact / unit, (exact - near) / unit
     energies = {"signal": jnp.sum(exact**2, (-2, -1)), "noise": jnp.sum(lost**2, (-2, -1))}
     if moments is not None:
         energies |= {"output_signal": _output_energy(exact, moments), "output_noise": _output_energy(lost, moments)}
     return energies
-
-
-def _dense(leaf: Any) -> jax.Array:
-    return leaf.dequantize(jnp.float32) if is_qarray(leaf) else jnp.asarray(leaf).astype(jnp.float32)
 
 
 def _as_matrices(weight: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:

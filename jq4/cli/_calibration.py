@@ -1,4 +1,4 @@
-"""Rows of a calibration text for an opened model, as `drift` and `mixed` take them: text, JSONL or .npy ids."""
+"""Rows of a calibration text for an opened model, as the verbs take them: text, JSONL or .npy ids."""
 
 import argparse
 from typing import Any
@@ -27,14 +27,15 @@ def choose_context(asked: int | None, longest: int) -> int:
     return min(DEFAULT_CONTEXT, longest) if asked is None else asked
 
 
-def read_rows(model: Any, file: str, arguments: argparse.Namespace, context: int | None = None) -> Calibration:
-    """The rows of a file by the model's own tokenizer; `context` tokens each, by default --context."""
-    tokenizer = model.tokenizer
+def read_rows(
+    tokenizer: Any, config: Any, file: str, arguments: argparse.Namespace, context: int | None = None
+) -> Calibration:
+    """The rows of a file by a model's tokenizer (if it has one) and config; `context` tokens each, else --context."""
     return read_calibration(
         file,
         encode=None if tokenizer is None else lambda text: tokenizer.encode(text).ids,
-        vocab_size=model.config.vocab_size,
-        context=context or choose_context(arguments.context, model.config.max_position_embeddings),
+        vocab_size=config.vocab_size,
+        context=context or choose_context(arguments.context, config.max_position_embeddings),
         rows=arguments.rows,
         field=arguments.field,
     )

@@ -66,6 +66,16 @@ def observe_inputs(
         return observe(function_of(model), model.params, batches(), collect=collect, programs=programs)
 
 
+def evaluated(model: "LanguageModel", reference: "LanguageModel | None", rows: Any, batch_size: int) -> Any:
+    """jq4.evaluate of a model against its reference, if there is one, with a progress bar."""
+    from jq4.cli import _terminal
+    from jq4.evaluate import evaluate
+
+    theirs = None if reference is None else reference.logits
+    with _terminal.progress("evaluating") as step:
+        return evaluate(model.logits, rows, reference=theirs, batch_size=batch_size, progress=step)
+
+
 def went_dense(model: "LanguageModel") -> list[dict[str, Any]]:
     """What the last trace of a model could not keep packed; empty is what it should be."""
     return [dataclasses.asdict(entry) for entry in model.record.entries]

@@ -87,11 +87,16 @@ def read_texts(model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     from jq4.cli import _calibration
 
     files = {"calibration": arguments.calibration, "new": arguments.text}
-    texts = {name: _calibration.read_rows(model, file, arguments) for name, file in files.items()}
+    texts = {
+        name: _calibration.read_rows(model.tokenizer, model.config, file, arguments) for name, file in files.items()
+    }
     contexts = {text.rows.shape[1] for text in texts.values()}
     if len(contexts) == 1:
         return texts
-    return {name: _calibration.read_rows(model, file, arguments, min(contexts)) for name, file in files.items()}
+    return {
+        name: _calibration.read_rows(model.tokenizer, model.config, file, arguments, min(contexts))
+        for name, file in files.items()
+    }
 
 
 def say_other_calibration(arguments: argparse.Namespace, text: Any) -> None:

@@ -38,7 +38,6 @@ def run(arguments: argparse.Namespace) -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `jq4 eval --json` prints."""
     from jq4.cli import _models, _terminal
-    from jq4.evaluate import evaluate
     from jq4.inventory import bytes_on_disk, inventory, totals
 
     watch = _terminal.Stopwatch()
@@ -48,14 +47,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     reference = None if arguments.reference is None else _models.open_model(arguments.reference)
     rows, dropped = given.rows_for(model, arguments.model, arguments.context)
     model = _models.laid_out(model)
-    with _terminal.progress("evaluating") as step:
-        found = evaluate(
-            model.logits,
-            rows,
-            reference=None if reference is None else reference.logits,
-            batch_size=arguments.batch_size,
-            progress=step,
-        )
+    found = _models.evaluated(model, reference, rows, arguments.batch_size)
     return {
         "model": arguments.model,
         "reference": arguments.reference,

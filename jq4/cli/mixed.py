@@ -74,7 +74,7 @@ def choose(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     check_files(arguments)
     model = _models.open_model(arguments.model)
     formats = recipes_of(arguments)
-    text = _calibration.read_rows(model, arguments.calibration, arguments)
+    text = _calibration.read_rows(model.tokenizer, model.config, arguments.calibration, arguments)
     fitted, held_out = split(text.rows, arguments.calibration)
     stats = observe(model, fitted, formats, arguments)
     logits = _models.function_of(model)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jq4.cli import _calibration
+
 HELP = "pack a model's weights and save them"
 DESCRIPTION = (
     "Quantizes the linear layers of SRC as the recipe says and writes DST: packed weights, config and tokenizer, a "
@@ -26,11 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", metavar="FILE", help="text, .jsonl or .npy ids, for the recipes that need them"
     )
-    parser.add_argument("--rows", type=int, default=128, metavar="N", help="calibration rows, at most (default 128)")
-    parser.add_argument(
-        "--context", type=int, metavar="N", help="tokens a calibration row (default: the model's longest, at most 2048)"
-    )
-    parser.add_argument("--field", default="text", metavar="NAME", help="where a JSONL line has its text")
+    _calibration.add_arguments(parser)
     parser.add_argument(
         "--effort",
         choices=("light", "default", "best"),
@@ -38,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time for quality, in the steps that learn",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn at random (default 0)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default 8)")
     parser.add_argument("--memory", metavar="2GB", help="of activations; more lie in files beside DST (default 2GiB)")
     parser.add_argument("--restart", action="store_true", help="throw away the work of an unfinished run beside DST")
     parser.add_argument(
@@ -222,19 +219,10 @@ def memory_of(given: str | None) -> int:
 
 def read_rows(arguments: argparse.Namespace, config: Any, files: Any) -> Any:
     """The calibration rows, by the model's own tokenizer."""
-    from jq4.calibration import read_calibration
-    from jq4.cli._calibration import choose_context
     from models.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_files(files.get, arguments.source)
-    return read_calibration(
-        arguments.calibration,
-        encode=None if tokenizer is None else lambda text: tokenizer.encode(text).ids,
-        vocab_size=config.vocab_size,
-        context=choose_context(arguments.context, config.max_position_embeddings),
-        rows=arguments.rows,
-        field=arguments.field,
-    )
+    return _calibration.read_rows(tokenizer, config, arguments.calibration, arguments)
 
 
 def as_row(leaf: Any) -> dict[str, Any]:

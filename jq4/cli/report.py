@@ -54,7 +54,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The report's data: what `jq4 report --json` prints."""
     from jq4.cli import _models, _terminal
     from jq4.cli.eval import read_given
-    from jq4.evaluate import evaluate
     from jq4.inventory import bytes_on_disk, inventory, totals
     from jq4.quality_report import compose_report, expert_coverage, leaf_rows, read_report
 
@@ -73,14 +72,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if reference is not None:
         errors, stats = measure_leaves(model, reference, rows, arguments.batch_size)
     runnable = _models.laid_out(model)
-    with _terminal.progress("evaluating") as step:
-        found = evaluate(
-            runnable.logits,
-            rows,
-            reference=None if reference is None else reference.logits,
-            batch_size=arguments.batch_size,
-            progress=step,
-        )
+    found = _models.evaluated(runnable, reference, rows, arguments.batch_size)
     held = totals(leaves) | {"bytes_on_disk": bytes_on_disk(arguments.model)}
     mine = {"name": name_of(arguments.model), **held, **found.as_dict()}
     compared = [{key: each.get(key) for key in ("name", *_COMPARED)} for each in (mine, *map(as_compared, others))]

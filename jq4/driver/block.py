@@ -9,6 +9,7 @@ so that every layer is fitted to the inputs it will meet: GPTQ's own order (Fran
 """
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,8 +24,9 @@ from jq4.driver.stage_statistics import collectors, stage_statistics
 from jq4.driver.streams import Stream
 from jq4.errors import JQ4Error
 from jq4.leaf_errors import error_of
+from jq4.paths import leaf_path
 from jq4.qarray import is_qarray
-from jq4.quantize import quantize
+from jq4.quantize import IdleRuleWarning, quantize
 from jq4.quantize_report import LeafReport, QuantizeReport
 from jq4.recipe import Recipe
 from jq4.statistics import Statistics
@@ -66,7 +68,7 @@ class BlockQuantizer:
             )  # fmt: skip
             rows += more
             packed |= made
-            if collector is not None or inputs is not None:
+            if inputs is not None:
                 block = replaced(block, {path: leaf.dequantize() for path, leaf in made.items()})
         return replaced(dense, packed), rows
 
@@ -100,10 +102,6 @@ def _without_idle_warnings(
     leaves: Mapping[str, Any], recipe: Recipe, statistics: Any, axes: Any, report: QuantizeReport, done: Any
 ) -> dict[str, Any]:
     """jq4.quantize; rules that quantize none of these leaves may quantize others, so nothing is said of them here."""
-    import warnings
-
-    from jq4.quantize import IdleRuleWarning
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdleRuleWarning)
         return quantize(dict(leaves), recipe, statistics, axes, report=report, progress=done)
@@ -149,8 +147,6 @@ def _energy(weight: jax.Array) -> jax.Array:
 
 def replaced(tree: Any, leaves: Mapping[str, Any]) -> Any:
     """The tree with other leaves at these paths."""
-    from jq4.paths import leaf_path
-
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: leaves.get(leaf_path(keys), leaf), tree, is_leaf=is_qarray
     )

@@ -32,8 +32,8 @@ def check_memory(outside: Any, block: Any, num_blocks: int) -> None:
     if there is not None and needed > there:
         raise JQ4Error(
             f"step {STEP}: learning all of this model at once takes about {needed / 2**30:.1f} GiB, and this machine "
-            f"has {there / 2**30:.1f}: take the step out of the recipe (autoround, block by block, stays), or use a "
-            "larger machine"
+            f"has {there / 2**30:.1f}: take the step out of the recipe (gptq-* are the same presets without it, "
+            "autoround-* learn block by block), or use a larger machine"
         )
 
 
@@ -44,10 +44,9 @@ def distilled(
     rows: np.ndarray,
     step: Step,
     seed: int,
-    progress: Callable[[int, int, str], None] | None,
+    say: Callable[[int, int, str], None],
 ) -> Any:
     """The whole packed tree, learned against the whole dense one."""
-    say = progress or (lambda done, total, text: None)
     return distill(
         logits_of_chain(chain),
         dense,

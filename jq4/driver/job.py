@@ -16,7 +16,7 @@ from jq4.driver.block import check_dense_leaves
 from jq4.driver.calibration_rows import Needs, check_rows, needs_of
 from jq4.driver.equalized import RotatedSource
 from jq4.driver.journal import digest_of
-from jq4.driver.plan import BlockPlan, paths_of, plan_block, wanted_of
+from jq4.driver.plan import BlockPlan, paths_of, plan_block, wanted_by
 from jq4.driver.streams import Placement
 from jq4.equalize import for_model
 from jq4.errors import JQ4Error
@@ -126,7 +126,7 @@ def _check_order(after: list[str]) -> None:
 
 def _check_observed(chain: Chain, outside: Any, planned: Sequence[LeafReport], width: int) -> None:
     """Raises JQ4Error for a rule that looks at a leaf's inputs where the leaf has none: a table that is looked up."""
-    asking = [leaf.path for leaf in planned if leaf.is_planned and leaf.rule is not None and wanted_of(leaf.rule)]
+    asking = [path for path, wanted in wanted_by(planned).items() if wanted]
     x = jax.ShapeDtypeStruct((1, 2, width), jnp.float32)
     multiplied = contraction_axes(chain.head, outside, x) if asking else {}
     for path in asking:

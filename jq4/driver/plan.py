@@ -5,6 +5,7 @@ kind, and serve the others. Which axis is contracted, the block itself tells by 
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -43,7 +44,12 @@ class BlockPlan:
     @property
     def wanted(self) -> dict[str, frozenset[str]]:
         """Path -> what to collect of the inputs of each leaf that is to be packed; empty where nothing is."""
-        return {leaf.path: wanted_of(leaf.rule) for leaf in self.leaves if leaf.is_planned and leaf.rule is not None}
+        return wanted_by(self.leaves)
+
+
+def wanted_by(leaves: Iterable[LeafReport]) -> dict[str, frozenset[str]]:
+    """Path -> what the rules of the leaves that are to be packed want to know of their inputs."""
+    return {leaf.path: wanted_of(leaf.rule) for leaf in leaves if leaf.is_planned and leaf.rule is not None}
 
 
 def wanted_of(rule: Rule) -> frozenset[str]:

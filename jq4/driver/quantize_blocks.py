@@ -38,7 +38,7 @@ from jq4.driver.block import check_dense_leaves, quantize_leaves, replaced
 from jq4.driver.blocks import BlocksInOrder
 from jq4.driver.job import Job, plan_job
 from jq4.driver.journal import SUFFIX, Journal, journal_in
-from jq4.driver.plan import paths_of, wanted_of
+from jq4.driver.plan import paths_of, wanted_by
 from jq4.driver.report import BlocksResult, LeafRow, whole_report
 from jq4.driver.rows_learned import rows_learned
 from jq4.driver.store import BlockStore
@@ -95,6 +95,7 @@ def quantize_blocks(
       IdleRuleWarning: for a rule that quantized no leaf.
     """
     started = time.perf_counter()
+    say = progress or _say_nothing
     if batch_size < 1 or not 0 <= seed < 2**31:
         raise JQ4Error(f"batch_size is {batch_size} and seed is {seed}: wanted 1 or more, and 0 to 2**31 - 1")
     target = None if destination is None else Path(destination).expanduser().resolve()
@@ -105,12 +106,12 @@ def quantize_blocks(
     identity = {} if target is None else job.identity(provenance)
     with _work_folder(target) as folder, journal_in(folder, identity, restart) as journal:
         resumed = len(journal.blocks)
-        params, made = _quantized(job, folder, journal, batch_size, memory, progress)
+        params, made = _quantized(job, folder, journal, batch_size, memory, say)
         report = whole_report(job.recipe, job.plan.leaves, job.outside, made, chain.num_blocks)
         if target is None:
             params = jax.tree.map(jnp.asarray, params)
         else:
-            _say(progress, chain, "saving")
+            say(chain.num_blocks, chain.num_blocks, "saving")
             save(target, params, recipe=job.recipe, source=provenance, extra_files=extra_files)
     warn_of_idle_rules(report)
     return BlocksResult(
@@ -126,7 +127,7 @@ def quantize_blocks(
 
 
 def _quantized(
-    job: Job, folder: Path, journal: Journal, batch_size: int, memory: int, progress: Progress | None
+    job: Job, folder: Path, journal: Journal, batch_size: int, memory: int, say: Progress
 ) -> tuple[dict[str, Any], list[LeafRow]]:
     """The packed tree, its blocks as memory maps of `folder`, and the report's rows."""
     chain = job.chain
@@ -137,14 +138,14 @@ def _quantized(
     if job.rows is not None:
         spilled = folder / "streams" if job.stream_bytes > memory else None
         blocks.embed(job.source.outside(), job.rows, batch_size, spilled)
-    _run_blocks(blocks, store, before, journal, chain.num_blocks, progress)
+    _run_blocks(blocks, store, before, journal, chain.num_blocks, say)
     params, of_outside = _outside_packed(job, blocks)
     params |= store.stacked()
     made = [row for block in journal.blocks for row in map(LeafRow.from_dict, block)] + of_outside
     if job.last_step is None or before is None or job.rows is None:
         return params, made
     dense, params = jax.tree.map(jnp.asarray, ({**job.source.outside(), **before.stacked()}, params))
-    params = end_to_end.distilled(chain, dense, params, job.rows, job.last_step, job.seed, progress)
+    params = end_to_end.distilled(chain, dense, params, job.rows, job.last_step, job.seed, say)
     return params, rows_learned(made, dense, params)
 
 
@@ -164,10 +165,9 @@ def _run_blocks(
     before: BlockStore | None,
     journal: Journal,
     num_blocks: int,
-    progress: Progress | None,
+    say: Progress,
 ) -> None:
     """All blocks into the store, and into `before` as they were; those that the journal has are only run through."""
-    say = progress or (lambda done, total, text: None)
     while blocks.next < num_blocks:
         number = blocks.next
         if number < len(journal.blocks):
@@ -186,8 +186,7 @@ def _run_blocks(
 def _outside_packed(job: Job, blocks: BlocksInOrder) -> tuple[dict[str, Any], list[LeafRow]]:
     """The params outside of the blocks, quantized where a rule says so, and their rows."""
     outside = job.source.outside()
-    wanted = {leaf.path: wanted_of(leaf.rule) for leaf in job.outside if leaf.is_planned and leaf.rule is not None}
-    statistics = blocks.head_statistics(outside, wanted)
+    statistics = blocks.head_statistics(outside, wanted_by(job.outside))
     packed, rows = quantize_leaves(paths_of(outside), job.plan.recipe, statistics, None, None)
     tree = replaced(outside, packed)
     check_dense_leaves("", tree)
@@ -203,6 +202,5 @@ def _work_folder(target: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _say(progress: Progress | None, chain: Chain, text: str) -> None:
-    if progress is not None:
-        progress(chain.num_blocks, chain.num_blocks, text)
+def _say_nothing(done: int, total: int, text: str) -> None:
+    pass
