@@ -7,10 +7,12 @@ import json
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +93,15 @@ class Victim:
             env={**os.environ, **compiled_once, "PYTHONPATH": path, "XLA_FLAGS": ""},
         )
 
-    def run(self, destination: Path, kill_at: int | None = None, **options: Any) -> dict[str, Any]:
-        """{"killed": bool, "steps": int or None, "resumed": blocks found done}."""
+    def run(
+        self, destination: Path, kill_at: int | None = None, kill_after: float | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """{"killed": bool, "seconds": float, "steps": int or None, "resumed": blocks found done}.
+
+        Killed before its step `kill_at`, by itself, or `kill_after` seconds from its start, from without.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps([str(destination), kill_at, options]) + "\n")
+        self._process.stdin.write(json.dumps([str(destination), kill_at, kill_after, options]) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
@@ -138,6 +145,19 @@ def test_killed_at_random_points_it_gives_the_same_bytes(victim, undisturbed, tm
     assert not done["killed"] and done["resumed"] >= 2
     assert contents(folder) == contents(wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_at_a_random_time_it_gives_the_same_bytes(victim, undisturbed, tmp_path):
+    """Killed from without, wherever it is: in a computation, a write, between two of its steps."""
+    wanted, _ = undisturbed
+    seconds = victim.run(tmp_path / "timed")["seconds"]
+    draw, kills = random.Random(0), 0
+    for share in (draw.uniform(0.5, 0.8), draw.uniform(0.3, 0.6)):
+        kills += victim.run(tmp_path / "out", kill_after=seconds * share)["killed"]
+    assert kills
+    if not (tmp_path / "out" / "jq4.json").exists() or (tmp_path / "out.partial").exists():
+        assert not victim.run(tmp_path / "out")["killed"]
+    assert contents(tmp_path / "out") == contents(wanted)
 
 
 def test_killed_in_the_save_it_gives_the_same_bytes(victim, undisturbed, tmp_path):
@@ -228,21 +248,24 @@ def _serve() -> None:
 
     assert jq4.driver and models.decoder
     for line in sys.stdin:
-        destination, kill_at, options = json.loads(line)
+        destination, kill_at, kill_after, options = json.loads(line)
         reader, writer = os.pipe()
+        started = time.perf_counter()
         child = os.fork()
         if not child:
             result, steps = run(Path(destination), kill_at=kill_at, **options)
             os.write(writer, json.dumps({"steps": steps, "resumed": result.resumed_blocks}).encode())
             os._exit(0)
         os.close(writer)
+        if kill_after is not None and not select.select([reader], [], [], kill_after)[0]:
+            os.kill(child, signal.SIGKILL)
         with os.fdopen(reader) as pipe:
             told = pipe.read()
         _, status = os.waitpid(child, 0)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         assert killed or status == 0, status
-        print(json.dumps({"killed": killed, "steps": None, "resumed": None} | (json.loads(told) if told else {})))
-        sys.stdout.flush()
+        found = {"killed": not told, "seconds": time.perf_counter() - started, "steps": None, "resumed": None}
+        print(json.dumps(found | (json.loads(told) if told else {})), flush=True)
 
 
 if __name__ == "__main__":
