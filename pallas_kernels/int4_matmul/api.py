@@ -62,29 +62,31 @@ def int4_matmul(
 def _int4_matmul(x, w: Packed, spec: PackedSpec, implementation, dtype, precision) -> jax.Array:
     batch = w.codes.shape[:-2]
     rows = x if batch else x.reshape(-1, x.shape[-1])
-    out = _product(*vary_alike((rows, w)), spec, implementation, precision)
-    return out.reshape(*x.shape[:-1], out.shape[-1]).astype(dtype)
+    out = _product(*vary_alike((rows, w)), spec, implementation, precision, dtype)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _value(x, w: Packed, spec: PackedSpec, implementation, precision) -> Any:
-    """f32[*B, M, N] from x[*B, M, K] and codes [*B, ...]."""
+def _value(x, w: Packed, spec: PackedSpec, implementation, precision, dtype) -> Any:
+    """dtype[*B, M, N] from x[*B, M, K] and codes [*B, ...]."""
     chosen = by_platform(implementation, spec)
 
     def on(platform: str):
-        run = functools.partial(BACKENDS[chosen[platform]].run, spec=spec, platform=platform, precision=precision)
-        return lambda x, w: _batched(run, platform)(x, w).astype(xla.accumulator(x.dtype))
+        run = functools.partial(
+            BACKENDS[chosen[platform]].run, spec=spec, platform=platform, precision=precision, dtype=dtype
+        )
+        return lambda x, w: _batched(run, platform)(x, w).astype(dtype)
 
     return by_lowering_platform({platform: on(platform) for platform in chosen}, x, w)
 
 
-_product: Any = jax.custom_vjp(_value, nondiff_argnums=(2, 3, 4))
+_product: Any = jax.custom_vjp(_value, nondiff_argnums=(2, 3, 4, 5))
 
 
-def _forward(x, w, spec, implementation, precision):
-    return _product(x, w, spec, implementation, precision), (x, w)
+def _forward(x, w, spec, implementation, precision, dtype):
+    return _product(x, w, spec, implementation, precision, dtype), (x, w)
 
 
-def _backward(spec, implementation, precision, residuals, dy):
+def _backward(spec, implementation, precision, dtype, residuals, dy):
     x, w = residuals
     flat = tiles.flat_scales(w, spec)
 

@@ -3,13 +3,16 @@
     name         platforms   what
     reference    all         the oracle of reference.py: the dense weight appears
     xla          all         xla.py: a form for each platform
+    tpu          tpu         tpu.py: one Pallas kernel, for the tpu layout; tpu_interpret runs it on a CPU, for tests
 
-A backend is a function (x[M, K], Packed, spec, *, platform, precision) -> f32[M, N] and a function that says why it
-cannot take a spec, or None. `choose` goes through names in order; an implementation of None stands for PREFERRED,
-which ends with "xla", and "xla" takes everything.
+A backend is a function (x[M, K], Packed, spec, *, platform, precision, dtype) -> [M, N] in f32, or in the `dtype`
+that its caller will round to in any case, and a function that says why it cannot take a spec, or None. `choose` goes
+through names in order; an implementation of None stands for PREFERRED, which ends with "xla", and "xla" takes
+everything.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +21,8 @@ import jax
 from pallas_kernels.int4_matmul.reference import int4_matmul_reference
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.tpu import int4_matmul_tpu
+from pallas_kernels.int4_matmul.tpu import refusal as tpu_refusal
 from pallas_kernels.int4_matmul.xla import int4_matmul_xla
 
 PLATFORMS = ("cpu", "tpu", "gpu")
@@ -37,16 +42,26 @@ class Backend:
     refusal: Callable[[PackedSpec], str | None] = lambda spec: None
 
 
-def _reference(x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str, precision: Any = None) -> jax.Array:
+def _reference(
+    x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str, precision: Any = None, dtype: Any = None
+) -> jax.Array:
     return int4_matmul_reference(x, *w, spec=spec, precision=precision)
+
+
+def _xla(
+    x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str, precision: Any = None, dtype: Any = None
+) -> jax.Array:
+    return int4_matmul_xla(x, w, spec, platform=platform, precision=precision)
 
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(_reference),
-    "xla": Backend(int4_matmul_xla),
+    "xla": Backend(_xla),
+    "tpu": Backend(int4_matmul_tpu, ("tpu",), tpu_refusal),
+    "tpu_interpret": Backend(functools.partial(int4_matmul_tpu, interpret=True), ("cpu",), tpu_refusal),
 }
 
-PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("xla",)}
+PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("xla",), "tpu": ("tpu", "xla"), "gpu": ("xla",)}
 
 
 def choose(implementation: Implementation, platform: str, spec: PackedSpec) -> str | None:
