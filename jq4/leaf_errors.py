@@ -87,8 +87,8 @@ def error_of(path: str, weight: Any, approximation: Any, statistics: Any = None,
     """The error of one leaf; arrays or QArrays. `axis` is the contracted one, negative."""
     if tuple(weight.shape) != tuple(approximation.shape):
         raise JQ4Error(f"{path}: shape {tuple(approximation.shape)}, but {tuple(weight.shape)} in the reference")
-    statistics = statistics if _fit(weight.shape, axis, statistics) else None
-    shape = _matrix_shape(weight.shape, axis, statistics)
+    statistics = statistics if fits_leaf(weight.shape, axis, statistics) else None
+    shape = matrix_shape(weight.shape, axis, statistics)
     weighting, moments = _moments(statistics)
     energies = jax.device_get(_energies(weight, approximation, moments, shape=shape, axis=axis))
     energies = {name: np.asarray(value, np.float64) for name, value in energies.items()}
@@ -120,7 +120,7 @@ def collect_hessians(
     return collect
 
 
-def _fit(shape: Any, axis: int, statistics: Any) -> bool:
+def fits_leaf(shape: Any, axis: int, statistics: Any) -> bool:
     """Whether statistics are of the axes of a leaf that end with `axis`, slice by slice."""
     if statistics is None or not (features := _features(statistics)):
         return False
@@ -128,7 +128,7 @@ def _fit(shape: Any, axis: int, statistics: Any) -> bool:
     return tuple(shape[: len(leading)]) == leading and _features_span(tuple(shape), axis, features) is not None
 
 
-def _matrix_shape(shape: Any, axis: int, statistics: Any) -> tuple[int, ...]:
+def matrix_shape(shape: Any, axis: int, statistics: Any) -> tuple[int, ...]:
     """[*B, K, N]: as the statistics see a leaf, or as its last two axes tell."""
     features = shape[axis] if statistics is None else _features(statistics)
     stacked = max(0, len(shape) + min(axis, -2)) if statistics is None else statistics.count.ndim
@@ -166,7 +166,7 @@ def _energies(
     weight: Any, approximation: Any, moments: jax.Array | None, *, shape: tuple[int, ...], axis: int
 ) -> dict[str, jax.Array]:
     """Sums over each slice, f32[*B]: of W**2 and D**2, and of the outputs they make where `moments` are known."""
-    exact, near = (_as_matrices(as_float32(leaf), shape, axis) for leaf in (weight, approximation))  # f32[*B, K, N]
+    exact, near = (as_matrices(as_float32(leaf), shape, axis) for leaf in (weight, approximation))  # f32[*B, K, N]
     unit = common_unit(exact, near)
     exact, lost = exact / unit, (exact - near) / unit
     energies = {"signal": jnp.sum(exact**2, (-2, -1)), "noise": jnp.sum(lost**2, (-2, -1))}
@@ -175,7 +175,7 @@ def _energies(
     return energies
 
 
-def _as_matrices(weight: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+def as_matrices(weight: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     """A leaf as [*B, K, N]: its feature axes, which end with `axis`, moved behind the stacked ones."""
     leading, span = len(shape) - 2, _features_span(weight.shape, axis, shape[-2])
     assert span is not None

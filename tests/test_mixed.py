@@ -15,7 +15,8 @@ from jq4.cli import main
 from jq4.cli.mixed import draw
 from jq4.errors import JQ4Error
 from jq4.knapsack import Frontier
-from jq4.sensitivity import Sensitivity, kld_of_params, sensitivity, target_of
+from jq4.sensitivity import Sensitivity, sensitivity, target_of
+from jq4.trials import kld_of_params
 
 VOCABULARY, WIDTH = 40, 32
 
@@ -133,15 +134,31 @@ def test_a_budget_may_be_given_in_bytes(small):
 
 def test_one_trial_a_leaf_scales_the_errors_of_outputs(small):
     params, rows, stats, full = small
-    found = sensitivity(apply, params, ("rtn-w3g16", "rtn-w4g16", "rtn-w8gc"), rows, stats, trials="one")
+    formats = ("rtn-w3g16", "rtn-w4g16", "rtn-w8gc")
+    found = sensitivity(apply, params, formats, rows, stats, trials="one", weighting="hessian")
     for leaf, wanted in zip(found.leaves, full.leaves, strict=True):
         probe, three = leaf.options[1], leaf.options[0]
         assert [option.kld is None for option in leaf.options] == [True, False, True]
         assert probe.loss == pytest.approx(wanted.options[1].loss)
         assert three.loss == pytest.approx(probe.loss * three.output_error / probe.output_error)
         assert three.loss == pytest.approx(wanted.options[0].loss, rel=0.5)  # quadratic, nearly
-    none = sensitivity(apply, params, ("rtn-w3g16", "rtn-w4g16"), rows, stats, trials="none")
+    none = sensitivity(apply, params, formats[:2], rows, stats, trials="none", weighting="hessian")
     assert [option.loss for option in none.leaves[0].options] == [o.output_error for o in none.leaves[0].options]
+
+
+def test_gradients_predict_the_trials(small):
+    """Weighted by Fisher, an estimate is a KLD in nats: near the trial's, without one and without statistics."""
+    params, rows, _, full = small
+    found = sensitivity(apply, params, ("rtn-w3g16", "rtn-w4g16", "rtn-w8gc"), rows, trials="none")
+    assert found.weighting == "fisher"
+    for leaf, wanted in zip(found.leaves, full.leaves, strict=True):
+        for option, trial in zip(leaf.options, wanted.options, strict=True):
+            assert option.kld is None and option.loss == option.fisher_loss
+            assert option.loss == pytest.approx(trial.kld, rel=0.25)
+    one = sensitivity(apply, params, ("rtn-w3g16", "rtn-w4g16", "rtn-w8gc"), rows, trials="one")
+    for leaf, wanted in zip(one.leaves, found.leaves, strict=True):
+        factors = {round(a.loss / b.loss, 3) for a, b in zip(leaf.options, wanted.options, strict=True)}
+        assert len(factors) == 1 and leaf.options[1].kld == pytest.approx(leaf.options[1].loss)
 
 
 def test_dense_is_a_format_too(small):
@@ -186,9 +203,11 @@ def test_bad_requests_are_told(small):
     with pytest.raises(JQ4Error, match="trials is 'few', wanted one of all, one, none"):
         sensitivity(apply, params, ("rtn-w4g16", "rtn-w8gc"), rows, trials="few")
     with pytest.raises(JQ4Error, match=r"need stats=jq4\.observe"):
-        sensitivity(apply, params, ("rtn-w4g16", "rtn-w8gc"), rows, trials="one")
-    with pytest.raises(JQ4Error, match="the statistics do not tell its outputs' errors, which trials='none' goes by"):
-        sensitivity(apply, params, ("rtn-w4g16", "rtn-w8gc"), rows, {}, trials="none")
+        sensitivity(apply, params, ("rtn-w4g16", "rtn-w8gc"), rows, trials="one", weighting="hessian")
+    with pytest.raises(JQ4Error, match="the statistics do not tell its outputs' errors: use the weighting 'fisher'"):
+        sensitivity(apply, params, ("rtn-w4g16", "rtn-w8gc"), rows, {}, trials="none", weighting="hessian")
+    with pytest.raises(JQ4Error, match="weighting is 'flat', wanted one of fisher, hessian"):
+        sensitivity(apply, params, ("rtn-w4g16", "rtn-w8gc"), rows, weighting="flat")
     with pytest.raises(JQ4Error, match="bits is nan, wanted a number"):
         choose_formats(found, bits=float("nan"))
     with pytest.raises(JQ4Error, match="wanted either bits"):

@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="run the model for every format of a leaf, for one of them, or not at all (default all)",
     )
+    parser.add_argument(
+        "--weighting",
+        choices=("fisher", "hessian"),
+        help="what estimates losses without a trial: gradients of the model's predictions, or errors of a leaf's own "
+        "outputs (default fisher; with --trials all it is listed beside the trials, if named)",
+    )
     parser.add_argument("--out", metavar="RECIPE.yaml", help="where to write the recipe")
     parser.add_argument("--plot", metavar="FILE.png", help="where to draw bits against KLD")
     _calibration.add_arguments(parser)
@@ -68,7 +74,8 @@ def choose(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from jq4.cli import _models, _terminal
     from jq4.plan import parse_memory
     from jq4.quantize import quantize
-    from jq4.sensitivity import kld_of_params, sensitivity
+    from jq4.sensitivity import sensitivity
+    from jq4.trials import kld_of_params
 
     watch = _terminal.Stopwatch()
     check_files(arguments)
@@ -86,6 +93,7 @@ def choose(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
             held_out,
             stats,
             trials=arguments.trials,
+            weighting=arguments.weighting,
             batch_size=arguments.batch_size,
             progress=step,
         )
