@@ -4,6 +4,7 @@ JAX makes the operands of its own primitives vary alike, and so sums a cotangent
 not vary over. A `custom_vjp` is left alone: without this, its rule would owe x a cotangent that is summed already.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,3 +31,14 @@ def _varying(leaf: Any) -> frozenset[str]:
     aval = jax.typeof(leaf)
     manual = getattr(aval, "manual_axis_type", None) or getattr(aval, "mat", None)  # JAX 0.10 on; `vma` between
     return frozenset(manual.varying if manual is not None else getattr(aval, "vma", ()))
+
+
+def shape_varying_as(shape: tuple[int, ...], dtype: Any, operands: Sequence[jax.Array]) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result, which varies over all manual mesh axes that any of its operands varies over."""
+    union = frozenset().union(*map(_varying, operands))
+    if not union:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    kind = getattr(jax.typeof(operands[0]), "manual_axis_type", None)
+    if kind is None:
+        return jax.ShapeDtypeStruct(shape, dtype, vma=union)  # pyright: ignore[reportCallIssue]
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=type(kind)(varying=union))

@@ -1,45 +1,42 @@
-"""x[M, K] @ W[K, N] on a TPU, W as int4[K, N] with scales [G, 1, N], by one Pallas kernel. (First version.)"""
+"""x[M, K] @ W[K, N] on a TPU, W as int4[K, N] with scales [G, 1, N], by one Pallas kernel.
 
-import dataclasses
+    grid     (M / bm, N / bn, K / bk), K innermost; out[bm, bn] is summed in f32 in VMEM and rounded once
+    in HBM   x, codes, scales, zero points, offsets, sums of x over groups: nothing of the dense weight, ever
+    x        stays in VMEM over the whole sweep of N where it is small (decode), so that each step reads only weights
+
+Where K is no multiple of the block, x is padded with zeros (codes beyond the end meet them), and the scales where the
+groups do not fill the blocks either. Rows beyond M and columns beyond N are computed from what memory holds and dropped.
+
+float32 x goes through the MXU as XLA's own float32 products do: rounded to bf16 by default, as the sum of two or three
+bf16 terms (more rows of x, by the same kernel) for Precision.HIGH and HIGHEST.
+"""
+
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.int4_matmul import tpu_forms
 from pallas_kernels.int4_matmul.spec import TPU, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan
+from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
+from pallas_kernels.manual_axes import shape_varying_as
 
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a product is cut: rows, depth and columns of a grid step, and the inner form."""
-
-    form: str
-    block_m: int
-    block_k: int
-    block_n: int
+GROUP_MULTIPLE = 32  # rows of int4 that every chip slices without shuffling
 
 
 def refusal(spec: PackedSpec) -> str | None:
     """Why the kernel does not take a weight, or None."""
     if spec.layout != TPU:
         return f"tpu reads the tpu layout, not the {spec.layout} one (jq4.prepare re-lays a tree once)"
-    if spec.num_groups > 1 and spec.group_size % 32:
-        return f"tpu reads groups of a multiple of 32 rows, not of {spec.group_size}"
+    if spec.num_groups > 1 and spec.group_size % GROUP_MULTIPLE:
+        return f"tpu reads groups of a multiple of {GROUP_MULTIPLE} rows, not of {spec.group_size}"
     return None
-
-
-def choose_plan(m: int, n: int, spec: PackedSpec) -> Plan:
-    k = spec.length
-    group = k if spec.num_groups == 1 else spec.group_size
-    block_n = n if n < 128 else min(1024, -(-n // 128) * 128)
-    block_k = min(-(-k // group) * group, max(2048 // group, 1) * group)
-    block_m = min(m, 512)
-    return Plan("direct" if m <= 32 else "wscale", block_m, block_k, block_n)
 
 
 def int4_matmul_tpu(
@@ -50,55 +47,125 @@ def int4_matmul_tpu(
     platform: str = "tpu",
     precision: Any = None,
     dtype: Any = None,
+    chip: Chip | None = None,
     plan: Plan | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """[M, N] = x[M, K] @ W[K, N]."""
-    m, n = x.shape[0], w.codes.shape[1]
-    plan = plan or choose_plan(m, n, spec)
-    steps_k = -(-spec.length // plan.block_k)
-    x = jnp.pad(x.astype(jnp.bfloat16), ((0, 0), (0, steps_k * plan.block_k - spec.length)))
-    return _call(x, w.codes, w.scale, spec, plan, dtype or jnp.float32, interpret)
+    """`dtype` (f32)[M, N] = x[M, K] @ W[K, N].
+
+    Args:
+      x: float[M, K].
+      w: codes int4[K, N], scale [G, 1, N], zero_point u8[G, 1, N], offset [G, 1, N].
+      spec: layout "tpu".
+      platform: always "tpu", but for the interpreter.
+      precision: of a float32 x.
+      dtype: of the result.
+      chip: None is the one of the trace.
+      plan: None is chosen for the chip and the sizes.
+      interpret: run on a CPU, by Pallas' interpreter of TPU kernels.
+    """
+    terms = bf16_terms(x, precision)  # bf16[T, M, K]
+    count, m, k = terms.shape
+    n = w.codes.shape[1]
+    problem = Problem(count * m, k, n, spec.num_groups, spec.group_size, w.zero_point is not None, w.offset is not None)
+    plan = plan or choose_plan(problem, chip or traced_chip(), exact=count > 1)
+    out = _call(terms.reshape(count * m, k), w, plan, spec, jnp.float32 if count > 1 else dtype, interpret)
+    return out if count == 1 else jnp.sum(out.reshape(count, m, n), 0)
 
 
-def _call(x, codes, scale, spec: PackedSpec, plan: Plan, dtype, interpret: bool) -> jax.Array:
-    (m, padded_k), n = x.shape, codes.shape[1]
-    steps_k = padded_k // plan.block_k
-    group = min(spec.group_size, plan.block_k)
-    groups = plan.block_k // group
-    kernel = functools.partial(_kernel, form=plan.form, group=group, steps=steps_k, upcast=interpret)
+def bf16_terms(x: jax.Array, precision: Any) -> jax.Array:
+    """bf16[T, M, K] that sum to x[M, K]: one term, or as many as the precision asks for."""
+    terms = []
+    for _ in range(1 if x.dtype == jnp.bfloat16 else _passes(precision)):
+        terms.append(x.astype(jnp.bfloat16))
+        x = x - terms[-1].astype(x.dtype)
+    return jnp.stack(terms)
+
+
+def _passes(precision: Any) -> int:
+    wanted = precision if isinstance(precision, tuple) else (precision,)
+    named = [lax.Precision(p) if p is not None else lax.Precision.DEFAULT for p in wanted]
+    return {lax.Precision.DEFAULT: 1, lax.Precision.HIGH: 2, lax.Precision.HIGHEST: 3}[
+        max(named, key=lambda p: p.value)
+    ]
+
+
+def _call(x: jax.Array, w: Packed, plan: Plan, spec: PackedSpec, dtype: Any, interpret: bool) -> jax.Array:
+    """[M, N] from bf16 x[M, K]."""
+    (m, k), n = x.shape, w.codes.shape[1]
+    bm, bk, bn = plan.block_m, plan.block_k, plan.block_n
+    steps = pl.cdiv(k, bk)
+    group = min(bk, spec.group_size if spec.num_groups > 1 else bk)
+    per_block = bk // group  # groups of a block
+    repeat = 1 if spec.num_groups == 1 else max(1, spec.group_size // bk)  # blocks of a group
+    repeat = steps if spec.num_groups == 1 else repeat
+    x = jnp.pad(x, ((0, 0), (0, steps * bk - k)))
+    sums = None
+    if tpu_forms.needs_sums(plan.form, w.zero_point is not None, w.offset is not None):
+        sums = tpu_forms.group_sums(x, group).reshape(m, steps, per_block).transpose(1, 0, 2)
+    if plan.form == "magic":
+        x = tpu_forms.magic_order(x, group)
+    missing = steps * per_block - w.scale.shape[0] * repeat
+    rest = [None if part is None else _of_blocks(part, n, max(missing, 0)) for part in w[1:]]
+    by_group = pl.BlockSpec((per_block, 1, bn), lambda i, j, k: (lax.div(k, jnp.int32(repeat)), 0, j))
+    x_columns = steps * bk if plan.resident else bk
+    operands = {
+        "x": (x, pl.BlockSpec((bm, x_columns), lambda i, j, k: (i, 0 if plan.resident else k))),
+        "codes": (w.codes, pl.BlockSpec((bk, bn), lambda i, j, k: (k, j))),
+        **{name: (part, by_group) for name, part in zip(("scale", "zero_point", "offset"), rest, strict=True)},
+        "sums": (sums, pl.BlockSpec((1, bm, per_block), lambda i, j, k: (k, i, 0))),
+    }
+    present = {name: pair for name, pair in operands.items() if pair[0] is not None}
+    kernel = functools.partial(
+        _kernel, names=tuple(present), form=plan.form, group=group, block_k=bk, steps=steps, interpret=interpret
+    )
+    arrays = [array for array, _ in present.values()]
     return pl.pallas_call(
         kernel,
         name="int4_matmul",
-        grid=(pl.cdiv(m, plan.block_m), pl.cdiv(n, plan.block_n), steps_k),
-        in_specs=[
-            pl.BlockSpec((plan.block_m, plan.block_k), lambda m, n, k: (m, k)),
-            pl.BlockSpec((plan.block_k, plan.block_n), lambda m, n, k: (k, n)),
-            pl.BlockSpec((groups, 1, plan.block_n), lambda m, n, k: (k, 0, n)),
-        ],
-        out_specs=pl.BlockSpec((plan.block_m, plan.block_n), lambda m, n, k: (m, n)),
-        out_shape=jax.ShapeDtypeStruct((m, n), dtype),
-        scratch_shapes=[pltpu.VMEM((plan.block_m, plan.block_n), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        grid=(pl.cdiv(m, bm), pl.cdiv(n, bn), steps),
+        in_specs=[block for _, block in present.values()],
+        out_specs=pl.BlockSpec((bm, bn), lambda i, j, k: (i, j)),
+        out_shape=shape_varying_as((m, n), dtype or jnp.float32, arrays),
+        scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.vmem_limit
+        ),
         interpret=pltpu.InterpretParams() if interpret else False,
-    )(x, codes, scale)
+    )(*arrays)
 
 
-def _kernel(x, codes, scale, out, total, *, form: str, group: int, steps: int, upcast: bool):
-    options = {"upcast": upcast} if form == "direct" else {}
-    partial = getattr(tpu_forms, form)(x, codes, scale, group, **options)
+def _of_blocks(part: jax.Array, n: int, missing: int) -> jax.Array:
+    """[G, 1, N]: one value a column, and rows of zeros for the groups that the last block of K has too many."""
+    return jnp.pad(jnp.broadcast_to(part, (part.shape[0], 1, n)), ((0, missing), (0, 0), (0, 0)))
+
+
+def _kernel(
+    *refs: Any, names: tuple[str, ...], form: str, group: int, block_k: int, steps: int, interpret: bool
+) -> None:
+    *inputs, out, total = refs
+    block = _block_of(dict(zip(names, inputs, strict=True)), block_k)
+    options = {"upcast": True} if interpret and form == "direct" else {}
+    run = functools.partial(getattr(tpu_forms, form), block, group, **options)
     if steps == 1:
-        out[...] = partial.astype(out.dtype)
+        out[...] = run().astype(out.dtype)
         return
 
     @pl.when(pl.program_id(2) == 0)
-    def _():
-        total[...] = partial
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
 
-    @pl.when(pl.program_id(2) > 0)
-    def _():
-        total[...] += partial
+    total[...] += run()
 
     @pl.when(pl.program_id(2) == steps - 1)
-    def _():
+    def _() -> None:
         out[...] = total[...].astype(out.dtype)
+
+
+def _block_of(refs: dict[str, Any], block_k: int) -> tpu_forms.Block:
+    """The grid step's operands: of a resident x the columns of this step, of the sums their only row."""
+    x = refs["x"]
+    if x.shape[1] != block_k:
+        x = x.at[:, pl.ds(pl.multiple_of(pl.program_id(2) * block_k, block_k), block_k)]
+    sums = refs["sums"][0] if "sums" in refs else None
+    return tpu_forms.Block(x, refs["codes"], refs["scale"], refs.get("zero_point"), refs.get("offset"), sums)

@@ -1,48 +1,154 @@
-"""The inner forms of the TPU kernels: one block of x by one block of packed codes, inside a Pallas kernel.
+"""The inner forms of the TPU kernels: one block of x by one block of codes, inside a Pallas kernel.
 
-Contract, the same for every form and shared by the dense and the grouped kernel:
+A form takes a `Block` and the static length of a group, and returns f32[bm, bn], the block's share of x @ W:
 
-    x       bf16[bm, bk]          a ref or a value. Columns after the end of K hold zeros: codes and scales there are
-                                  what happened to be in memory, so a form may let them meet a zero and nothing else
-    codes   int4[bk, bn]          a ref; level = code
-    scale   [bk / group, 1, bn]   a ref, bf16 or f32, of finite numbers; `group` divides bk (a group longer than the
-                                  block is one group of bk here: the index map repeats its row of scales)
-    returns f32[bm, bn]           sum over the block of x[m, k] * code[k, n] * scale[k // group, n]
+    sum over the groups i of the block, over k in group i, of
+        x[m, k] * ((code[k, n] - (zero_point[i, n] - 8)) * scale[i, n] + offset[i, n])
 
-direct   for each group  dot(x_g, codes_g) * scale_g.  bf16 by int4 goes into the dot as it is, and the compiler picks
-         the chip's unpacking (v6e: one instruction, int4 to bf16; v7x: to fp8, which the MXU takes beside bf16; v5:
-         four). Exact in the codes: the only rounding is x's and the f32 sums'. Costs bm * bn scalings a group.
-wscale   one dot with bf16(code * scale). Costs bk * bn scalings, whatever bm is, and a rounding of the weights to
-         bf16; the MXU sees one deep product instead of bk / group shallow ones, which is what it wants at prefill.
+    direct   per group  (x_i @ codes_i - sums_i * (zero_point_i - 8)) * scale_i + sums_i * offset_i
+             bf16 by int4 goes into the dot as it is and the compiler picks the chip's unpacking (v6e: one instruction,
+             int4 to bf16; TPU7x: to fp8, which its MXU takes beside bf16; v5: four instructions; v4: a shuffle through
+             memory that is six times slower than the product). Exact in the codes: what is rounded is x and f32 sums.
+             Costs bm * bn scalings a group, and passes of the MXU no deeper than a group.
+    magic    the same with codes_i read as bfloat16 136 + code, by three bit operations on words of eight codes:
+                 (word >> 4j) & 0x000F000F ^ 0x43084308    is two bf16, of the codes j and j + 4 of the word
+             (0x4300 is 128 with the code's bits at its end; ^ 8 turns the sign bit into + 8), so that no conversion is
+             needed at all, and 136 * sums_i is taken off the product. Words run down K and the halves of a word become
+             neighbouring rows: x must come with its columns in `magic_order`.
+    wscale   one dot with bf16(weight) of the whole block. Costs bk * bn scalings, whatever bm is, and rounds the
+             weights as a dense bf16 weight is; the MXU sees one deep product, which v6e and TPU7x (256 deep) need at
+             prefill: groups of 128 fill half of it.
+
+The magic numbers are those of FasterTransformer's and Marlin's GPU kernels (Kim et al. 2022; Frantar et al. 2024),
+for bf16 and for the order in which a TPU holds int4.
 """
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
 
 
-def direct(x: Any, codes: Any, scale: Any, group: int, *, upcast: bool = False) -> jax.Array:
-    """f32[bm, bn]; `upcast` unpacks before the dot, for an interpreter that has no product of bf16 by int4."""
-    total = None
-    for i in range(codes.shape[0] // group):
-        piece = codes[i * group : (i + 1) * group, :]  # int4[group, bn]
-        partial = product(x[:, i * group : (i + 1) * group], piece.astype(jnp.bfloat16) if upcast else piece)
-        partial = partial * scale[i].astype(jnp.float32)
-        total = partial if total is None else total + partial
-    assert total is not None
-    return total
+class Block(NamedTuple):
+    """One grid step's operands: refs or values, of blocks in VMEM.
+
+    Attributes:
+      x: bf16[bm, bk]. Columns after the end of K are zeros: codes there are what memory held, so that a form may
+        multiply them by x and nothing else.
+      codes: int4[bk, bn], of which the level is the code itself.
+      scale: [bk / group, 1, bn], bf16 or f32, finite everywhere. `group` divides bk: where a real group is longer
+        than the block, the index map repeats its row and `group` is bk.
+      zero_point: u8[bk / group, 1, bn] or None, counted in unsigned codes.
+      offset: [bk / group, 1, bn] or None.
+      sums: f32[bm, bk / group], x summed over each group; wanted where there are zero points or offsets, and by magic.
+    """
+
+    x: Any
+    codes: Any
+    scale: Any
+    zero_point: Any = None
+    offset: Any = None
+    sums: Any = None
 
 
-def wscale(x: Any, codes: Any, scale: Any, group: int) -> jax.Array:
-    """f32[bm, bn] by one product with the scaled weights, bf16[bk, bn]."""
-    rows, columns = codes.shape
-    weight = codes[...].astype(jnp.bfloat16).reshape(rows // group, group, columns)
-    weight = weight * scale[...].astype(jnp.bfloat16)
-    return product(x[...], weight.reshape(rows, columns))
+def needs_sums(form: str, zero_points: bool, offsets: bool) -> bool:
+    return form == "magic" or (form == "direct" and (zero_points or offsets))
+
+
+def direct(block: Block, group: int, *, upcast: bool = False) -> jax.Array:
+    """`upcast` unpacks before the dot, for an interpreter that has no product of bf16 by int4."""
+
+    def weight(codes: jax.Array) -> jax.Array:
+        return codes.astype(jnp.bfloat16) if upcast else codes
+
+    return _by_groups(block, group, weight, center=0)
+
+
+def magic(block: Block, group: int) -> jax.Array:
+    return _by_groups(block, group, _magic_weight, center=136)
+
+
+def wscale(block: Block, group: int) -> jax.Array:
+    rows, columns = block.codes.shape
+    # one rounding: a bf16 scale times a small integer is rounded once by a bf16 product, anything else by f32's end
+    exact = block.scale.dtype == jnp.bfloat16 and block.offset is None
+    dtype = jnp.bfloat16 if exact else jnp.float32
+    weight = block.codes[...].astype(dtype).reshape(rows // group, group, columns)
+    if block.zero_point is not None:
+        weight = weight - _shift(block.zero_point[...]).astype(dtype)
+    weight = weight * block.scale[...].astype(dtype)
+    if block.offset is not None:
+        weight = weight + block.offset[...].astype(dtype)
+    return product(block.x[...], weight.reshape(rows, columns).astype(jnp.bfloat16))
+
+
+def magic_order(x: jax.Array, group: int) -> jax.Array:
+    """bf16[M, K], K whole blocks of LANES: the columns of each chunk as `magic` wants them, row 8r + 4h + j at (j, r, h).
+
+    A product with a permutation matrix is exact, and moves columns where a TPU moves them fastest.
+    """
+    chunk = _chunk(group)
+    places = np.arange(LANES).reshape(LANES // chunk, chunk // 8, 2, 4).transpose(0, 3, 1, 2).reshape(-1)
+    matrix = np.zeros((LANES, LANES), np.float32)
+    matrix[places, np.arange(LANES)] = 1
+    moved = product(x.reshape(-1, LANES), jnp.asarray(matrix, jnp.bfloat16))
+    return moved.astype(jnp.bfloat16).reshape(x.shape)
+
+
+def group_sums(x: jax.Array, group: int) -> jax.Array:
+    """f32[M, K / group] of bf16[M, K]: a product with ones, as the lanes of a TPU add up slowly."""
+    unit = math.lcm(group, LANES)
+    ones = np.repeat(np.eye(unit // group, dtype=np.float32), group, 0)  # [unit, groups of a unit]
+    sums = product(x.reshape(-1, unit), jnp.asarray(ones, jnp.bfloat16))
+    return sums.reshape(x.shape[0], -1)
 
 
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """f32[bm, bn] = x[bm, k] @ weight[k, bn]."""
     return lax.dot_general(x, weight, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _by_groups(block: Block, group: int, weight: Any, center: int) -> jax.Array:
+    """Sum over groups of (x_i @ weight(codes_i) - sums_i * (center + zero_point_i - 8)) * scale_i + sums_i * offset_i."""
+    total = None
+    for i in range(block.codes.shape[0] // group):
+        rows = slice(i * group, (i + 1) * group)
+        partial = product(block.x[:, rows], weight(block.codes[rows, :]))
+        column = None if block.sums is None else block.sums[:, i : i + 1]  # f32[bm, 1]
+        if block.zero_point is not None:
+            partial = partial - column * (_shift(block.zero_point[i]) + float(center))
+        elif center:
+            partial = partial - column * float(center)
+        partial = partial * block.scale[i].astype(jnp.float32)
+        if block.offset is not None:
+            partial = partial + column * block.offset[i].astype(jnp.float32)
+        total = partial if total is None else total + partial
+    assert total is not None
+    return total
+
+
+def _shift(zero_point: jax.Array) -> jax.Array:
+    """f32: the zero point counted from the code of level zero; by way of i32, which every chip converts."""
+    return zero_point.astype(jnp.int32).astype(jnp.float32) - 8.0
+
+
+def _magic_weight(codes: jax.Array) -> jax.Array:
+    """bf16[group, bn] = 136 + code, rows in `magic_order`, from int4[group, bn]."""
+    words = pltpu.bitcast(codes, jnp.int32)  # [group / 8, bn]: nibble j of word r is row 8r + j
+    fields = [lax.shift_right_logical(words, jnp.int32(4 * j)) if j else words for j in range(4)]
+    bits = [(field & jnp.int32(0x000F000F)) ^ jnp.int32(0x43084308) for field in fields]
+    halves = [pltpu.bitcast(field, jnp.bfloat16) for field in bits]  # bf16[group / 4, bn]: rows (r, h)
+    step = _chunk(codes.shape[0]) // 4
+    chunks = range(0, codes.shape[0] // 4, step)
+    return jnp.concatenate([half[start : start + step] for start in chunks for half in halves], 0)
+
+
+def _chunk(group: int) -> int:
+    """Rows that are reordered among themselves."""
+    return math.gcd(group, LANES)

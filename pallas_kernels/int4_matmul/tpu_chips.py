@@ -1,0 +1,75 @@
+"""The TPUs that the kernels know, and which of them a trace is for.
+
+All figures are of one TensorCore: v4 and v5p join two cores to a device (megacore: the grid's parallel steps are dealt
+out to both), a device of TPU7x is one of its chip's two cores. Bandwidths are the datasheets'; the clock is the peak
+rate over the multiply-adds of a cycle.
+"""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of TPU, seen from one core.
+
+    Attributes:
+      name: as in "v6e".
+      kinds: what `jax.Device.device_kind` says.
+      clock: cycles a second.
+      bandwidth: HBM bytes a second.
+      mxu: bf16 multiply-adds a cycle.
+      mxu_depth: rows of weights that one pass takes; a shallower product costs as much.
+      vmem: bytes that a kernel may take.
+      unpack: "native" (one or two instructions), "slow" (works, and magic beats it) or "magic" (nothing else will do).
+      bf16_vector: whether the vector unit multiplies bf16.
+      integer_mxu: whether int8 by int8 products are native.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    clock: float
+    bandwidth: float
+    mxu: int
+    mxu_depth: int
+    vmem: int
+    unpack: str
+    bf16_vector: bool
+    integer_mxu: bool
+
+
+_MIB = 2**20
+CHIPS = (
+    Chip("v4", ("TPU v4", "TPU v4 lite"), 1.05e9, 0.615e12, 65536, 128, 14 * _MIB, "magic", False, False),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 1.5e9, 0.82e12, 65536, 128, 96 * _MIB, "slow", False, True),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 1.75e9, 1.23e12, 65536, 128, 48 * _MIB, "slow", False, True),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 1.755e9, 1.64e12, 262144, 256, 96 * _MIB, "native", True, True),
+    Chip("tpu7x", ("TPU7x",), 2.2e9, 3.7e12, 262144, 256, 48 * _MIB, "native", True, False),
+)
+
+# For a TPU program traced where no TPU is in sight (an export on a CPU machine): forms that every chip compiles, in
+# the memory of the smallest.
+UNKNOWN = dataclasses.replace(CHIPS[3], name="unknown", kinds=(), vmem=14 * _MIB, integer_mxu=False)
+
+
+def chip_named(name: str) -> Chip:
+    """The chip called `name`, or of that device kind; UNKNOWN for others."""
+    return next((chip for chip in CHIPS if name == chip.name or name in chip.kinds), UNKNOWN)
+
+
+def traced_chip() -> Chip:
+    """The chip of the abstract mesh around the trace, else of the process's default device, else UNKNOWN.
+
+    `jax.shard_map`, `jax.set_mesh` and `jax.sharding.use_abstract_mesh` put a mesh around a trace, and the mesh knows
+    its devices, compile-only ones included.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return chip_named(device.device_kind if device is not None else _default_kind())
+
+
+def _default_kind() -> str:
+    default = jax.config.jax_default_device
+    if isinstance(default, jax.Device):
+        return default.device_kind
+    return (jax.devices(default) if isinstance(default, str) else jax.devices())[0].device_kind
