@@ -5,7 +5,8 @@
     x        stays in VMEM over the whole sweep of N where it is small (decode), so that each step reads only weights
 
 Where K is no multiple of the block, x is padded with zeros (codes beyond the end meet them), and the scales where the
-groups do not fill the blocks either. Rows beyond M and columns beyond N are computed from what memory holds and dropped.
+groups do not fill the blocks either. Rows beyond M and columns beyond N are computed from what memory holds, and
+dropped.
 
 float32 x goes through the MXU as XLA's own float32 products do: rounded to bf16 by default, as the sum of two or three
 bf16 terms (more rows of x, by the same kernel) for Precision.HIGH and HIGHEST.

@@ -69,7 +69,7 @@ def traced_chip() -> Chip:
 
 
 def _default_kind() -> str:
-    default = jax.config.jax_default_device
+    default = getattr(jax.config, "jax_default_device", None)
     if isinstance(default, jax.Device):
         return default.device_kind
     return (jax.devices(default) if isinstance(default, str) else jax.devices())[0].device_kind

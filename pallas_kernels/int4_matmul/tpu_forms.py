@@ -89,7 +89,7 @@ def wscale(block: Block, group: int) -> jax.Array:
 
 
 def magic_order(x: jax.Array, group: int) -> jax.Array:
-    """bf16[M, K], K whole blocks of LANES: the columns of each chunk as `magic` wants them, row 8r + 4h + j at (j, r, h).
+    """bf16[M, K], K a multiple of LANES, with the columns of each chunk as `magic` wants them: 8r + 4h + j at (j, r, h).
 
     A product with a permutation matrix is exact, and moves columns where a TPU moves them fastest.
     """
@@ -115,12 +115,12 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _by_groups(block: Block, group: int, weight: Any, center: int) -> jax.Array:
-    """Sum over groups of (x_i @ weight(codes_i) - sums_i * (center + zero_point_i - 8)) * scale_i + sums_i * offset_i."""
+    """The sum over groups of (x_i @ weight(codes_i) - sums_i * (center + shift_i)) * scale_i + sums_i * offset_i."""
     total = None
     for i in range(block.codes.shape[0] // group):
         rows = slice(i * group, (i + 1) * group)
         partial = product(block.x[:, rows], weight(block.codes[rows, :]))
-        column = None if block.sums is None else block.sums[:, i : i + 1]  # f32[bm, 1]
+        column: Any = None if block.sums is None else block.sums[:, i : i + 1]  # f32[bm, 1]
         if block.zero_point is not None:
             partial = partial - column * (_shift(block.zero_point[i]) + float(center))
         elif center:
