@@ -4,10 +4,9 @@
                     axis = axes[path], or stats.axes[path], or rule.axis, or what the leaf's name says
                     leaf = method(leaf, stats[path], rule.encoding(axis))      (jq4.methods)
 
-Nothing but the leaf in hand is in memory twice, and the work space is that of a few million weights, however large
-the leaf: slices of a stacked leaf and strips of a matrix are worked on one after another (all at once where several
-devices share it). With `donate` the dense leaf is freed as soon as its codes exist. The functions trace: under `jit`
-and `jax.eval_shape` they do the same and leave out only the checks of values.
+Nothing but the leaf in hand is in memory twice, and its work space is bounded (jq4.quantize_leaf). With `donate` the
+dense leaf is freed as soon as its codes exist. The functions trace: under `jit` and `jax.eval_shape` they do the same
+and leave out only the checks of values.
 
 Which axis is grouped? That which the weight's function contracts, and a tree does not tell it. `axes` (of
 jq4.contraction_axes) or `stats` (of jq4.observe) do. Without them names decide: Flax `kernel` and `w` along -2 (right
@@ -16,8 +15,6 @@ three axes, want `axes`), `weight` of Equinox and torch along -1, `embedding` al
 dense, and is listed.
 """
 
-import functools
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -34,15 +31,13 @@ from jq4.errors import JQ4Error
 from jq4.methods import get_method
 from jq4.paths import find_path, leaf_path
 from jq4.qarray import QArray, is_qarray
+from jq4.quantize_leaf import quantize_leaf
 from jq4.quantize_report import LeafReport, QuantizeReport
 from jq4.recipe import Recipe
-from jq4.rounding import Encoding
 from jq4.rule import Rule
 from jq4.sqnr import sqnr
 from jq4.statistics import check_finite
 from jq4.targets import EMBEDDING, LINEAR, axis_by_name
-
-_WORK_ELEMENTS = 2**22  # weights of a leaf that are worked on at a time
 
 
 class IdleRuleWarning(UserWarning):
@@ -62,6 +57,7 @@ def quantize(
     report: QuantizeReport | None = None,
     progress: Callable[[LeafReport], None] | None = None,
     donate: bool = False,
+    donate_stats: bool = False,
 ) -> Any:
     """The same tree with the leaves that the recipe means as QArrays; pure, unless `donate`.
 
@@ -74,6 +70,8 @@ def quantize(
       report: a QuantizeReport to fill with what became of each leaf, SQNR included.
       progress: called with the LeafReport of each leaf, packed or not, as soon as it is done.
       donate: delete each dense jax.Array once its QArray exists; `params` must not be used afterwards.
+      donate_stats: delete each cross-correlation of `stats` (jq4.observe_pair) once the last leaf that it serves has
+        been corrected by it.
 
     Raises:
       JQ4Error: for a NaN, an Inf, an empty leaf, one packed already in another way, or an impossible rule; it names
@@ -91,10 +89,11 @@ def quantize(
     uses = Counter(id(leaf) for _, leaf in keyed)
     plan = quantize_report(params, recipe, stats, axes)
     out = []
+    releases = _releases(plan, stats) if donate_stats else {}
     for (_, leaf), entry in zip(keyed, plan.leaves, strict=True):
         result = leaf
         if entry.is_planned:
-            result, findings = _quantize_named(leaf, entry, stats)
+            result, findings = _quantize_named(leaf, entry, stats, releases.get(entry.path))
             entry = entry.packed_as(result, sqnr(leaf, result) if measured else None, findings)
             uses[id(leaf)] -= 1
             if donate and not uses[id(leaf)]:
@@ -205,7 +204,19 @@ def _plan_packed(leaf: QArray, entry: LeafReport, rule: Rule, axis: int | None) 
     )
 
 
-def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> tuple[QArray, Any]:
+def _releases(plan: QuantizeReport, stats: Any) -> dict[str, Callable[[], None]]:
+    """For the last of the leaves that a cross-correlation serves: its path, and what deletes that."""
+    last: dict[int, tuple[str, jax.Array]] = {}
+    for entry in plan.leaves:
+        cross = getattr(find_path(stats or {}, entry.path), "cross_total", None)
+        if entry.is_planned and isinstance(cross, jax.Array) and not _is_traced(cross):
+            last[id(cross)] = entry.path, cross
+    return {path: cross.delete for path, cross in last.values()}
+
+
+def _quantize_named(
+    leaf: Any, entry: LeafReport, stats: Any, release: Callable[[], None] | None = None
+) -> tuple[QArray, Any]:
     """The packed leaf, and the findings of its method, if it has some."""
     rule, axis = entry.rule, entry.axis
     assert rule is not None and axis is not None
@@ -217,9 +228,10 @@ def _quantize_named(leaf: Any, entry: LeafReport, stats: Any) -> tuple[QArray, A
         check_finite(entry.path, statistics)
     _check_values(entry.path, leaf, rule)
     try:
-        options = tuple(rule.method_options.items())
         looked_at = statistics if method.needs_statistics else None
-        packed, findings = _quantize_leaf(leaf, looked_at, rule.method, rule.encoding(axis), options, _work_of(leaf))
+        packed, findings = quantize_leaf(
+            leaf, looked_at, rule.method, rule.encoding(axis), rule.method_options, release
+        )
         packed = _double_quantized(packed) if rule.double_quant else packed
         return _with_activations(packed, rule, statistics), findings
     except JQ4Error as error:
@@ -267,83 +279,6 @@ def _check_values(path: str, leaf: Any, rule: Rule) -> None:
 def _finite_and_largest(leaf: Any) -> tuple[jax.Array, jax.Array]:
     """Whether all weights are finite, and max |w|, f32[] (which XLA may compute without regard to a NaN)."""
     return jnp.all(jnp.isfinite(leaf)), jnp.max(jnp.abs(leaf)).astype(jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnames=("method", "encoding", "options", "work"))
-def _quantize_leaf(
-    weight: jax.Array,
-    statistics: Any,
-    method: str,
-    encoding: Encoding,
-    options: tuple[tuple[str, Any], ...],
-    work: int | None,
-) -> tuple[QArray, Any]:
-    """One leaf [*B, K, N] and its findings; slices one by one, or `work` of its weights or fewer at a time."""
-    row = get_method(method)
-
-    def run(weight: jax.Array, statistics: Any = None) -> tuple[QArray, Any]:
-        if row.diagnosed is not None:
-            return row.diagnosed(weight, statistics, encoding, **dict(options))
-        return row.quantize(weight, statistics, encoding, **dict(options)), None
-
-    if work is None:
-        return run(weight, statistics)
-    if statistics is not None:
-        return _over_stack(run, weight, statistics)
-    packed = _over_slices(
-        lambda part: _over_columns(lambda strip: run(strip)[0], part, encoding, work), weight, encoding, work
-    )
-    return packed, None
-
-
-def _over_stack(run: Callable[..., tuple[QArray, Any]], weight: jax.Array, statistics: Any) -> tuple[QArray, Any]:
-    """`run` on the slices that have statistics of their own (layers, experts), one after another."""
-    leading = statistics.count.shape
-    if not leading or weight.shape[: len(leading)] != leading:
-        return run(weight, statistics)
-    flat = jax.tree.map(lambda part: part.reshape(-1, *part.shape[len(leading) :]), (weight, statistics))
-    found = jax.lax.map(lambda each: run(*each), flat)
-    return jax.tree.map(lambda part: part.reshape(*leading, *part.shape[1:]), found)
-
-
-def _over_slices(run: Callable[[jax.Array], QArray], weight: jax.Array, encoding: Encoding, work: int) -> QArray:
-    """`run` on the stacked slices of a weight, a few at a time."""
-    leading = weight.shape[: weight.ndim + min(encoding.axis, -2)]
-    slices = math.prod(leading)
-    at_once = max(1, work * slices // weight.size)
-    if at_once >= slices:
-        return run(weight)
-    flat = weight.reshape(slices, *weight.shape[len(leading) :])
-    packed = jax.lax.map(run, flat, batch_size=at_once if at_once > 1 else None)
-    return jax.tree.map(lambda part: part.reshape(*leading, *part.shape[1:]), packed)
-
-
-def _over_columns(run: Callable[[jax.Array], QArray], weight: jax.Array, encoding: Encoding, work: int) -> QArray:
-    """`run` on strips of a weight, cut along its longest axis but the grouped one, which no group crosses."""
-    others = [axis for axis in range(-weight.ndim, 0) if axis != encoding.axis]
-    if weight.size <= work or encoding.per_tensor or not others:
-        return run(weight)
-    axis = max(others, key=lambda axis: weight.shape[axis])
-    length = weight.shape[axis]
-    width = max(1, length * work // weight.size)
-
-    def strip(i: jax.Array, packed: QArray) -> QArray:
-        start = jnp.minimum(i * width, length - width)  # the last strip overlaps the one before it, with equal codes
-        part = run(jax.lax.dynamic_slice_in_dim(weight, start, width, axis % weight.ndim))
-        return jax.tree.map(
-            lambda whole, piece: jax.lax.dynamic_update_slice_in_dim(whole, piece, start, axis % weight.ndim),
-            packed,
-            part,
-        )
-
-    empty = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(run, weight))
-    return jax.lax.fori_loop(0, -(-length // width), strip, empty)
-
-
-def _work_of(leaf: Any) -> int | None:
-    """How many weights of a leaf are worked on at a time; None, for all, where many devices share it."""
-    sharding = None if _is_traced(leaf) else getattr(leaf, "sharding", None)
-    return _WORK_ELEMENTS if sharding is None or len(sharding.device_set) == 1 else None
 
 
 def _is_traced(leaf: Any) -> bool:

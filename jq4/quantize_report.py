@@ -27,7 +27,7 @@ class LeafReport:
       format, group_size, axis: of the packed leaf.
       dense_nbytes, nbytes: bytes held before and after (equal where nothing was packed).
       noise: f32[] on the device, see `sqnr_db`; None where it was not measured.
-      findings: what the method found of each slice (jq4.methods.gptq.Findings), on the device; None where it has none.
+      findings: what the method found of each slice (jq4.methods.gptq_findings), on the device; None where it has none.
     """
 
     path: str

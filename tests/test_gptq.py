@@ -188,6 +188,26 @@ def test_statistics_of_a_pair_undo_what_the_prefix_did():
     np.testing.assert_allclose(kept, weight, atol=0.1)
 
 
+def test_a_cross_correlation_is_deleted_when_its_last_leaf_has_used_it():
+    x = inputs(300, 64)
+    known = statistics(x)
+    pair = WeightStatistics(known.count, outer_total=known.outer_total, cross_total=known.outer_total + 0)
+    stats = {"a": pair, "b": pair, "c": known}
+    params = {name: jnp.asarray(normal(64, 24, seed=seed)) for seed, name in enumerate("abc")}
+    every = jq4.Rule(("a", "b", "c"), group_size=32, method="gptq", axis=-2)
+    kept = jq4.quantize(params, every, stats)
+    seen = []
+
+    def progress(entry):
+        jax.block_until_ready(entry.findings)
+        seen.append(pair.cross_total.is_deleted())
+
+    freed = jq4.quantize(params, every, stats, progress=progress, donate_stats=True)
+    assert seen == [False, True, True] and not pair.outer_total.is_deleted()
+    for name in params:
+        np.testing.assert_array_equal(codes_of(freed[name]), codes_of(kept[name]))
+
+
 def test_dead_inputs_get_weights_of_zero_and_are_counted():
     weight, x = normal(64, 24), inputs(300, 64)
     x[:, [3, 40]] = 0

@@ -1,6 +1,5 @@
 """jq4.quantize on trees. Oracle: jq4.quantize_weight leaf by leaf (itself tested against others' in test_rounding)."""
 
-import importlib
 import warnings
 
 import chex
@@ -13,11 +12,10 @@ import pytest
 from flax import nnx
 
 import jq4
+from jq4 import quantize_leaf
 from jq4.paths import flatten_with_paths
 from jq4.qarray import is_qarray, leaf_nbytes
 from jq4.sqnr import sqnr
-
-quantize_module = importlib.import_module("jq4.quantize")  # jq4.quantize is the function
 
 
 def _array(*shape, dtype=jnp.float32):
@@ -196,13 +194,13 @@ def test_large_leaves_are_worked_on_piece_by_piece(shape, axis, preset, monkeypa
     """Slices of a stacked leaf, strips of a matrix (the last one overlaps): the codes of the whole, in less memory."""
     weight, rule, work = _array(*shape), jq4.Recipe.preset(preset).rules[0], 4096
     whole = jq4.quantize({"kernel": weight}, preset, axes={"kernel": axis})["kernel"]
-    monkeypatch.setattr(quantize_module, "_WORK_ELEMENTS", work)
+    monkeypatch.setattr(quantize_leaf, "_WORK_ELEMENTS", work)
     arguments = (weight, None, rule.method, rule.encoding(axis), ())
     pieces = jq4.quantize({"kernel": weight}, preset, axes={"kernel": axis})["kernel"]
     chex.assert_trees_all_equal(pieces, whole)
     if rule.method == "hqq":
         needed = [
-            quantize_module._quantize_leaf.lower(*arguments, size).compile().memory_analysis().temp_size_in_bytes
+            quantize_leaf._in_parts.lower(*arguments, size).compile().memory_analysis().temp_size_in_bytes
             for size in (None, work)
         ]
         assert needed[1] < 0.5 * needed[0]

@@ -66,6 +66,7 @@ class BlockQuantizer:
                 {path: leaf for path, leaf in paths_of(block).items() if path in stage},
                 self._plan.recipe, statistics, self._plan.axes, index,
             )  # fmt: skip
+            del statistics
             rows += more
             packed |= made
             if inputs is not None:
@@ -104,7 +105,7 @@ def _without_idle_warnings(
     """jq4.quantize; rules that quantize none of these leaves may quantize others, so nothing is said of them here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IdleRuleWarning)
-        return quantize(dict(leaves), recipe, statistics, axes, report=report, progress=done)
+        return quantize(dict(leaves), recipe, statistics, axes, report=report, progress=done, donate_stats=True)
 
 
 def _row(

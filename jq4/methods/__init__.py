@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jq4.errors import JQ4Error
-from jq4.methods import awq, gptq, hqq, rtn
+from jq4.methods import awq, gptq, gptq_options, hqq, rtn
 from jq4.qarray import QArray
 
 
@@ -56,8 +56,8 @@ METHODS: dict[str, Method] = {
     "gptq": Method(
         gptq.quantize,
         needs_statistics=True,
-        options=tuple(field.name for field in dataclasses.fields(gptq.Options)),
-        words=(("actorder", gptq.ACTORDERS), ("fallback", tuple(gptq.FALLBACKS))),
+        options=tuple(field.name for field in dataclasses.fields(gptq_options.Options)),
+        words=(("actorder", gptq_options.ACTORDERS), ("fallback", tuple(gptq_options.FALLBACKS))),
         observer="mse",
         diagnosed=gptq.diagnosed,
     ),

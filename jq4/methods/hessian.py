@@ -6,56 +6,83 @@ dead     an input that was never anything but zero has H_kk = 0. As in GPTQ its 
 damping  H + damping * mean(diag H) * I. Few rows (fewer than K) or inputs that depend on each other leave H without
          a Cholesky factor in f32; then the damping is multiplied by 10 until there is one, and what it came to is
          reported.
-factor   H = R R^T with R upper triangular: the Cholesky factor of H with its rows and columns reversed. GPTQ's own
-         code takes the upper Cholesky factor U of inv(H), and R = inv(U): so neither inverse is needed.
+factor   H = L L^T with L lower triangular, rows and columns in the order of `slots`. GPTQ's own code takes the upper
+         Cholesky factor U of inv(H): with rows and columns reversed, inv(U) is L. So neither inverse is needed.
+
+H may be any multiple of E[x x^T], such as the sum over all rows: nothing here depends on its unit. It is read where it
+lies: a reordered copy is made once, and becomes the factor.
 """
 
 import jax
 import jax.numpy as jnp
 
+from jq4.methods.slots import Slots
+
 _RAISED = 10.0  # what a damping that failed is multiplied by
 _FIRST_RAISED = 1e-4  # what a damping of zero is raised to
 _LAST = 1e6  # past this, H does not hold finite numbers
+_STRIP = 512  # columns of H that are worked on at a time
 
 
-def with_dead_inputs(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(f32[K, K] with the others' mean on the diagonal of dead inputs, bool[K] which those are)."""
+def mended_diagonal(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(f32[K], H's diagonal with the others' mean for dead inputs, bool[K] which those are)."""
     diagonal = jnp.diagonal(hessian)
     dead = diagonal == 0
     mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1).astype(jnp.float32)
-    return hessian + jnp.diag(jnp.where(dead, jnp.where(mean > 0, mean, 1.0), 0.0)), dead
+    return jnp.where(dead, jnp.where(mean > 0, mean, 1.0), diagonal), dead
 
 
-def damped_factor(matrix: jax.Array, unit: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
-    """(R f32[K, K] of matrix + d * unit * I = R R^T, d f32[] the damping that it took, at least the one asked for)."""
-    identity = jnp.eye(matrix.shape[0], dtype=jnp.float32)
+def damped_factor(hessian: jax.Array, slots: Slots, diagonal: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
+    """(L f32[P, P] of H + d * mean(diag H) * I in slots, d f32[] the damping that it took, at least the one asked for).
+
+    Args:
+      diagonal: f32[P], see `mended_diagonal`; of the slots, and 1 where there is no row.
+    """
+    size = len(slots.row)
+    unit = jnp.sum(jnp.where(slots.holds[:, 0], diagonal, 0.0)) / slots.slot.shape[0]
+    on_diagonal = jnp.arange(size)[:, None] == jnp.arange(size)[None, :]
 
     def attempt(damping: jax.Array) -> jax.Array:
-        backwards = (matrix + damping * unit * identity)[::-1, ::-1]
-        return jax.lax.linalg.cholesky(backwards, symmetrize_input=False)[::-1, ::-1]
+        reordered = slots.square(hessian, slots.row, slots.row)
+        damped = jnp.where(on_diagonal, (diagonal + damping * unit)[:, None], reordered)
+        return jax.lax.linalg.cholesky(damped, symmetrize_input=False)
 
-    def failed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return ~jnp.all(jnp.isfinite(state[1])) & (state[0] < _LAST)
+    def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return ~jnp.all(jnp.isfinite(jnp.diagonal(state[2]))) & (state[0] < _LAST)
 
-    def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        raised = jnp.maximum(state[0] * _RAISED, _FIRST_RAISED)
-        return raised, attempt(raised)
+    def again(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        wanted, _, _ = state
+        return jnp.maximum(wanted * _RAISED, _FIRST_RAISED), wanted, attempt(wanted)
 
     start = jnp.asarray(damping, jnp.float32)
-    final, upper = jax.lax.while_loop(failed, again, (start, attempt(start)))
-    return upper, final
+    nothing = jnp.full((size, size), jnp.nan, jnp.float32)
+    _, final, lower = jax.lax.while_loop(failed, again, (start, start, nothing))
+    return lower, final
 
 
-def corrected(weight: jax.Array, cross: jax.Array, matrix: jax.Array, upper: jax.Array, strength: float) -> jax.Array:
-    """The weight f32[K, N] that undoes `strength` of what the quantized prefix did to this layer's inputs.
+def towards_dense(weight: jax.Array, hessian: jax.Array, cross: jax.Array) -> jax.Array:
+    """(C - H)^T W, f32[K, N]: from W, the way to the weight that undoes what the quantized prefix did to its inputs.
 
-    With inputs x in the dense model, y behind the quantized prefix, C = E[x y^T] (`cross`), H = E[y y^T] (`matrix`):
+    With inputs x in the dense model, y behind the quantized prefix, C = E[x y^T] (`cross`), H = E[y y^T]:
 
         argmin_V  E|y^T V - x^T W|^2  =  inv(H) C^T W  =  W + inv(H) (C - H)^T W
 
-    where inv(H) is that of the damped H = R R^T (`upper` is R), which draws the result to W.
+    where `solved` takes the inverse of the damped H, which draws the result to W.
     """
-    towards = jnp.matmul(jnp.transpose(cross) - matrix, weight, precision="highest")
+    size = len(weight)
+    width = min(_STRIP, size)
+
+    def strip(number: jax.Array, found: jax.Array) -> jax.Array:
+        start = jnp.minimum(number * width, size - width)
+        theirs, mine = (jax.lax.dynamic_slice_in_dim(part, start, width, 1) for part in (cross, hessian))
+        product = jnp.matmul(jnp.transpose(theirs - mine), weight, precision="highest")
+        return jax.lax.dynamic_update_slice_in_dim(found, product, start, 0)
+
+    return jax.lax.fori_loop(0, -(-size // width), strip, jnp.zeros_like(weight))
+
+
+def solved(lower: jax.Array, rows: jax.Array) -> jax.Array:
+    """inv(H) rows, f32[P, N], for H = L L^T."""
     solve = jax.lax.linalg.triangular_solve
-    half = solve(upper, towards, left_side=True, lower=False)
-    return weight + strength * solve(upper, half, left_side=True, lower=False, transpose_a=True)
+    half = solve(lower, rows, left_side=True, lower=True)
+    return solve(lower, half, left_side=True, lower=True, transpose_a=True)

@@ -1,0 +1,253 @@
+"""GPTQ of one matrix W[K, N], as a few programs one after another: what one of them needs, the next need not hold.
+
+    program         reads                       gives                                    f32[K, K] in memory
+    towards         W, H, C                     (C - H)^T W f32[K, N]                    H and C; C may go then
+    factored        H                           its factor L, the order of the rows      H and L
+    placed          W, L, (C - H)^T W           W corrected, in that order f32[P, N]     H and L
+    first           W, L                        GPTQ's own solution                      H and L; L may go then
+    refined         W, H, a solution            one of less error                        H
+    finished        W, H, a solution            natural codes, parameters and findings   H
+
+Each is compiled once for a shape. In a trace they are inlined.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jq4.methods.canonical import Canonical
+from jq4.methods.feedback import Entry, Pull, Solution, Sweep
+from jq4.methods.gptq_findings import Findings
+from jq4.methods.gptq_options import FALLBACKS, Options
+from jq4.methods.grid import dequantized, refit, search
+from jq4.methods.hessian import damped_factor, mended_diagonal, solved, towards_dense
+from jq4.methods.slots import Slots, slots_of
+from jq4.qarray import codes_of
+from jq4.rounding import Encoding, Parameters, find_parameters
+
+_MEASURED_COLUMNS = 512
+
+
+class Solved(NamedTuple):
+    """Codes u8[K, N], parameters f32[G, N], and what was found."""
+
+    codes: jax.Array
+    parameters: Parameters
+    findings: Findings
+
+
+class _Factor(NamedTuple):
+    lower: jax.Array  # f32[P, P]
+    slots: Slots
+    diagonal: jax.Array  # f32[P]
+    dead: jax.Array  # bool[K]
+    damping: jax.Array  # f32[]
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """Quantizes matrices of one shape.
+
+    Attributes:
+      encoding: with `axis` -2 and a group size.
+    """
+
+    canonical: Canonical
+    encoding: Encoding
+    options: Options
+
+    def __call__(
+        self,
+        weight: jax.Array,
+        count: jax.Array,
+        outer: jax.Array,
+        cross: jax.Array | None,
+        release: Callable[[], None] | None = None,
+    ) -> Solved:
+        """Of W float[K, N] and sums f32[K, K] over `count` rows; `release` is called once `cross` has been used."""
+        starved = count < self.options.rows_wanted
+        by_rows = functools.partial(self._by_rows, weight, outer, cross, release)
+        if isinstance(starved, Tracer):
+            found = jax.lax.cond(starved, lambda: _fallen_back(weight, self), by_rows)
+        else:
+            found = _fallen_back(weight, self) if bool(starved) else by_rows()
+        return found._replace(findings=found.findings._replace(starved=starved))
+
+    def _by_rows(self, weight: jax.Array, outer: jax.Array, cross: Any, release: Callable[[], None] | None) -> Solved:
+        corrects = cross is not None and self.options.correction > 0
+        way = _towards(weight, outer, cross) if corrects else None
+        del cross
+        if release is not None:
+            release()
+        factor = _factored(outer, self)
+        placed = _placed(weight, way, factor, self)
+        del weight, way
+        solution = _first(placed, factor, self)
+        factor = factor._replace(lower=None)
+        if self.options.refinements:
+            solution = _refined(placed, outer, factor, solution, self)
+        return _finished(placed, outer, factor, solution)
+
+
+_program = functools.partial(jax.jit, static_argnames="solver")
+
+
+@_program
+def _fallen_back(weight: jax.Array, solver: Solver) -> Solved:
+    canonical = solver.canonical
+    runs = weight.astype(jnp.float32).reshape(canonical.runs, canonical.length, -1)
+    q = FALLBACKS[solver.options.fallback](runs, None, solver.encoding)
+    joined: Any = (
+        None if part is None else part.astype(jnp.float32).reshape(-1, part.shape[-1])
+        for part in (q.scale, q.zero_point, q.offset)
+    )
+    nothing = Findings(jnp.float32(0), jnp.int32(0), jnp.bool(False), jnp.float32(0))
+    return Solved(codes_of(q).reshape(weight.shape), Parameters(*joined), nothing)
+
+
+@jax.jit
+def _towards(weight: jax.Array, outer: jax.Array, cross: jax.Array) -> jax.Array:
+    return towards_dense(weight.astype(jnp.float32), outer, cross)
+
+
+@_program
+def _factored(outer: jax.Array, solver: Solver) -> _Factor:
+    natural, dead = mended_diagonal(outer)
+    slots = slots_of(solver.canonical, natural, solver.options.actorder)
+    diagonal = jnp.where(slots.holds, slots.spread(natural[:, None]), 1.0)[:, 0]
+    lower, damping = damped_factor(outer, slots, diagonal, solver.options.damping)
+    return _Factor(lower, slots, diagonal, dead, damping)
+
+
+@_program
+def _placed(weight: jax.Array, way: jax.Array | None, factor: _Factor, solver: Solver) -> jax.Array:
+    """The weight f32[P, N] in slots, corrected, zero where its inputs are dead."""
+    slots = factor.slots
+    placed = slots.spread(weight.astype(jnp.float32))
+    if way is not None:
+        placed = placed + solver.options.correction * solved(factor.lower, slots.spread(way))
+    return jnp.where(slots.spread(factor.dead[:, None]), 0.0, placed)
+
+
+@_program
+def _first(weight: jax.Array, factor: _Factor, solver: Solver) -> Solution:
+    """GPTQ's own sweep."""
+    encoding, slots = solver.encoding, factor.slots
+    pivot = jnp.diagonal(factor.lower)[:, None]  # f32[P, 1]
+
+    def enter(entry: Entry) -> tuple[Parameters, jax.Array]:
+        expected = entry.rows.weight if slots.group == len(weight) else _updated(entry)
+        if encoding.observer == "mse":
+            found = search(expected, entry.rows.importance, encoding, solver.options.starts)
+        elif encoding.observer == "percentile":
+            found = find_parameters(_without_nothing(expected, entry.rows.importance), encoding)
+        else:
+            found = find_parameters(expected, encoding)
+        return found, entry.error
+
+    importance = jnp.where(slots.holds, jnp.square(pivot), 0.0)
+    sweep = Sweep(encoding.number_format, slots.group, enter, causal=True)
+    return sweep(weight, importance, _pull_of_factor(factor.lower, slots.section), _nothing(weight, slots, encoding))
+
+
+@functools.partial(jax.jit, static_argnames="solver", donate_argnames="solution")
+def _refined(weight: jax.Array, outer: jax.Array, factor: _Factor, solution: Solution, solver: Solver) -> Solution:
+    """Rounds of refitted parameters and coordinate descent."""
+    encoding, slots = solver.encoding, factor.slots
+    diagonal = factor.diagonal[:, None]
+
+    def enter(entry: Entry) -> tuple[Parameters, jax.Array]:
+        pulled = entry.target - entry.rows.weight + jnp.matmul(entry.pull, entry.error, precision="highest")
+        curvature = entry.rows.importance  # H_kk
+        own = curvature * (entry.pull + jnp.eye(entry.pull.shape[0], dtype=jnp.float32))
+        gradient = curvature * (pulled + entry.error)
+        found = refit(entry.rows.codes, entry.parameters, gradient, own, encoding)
+        return found, entry.rows.weight - dequantized(entry.rows.codes, found, encoding.number_format)
+
+    sweep = Sweep(encoding.number_format, slots.group, enter, causal=False)
+    importance, pull = jnp.where(slots.holds, diagonal, 0.0), _pull_of_hessian(outer, factor)
+
+    def round_of(_: Any, held: Solution) -> Solution:
+        return sweep(weight, importance, pull, held)
+
+    return jax.lax.fori_loop(0, solver.options.refinements, round_of, solution)
+
+
+@jax.jit
+def _finished(weight: jax.Array, outer: jax.Array, factor: _Factor, solution: Solution) -> Solved:
+    stride = -(-weight.shape[1] // _MEASURED_COLUMNS)
+    mine, whole = (jnp.take(part[:, ::stride], factor.slots.slot, axis=0) for part in (solution.error, weight))
+    error = _ratio(_energy(mine, outer), _energy(whole, outer))
+    dead = jnp.sum(factor.dead).astype(jnp.int32)
+    codes, parameters = factor.slots.natural(solution.codes, solution.parameters)
+    return Solved(codes, parameters, Findings(factor.damping, dead, jnp.bool(False), error))
+
+
+def _pull_of_factor(lower: jax.Array, size: int) -> Pull:
+    """L^T with row k divided by L_kk, its diagonal removed, in squares."""
+
+    def pull(mine: jax.Array, other: jax.Array) -> jax.Array:
+        square = jax.lax.dynamic_slice(lower, (other * size, mine * size), (size, size))
+        own = jax.lax.dynamic_slice(lower, (mine * size, mine * size), (size, size))
+        return _without_diagonal(jnp.transpose(square) / jnp.diagonal(own)[:, None], mine == other)
+
+    return pull
+
+
+def _pull_of_hessian(hessian: jax.Array, factor: _Factor) -> Pull:
+    """H with row k divided by H_kk, its diagonal removed, in squares."""
+    size = factor.slots.section
+
+    def pull(mine: jax.Array, other: jax.Array) -> jax.Array:
+        rows, columns = (
+            jax.lax.dynamic_slice_in_dim(factor.slots.row, number * size, size, 0) for number in (mine, other)
+        )
+        square = factor.slots.square(hessian, rows, columns)
+        curvature = jax.lax.dynamic_slice_in_dim(factor.diagonal, mine * size, size, 0)
+        return _without_diagonal(square / curvature[:, None], mine == other)
+
+    return pull
+
+
+def _without_diagonal(square: jax.Array, is_own: jax.Array) -> jax.Array:
+    places = jnp.arange(len(square))
+    return jnp.where((places[:, None] == places[None, :]) & is_own, 0.0, square)
+
+
+def _nothing(weight: jax.Array, slots: Slots, encoding: Encoding) -> Solution:
+    """What GPTQ starts from."""
+    width = 1 if encoding.per_tensor else weight.shape[1]
+    part = jnp.zeros((weight.shape[0] // slots.group, 1, width), jnp.float32)
+    has_zero_point = not encoding.symmetric and not encoding.has_offset
+    none = Parameters(part, part if has_zero_point else None, part if encoding.has_offset else None)
+    return Solution(jnp.zeros(weight.shape, jnp.uint8), none, jnp.zeros_like(weight))
+
+
+def _updated(entry: Entry) -> jax.Array:
+    """A group's weights f32[g, N] after the updates for all errors before it, as GPTQ has them on entering it.
+
+    A row that moves by d has d less of an error, and pulls the rows whose turn is later back: d = pulled - pull @ d.
+    """
+    pulled = entry.target - entry.rows.weight
+    moved = jax.lax.linalg.triangular_solve(entry.pull, pulled, left_side=True, lower=False, unit_diagonal=True)
+    return entry.rows.weight + moved
+
+
+def _without_nothing(rows: jax.Array, importance: jax.Array) -> jax.Array:
+    """A group's rows f32[g, N], NaN where a slot holds none; a group of nothing else as it is."""
+    holds = importance > 0
+    return jnp.where(holds | ~jnp.any(holds), rows, jnp.nan)
+
+
+def _energy(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    """tr(rows^T H rows), f32[]."""
+    return jnp.sum(rows * jnp.matmul(matrix, rows, precision="highest"))
+
+
+def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
+    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0)
