@@ -24,6 +24,7 @@ from jq4 import jax_compat, qarray_ops, rules_convolution, rules_product, rules_
 from jq4.errors import DensifiedError
 from jq4.interpret import Interpreter, Values
 from jq4.packed_leaf import PackedLeaf, is_packed
+from jq4.partition import chooser
 from jq4.paths import leaf_path
 from jq4.qarray import QArray, is_qarray
 from jq4.qarray_ops import NoPackedForm
@@ -113,10 +114,11 @@ def _refusal(value: PackedLeaf, primitive: str, reason: str, nbytes: int) -> str
 class Quantized:
     """What `quantized(f)` returns: calls `f` on packed weights. `record` holds what went dense in the last trace."""
 
-    def __init__(self, function: Callable[..., Any], strict: bool) -> None:
+    def __init__(self, function: Callable[..., Any], strict: bool, shardings: Any = None) -> None:
         functools.update_wrapper(self, function, updated=())
         self.function = function
         self.strict = strict
+        self.partition_of = chooser(shardings)
         self.record = Record()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,7 +126,7 @@ class Quantized:
         self.record.clear()
         if not any(map(is_qarray, leaves)):
             return self.function(*args, **kwargs)
-        values = _name_packed(args, kwargs, leaves)
+        values = [self._placed(value) for value in _name_packed(args, kwargs, leaves)]
         dynamic = [place for place, value in enumerate(values) if is_packed(value) or _is_array(value)]
         outputs = _Outputs()
 
@@ -140,11 +142,16 @@ class Quantized:
         jaxpr, _ = jax_compat.trace(flat_function, *map(interpreter.aval, inputs))
         return outputs.rebuild([_unwrap(value) for value in interpreter.evaluate(jaxpr, inputs)])
 
+    def _placed(self, value: Any) -> Any:
+        if not is_packed(value):
+            return value
+        return dataclasses.replace(value, partition=self.partition_of(value.path, value.shape))
+
     def __repr__(self) -> str:
         return f"jq4.quantized({self.function!r})"
 
 
-def quantized(function: Callable[..., Any], strict: bool = False) -> Quantized:
+def quantized(function: Callable[..., Any], strict: bool = False, shardings: Any = None) -> Quantized:
     """A function like `function` that also takes packed weights (QArray leaves) in its arguments.
 
     Arrays and QArrays are traced; every other leaf (numbers, strings, functions) is passed as it is. It composes
@@ -153,6 +160,8 @@ def quantized(function: Callable[..., Any], strict: bool = False) -> Quantized:
     Args:
       function: any traceable function of pytrees: a Flax `apply`, an Equinox model's call, bare JAX.
       strict: raise where a packed leaf would be dequantized, instead of warning.
+      shardings: how the packed weights lie on several devices, as `jq4.restore` takes it; their products are then cut
+        accordingly. What is sharded and not told runs by XLA's forms, since XLA cuts no kernel.
 
     Returns:
       The function. Its `record` lists the leaves that went dense in the last trace, where, why and at what cost.
@@ -160,7 +169,7 @@ def quantized(function: Callable[..., Any], strict: bool = False) -> Quantized:
     Raises:
       DensifiedError: `strict`, and an operation has no packed form.
     """
-    return Quantized(function, strict)
+    return Quantized(function, strict, shardings)
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Record:

@@ -13,6 +13,7 @@ What a weight says of its inputs is done to them first: times `input_scale`, and
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from jax import lax
 from jq4 import qarray_ops
 from jq4.activations import integers_of
 from jq4.integer_product import has_integer_product, integer_product
+from jq4.partition import Partition, sharded_product
 from jq4.qarray import NEUTRAL, QArray, is_qarray
 from jq4.qarray_ops import NoPackedForm as NoPackedForm
 from jq4.record import note_relay
@@ -66,6 +68,8 @@ def dot_general(
     preferred_element_type: Any = None,
     precision: Any = None,
     implementation: Any = None,
+    partition: Partition | None = None,
+    path: str = "the weight",
 ) -> jax.Array:
     """`lax.dot_general` with one dense and one packed operand; the weight is never unpacked as a whole.
 
@@ -77,6 +81,8 @@ def dot_general(
       preferred_element_type: as lax.dot_general's.
       precision: as lax.dot_general's.
       implementation: as pallas_kernels.int4_matmul's: None, a name, or several.
+      partition: how a weight of two axes lies on several devices, each of which then multiplies what it holds.
+      path: what an error calls the weight.
 
     Returns:
       What lax.dot_general would: batch axes, free axes of lhs, free axes of rhs; its dtype for q.dtype.
@@ -111,7 +117,10 @@ def dot_general(
     if rounded and implementation is None and has_integer_product(weight):
         out = integer_product(rows, weight)
     else:
-        out = packed_matmul(rows, weight, accumulator, precision, implementation)
+        product = functools.partial(
+            packed_matmul, dtype=accumulator, precision=precision, implementation=implementation
+        )
+        out = sharded_product(product, rows, weight, partition if q.ndim == 2 else None, path)
     if summed:
         out = jnp.sum(out, axis=tuple(range(len(batch_shape), len(batch_shape) + summed)))
     if step is not None:

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 
 from jq4 import qarray_ops
+from jq4.partition import Partition
 from jq4.qarray import QArray
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("q",), meta_fields=("path", "order"))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("q",), meta_fields=("path", "order", "partition"))
 @dataclasses.dataclass(frozen=True)
 class PackedLeaf:
     """A packed value inside a traced function.
@@ -25,11 +26,13 @@ class PackedLeaf:
       q: the packed weight.
       path: the path of the argument's leaf that it comes from.
       order: the pending transpose: () or a permutation of the last axes, as negative numbers.
+      partition: how `q` lies on several devices, where that is known.
     """
 
     q: QArray
     path: str
     order: tuple[int, ...] = ()
+    partition: Partition | None = None
 
     @property
     def axes(self) -> list[int]:

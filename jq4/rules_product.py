@@ -24,6 +24,7 @@ def dot_general(eqn: Any, values: Values) -> Values:
     out = packed_dot_general(
         x, q, numbers, weight_side=side,
         preferred_element_type=eqn.params["preferred_element_type"], precision=eqn.params["precision"],
+        partition=leaf.partition, path=leaf.path,
     )  # fmt: skip
     sharding = eqn.params.get("out_sharding")
     return [out if sharding is None else jax.sharding.reshard(out, sharding)]

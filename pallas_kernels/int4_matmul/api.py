@@ -19,6 +19,7 @@ from pallas_kernels.int4_matmul.registry import BACKENDS, Implementation, by_pla
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.manual_axes import vary_alike
+from pallas_kernels.partitioned import alone_or_partitioned
 
 
 def int4_matmul(
@@ -70,11 +71,15 @@ def _value(x, w: Packed, spec: PackedSpec, implementation, precision, dtype) -> 
     """dtype[*B, M, N] from x[*B, M, K] and codes [*B, ...]."""
     chosen = by_platform(implementation, spec)
 
-    def on(platform: str):
-        run = functools.partial(
-            BACKENDS[chosen[platform]].run, spec=spec, platform=platform, precision=precision, dtype=dtype
-        )
+    def run_by(name: str, platform: str):
+        run = functools.partial(BACKENDS[name].run, spec=spec, platform=platform, precision=precision, dtype=dtype)
         return lambda x, w: _batched(run, platform)(x, w).astype(dtype)
+
+    def on(platform: str):
+        run = run_by(chosen[platform], platform)
+        if implementation is None and not BACKENDS[chosen[platform]].partitions:
+            return alone_or_partitioned(run, run_by("xla", platform))
+        return run
 
     return by_lowering_platform({platform: on(platform) for platform in chosen}, x, w)
 

@@ -35,11 +35,15 @@ class UnsupportedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One implementation: its function, where it runs, and why it refuses a spec (None: it does not)."""
+    """One implementation: its function, where it runs, and why it refuses a spec (None: it does not).
+
+    `partitions` says whether XLA can cut it for several devices; of a kernel it cannot (pallas_kernels.partitioned).
+    """
 
     run: Callable[..., jax.Array]
     platforms: tuple[str, ...] = PLATFORMS
     refusal: Callable[[PackedSpec], str | None] = lambda spec: None
+    partitions: bool = True
 
 
 def _reference(
@@ -57,7 +61,7 @@ def _xla(
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(_reference),
     "xla": Backend(_xla),
-    "tpu": Backend(int4_matmul_tpu, ("tpu",), tpu_refusal),
+    "tpu": Backend(int4_matmul_tpu, ("tpu",), tpu_refusal, partitions=False),
     "tpu_interpret": Backend(functools.partial(int4_matmul_tpu, interpret=True), ("cpu",), tpu_refusal),
 }
 

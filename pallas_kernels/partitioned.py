@@ -1,0 +1,66 @@
+"""One computation with two forms: a kernel where a program runs on one device, XLA operations where XLA partitions it.
+
+XLA's partitioner cuts operations that it knows; a kernel it refuses ("Mosaic kernels cannot be automatically
+partitioned"). Whether a program will be partitioned is known when it is lowered, not when it is traced, so both forms
+are traced and one is lowered, as `jax.lax.platform_dependent` does for platforms. In the body of a `jax.shard_map`
+over all mesh axes nothing is left to partition: the kernel. On a mesh with explicit axes types carry shardings, which
+a kernel cannot tell: XLA's operations.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend
+from jax.interpreters import batching, mlir
+
+_either = jax.extend.core.Primitive("alone_or_partitioned")
+_either.multiple_results = True
+
+
+def alone_or_partitioned(alone: Callable[..., Any], partitioned: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays that is `alone` on one device, and `partitioned` in a program that XLA cuts for several."""
+
+    def choose(*args: Any) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names):
+            return alone(*args)
+        if not mesh.empty and mesh.size > 1 and any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
+            return partitioned(*args)
+        leaves, structure = jax.tree.flatten(args)
+        (made, shape), (other, _) = (_traced(form, structure, leaves) for form in (alone, partitioned))
+        return jax.tree.unflatten(jax.tree.structure(shape), _either.bind(*leaves, alone=made, partitioned=other))
+
+    return choose
+
+
+def _traced(form: Callable[..., Any], structure: Any, leaves: Sequence[Any]) -> tuple[Any, Any]:
+    def flat(*leaves: Any) -> Any:
+        return form(*jax.tree.unflatten(structure, leaves))
+
+    return jax.make_jaxpr(flat, return_shape=True)(*leaves)
+
+
+def _run(*args: Any, alone: Any, partitioned: Any) -> list[Any]:
+    del partitioned
+    return jax.extend.core.jaxpr_as_fun(alone)(*args)
+
+
+def _lower(ctx: Any, *args: Any, alone: Any, partitioned: Any) -> Any:
+    devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
+    form = jax.extend.core.jaxpr_as_fun(alone if devices == 1 else partitioned)
+    return mlir.lower_fun(form, multiple_results=True)(ctx, *args)
+
+
+def _batch(args: Sequence[Any], dims: Sequence[Any], *, alone: Any, partitioned: Any) -> tuple[list[Any], list[int]]:
+    def mapped(form: Any) -> Any:
+        return jax.make_jaxpr(jax.vmap(jax.extend.core.jaxpr_as_fun(form), tuple(dims)))(*args)
+
+    out = _either.bind(*args, alone=mapped(alone), partitioned=mapped(partitioned))
+    return out, [0] * len(out)
+
+
+_either.def_impl(_run)
+_either.def_abstract_eval(lambda *_, alone, partitioned: list(alone.out_avals))
+mlir.register_lowering(_either, _lower)
+batching.primitive_batchers[_either] = _batch

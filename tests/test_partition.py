@@ -1,0 +1,148 @@
+"""Oracle: the dense product, on eight CPU devices; and the compiled programs' own lists of operations.
+
+What a partition must not change is the product; what it is for is that no device ever sees another's codes.
+"""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from zoo import packed
+
+from benchmarks.aot import environment, missing
+from benchmarks.provenance import ROOT
+from jq4.apply import quantized
+from jq4.errors import JQ4Error
+from jq4.layouts import prepare
+from jq4.partition import part_specs
+from pallas_kernels.partitioned import alone_or_partitioned
+
+close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
+MESH = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "model"))
+COLUMNS, ROWS = PartitionSpec(None, "model"), PartitionSpec("model", None)
+
+
+def placed(q, spec):
+    entries = [*spec, *[None] * (q.ndim - len(spec))]
+    return jax.tree.map(lambda part, own: jax.device_put(part, NamedSharding(MESH, own)), q, part_specs(q, entries))
+
+
+def inputs(rows, length):
+    return jax.random.normal(jax.random.key(1), (rows, length))
+
+
+@pytest.mark.parametrize("device_kind", ["cpu", "TPU v6 lite", "NVIDIA H200"])
+@pytest.mark.parametrize("spec, collectives", [(COLUMNS, set()), (ROWS, {"all-reduce"})])
+@pytest.mark.parametrize("rows", [6, 5])
+def test_each_device_multiplies_its_own_part(device_kind, spec, collectives, rows):
+    q, x = prepare(packed((64, 24)), device_kind), inputs(rows, 64)  # groups of 8
+    product = jax.jit(quantized(jnp.matmul, strict=True, shardings=NamedSharding(MESH, spec)))
+    operands = (x, placed(q, spec))
+    close(product(*operands), x @ q.dequantize())
+    text = str(product.lower(*operands).compile().as_text())
+    kinds = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    assert {kind for kind in kinds if f" {kind}(" in text or f" {kind}-start(" in text} == collectives
+
+
+def test_a_weight_taken_from_the_other_side_is_cut_along_its_own_axes():
+    q, x = packed((64, 24)), inputs(4, 64)
+
+    def product(w, x):
+        return w.T @ x.T
+
+    out = jax.jit(quantized(product, strict=True, shardings=NamedSharding(MESH, COLUMNS)))(placed(q, COLUMNS), x)
+    close(out, (x @ q.dequantize()).T)
+
+
+def test_layers_of_a_scan_keep_their_partition_and_gradients_reach_inputs_and_scales():
+    spec = PartitionSpec(None, None, "model")
+    stacked, x = packed((3, 16, 16)), inputs(4, 16)
+
+    def loss(w, x):
+        out, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)
+        return jnp.sum(out**2)
+
+    shardings = NamedSharding(MESH, spec)
+    g = jax.jit(jax.grad(quantized(loss, strict=True, shardings={"": shardings}), argnums=1))
+    close(g(placed(stacked, spec), x), jax.grad(loss, argnums=1)(stacked.dequantize(), x))
+
+
+def test_shardings_are_found_by_path_like_restores():
+    seen = {}
+
+    def choose(path, shape):
+        seen[path] = shape
+        return NamedSharding(MESH, COLUMNS)
+
+    tree = {"mlp": {"kernel": packed((16, 8))}, "norm": jnp.ones(16)}
+    x = inputs(2, 16)
+    close(
+        quantized(lambda tree, x: x @ tree["mlp"]["kernel"], shardings=choose)(tree, x),
+        x @ tree["mlp"]["kernel"].dequantize(),
+    )
+    assert seen == {"mlp/kernel": (16, 8)}
+    by_tree = quantized(lambda tree, x: x @ tree["mlp"]["kernel"], shardings={"mlp": NamedSharding(MESH, ROWS)})
+    with pytest.raises(
+        JQ4Error, match=r"mlp/kernel: axis -2 of shape \(16, 8\).*4 shards over.*4 rows each.*groups of 8"
+    ):
+        by_tree(tree, x)
+
+
+# A kernel, or what XLA can cut ----------------------------------------------------------------------------------------
+
+
+def either(x):
+    return alone_or_partitioned(lambda x: {"alone": x}, lambda x: {"alone": -x})(x)["alone"]
+
+
+def test_a_program_that_xla_cuts_gets_the_form_that_it_can_cut():
+    x = jnp.ones((8, 4))
+    sharded = jax.device_put(x, NamedSharding(MESH, PartitionSpec("model")))
+    assert np.all(either(x) == x) and np.all(jax.jit(either)(x) == x)
+    assert np.all(jax.jit(either)(sharded) == -x)
+    assert np.all(jax.jit(jax.vmap(either, in_axes=1, out_axes=1))(sharded) == -x)
+    assert np.all(jax.jit(lambda x: jax.lax.scan(lambda c, y: (c, either(y)), 0, x)[1])(sharded) == -x)
+    assert np.all(jax.export.export(jax.jit(either))(x).call(x) == x)
+
+
+def test_the_body_of_a_shard_map_is_left_alone_and_explicit_types_are_not():
+    x = jnp.ones((8, 4))
+    whole = PartitionSpec(("data", "model"))
+    assert np.all(jax.jit(jax.shard_map(either, mesh=MESH, in_specs=whole, out_specs=whole))(x) == x)
+    with jax.set_mesh(jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))):
+        assert np.all(np.asarray(jax.jit(either)(jax.device_put(x, PartitionSpec("model")))) == -np.asarray(x))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("told, kernels", [(True, 1), (False, 0)])
+def test_on_tpus_the_kernel_runs_where_it_is_told_of_the_shards_and_xla_does_elsewhere(told, kernels):
+    if reason := missing("v5e:2x2"):
+        pytest.skip(reason)
+    script = f"""
+import jax, jax.numpy as jnp, numpy as np, jq4
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from benchmarks.tpu_lab.chips import CHIPS
+from benchmarks.tpu_lab.compiling import devices
+from benchmarks.tpu_lab.hlo import Program
+from jq4.partition import part_specs
+from jq4.qarray import QArray
+mesh = Mesh(np.array(devices(CHIPS["v5e"])), ("model",))
+columns = PartitionSpec(None, "model")
+weight = jax.eval_shape(lambda: jq4.prepare(QArray(jnp.zeros((512, 2048), jnp.uint8), jnp.ones((8, 2048), jnp.bfloat16),
+                                                   dtype="bfloat16"), "TPU v5 lite"))
+place = lambda part, spec: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=NamedSharding(mesh, spec))
+weight = jax.tree.map(place, weight, part_specs(weight, columns))
+x = place(jax.ShapeDtypeStruct((16, 1024), jnp.bfloat16), PartitionSpec())
+f = jq4.quantized(jnp.matmul, strict=True, shardings=NamedSharding(mesh, columns) if {told} else None)
+text = jax.jit(f).trace(x, weight).lower(lowering_platforms=("tpu",)).compile().as_text()
+print(Program(text).custom_calls(), Program(text).collectives())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment("v5e:2x2"), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(kernels), "{}"]
