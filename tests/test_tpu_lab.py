@@ -139,6 +139,7 @@ def test_operations_run_as_often_as_their_loop_and_move_what_lies_in_hbm():
     assert (operations["unpack"].steps, operations["unpack"].estimate) == (6, 77)
     assert operations["unpack"].nbytes == 8 * 256 // 2 + 4  # a slice of the weight and the index; the result is in VMEM
     assert program.custom_calls() == 32
+    assert program.floats_of_shape({(8, 256)}) == 1 and program.floats_of_shape({(64, 256)}) == 0
     assert program.collectives() == {"all-reduce": 32}
 
 

@@ -1,16 +1,16 @@
 """How often each operation of a compiled program runs, and the HBM bytes it moves; read from the program's text.
 
 An operation is an instruction of the entry, or of a loop's body, where it runs as often as the loop (XLA writes the
-trip count it knows beside a `while`). Its bytes are those of its operands and result that lie in HBM (a layout with
-S(n) lies elsewhere), each counted once, and of an operand that it only slices, or only updates in place, the slice:
-never more than it moves, so that nothing is held against the program that it may not do.
+trip count it knows beside a `while`, or the loop's condition tells it). Its bytes are those of its operands and result
+that lie in HBM (a layout with S(n) lies elsewhere), each counted once, and of an operand that it only slices, or only
+updates in place, the slice: never more than it moves, so that nothing is held against the program that it may not do.
 """
 
 import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.<>-]+) .*-> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.<>-]+) = (.*)$")
@@ -112,12 +112,22 @@ class Program:
             runs[name] += times
             for one in self.computations[name]:
                 if one.opcode in ("while", "conditional", "call"):
-                    trips = _integer(_TRIPS.search(one.attributes)) if one.opcode == "while" else 1
+                    trips = self._trips(one) if one.opcode == "while" else 1
                     for called in _called(one):
                         enter(called, times * (trips or 1))
 
         enter(self.entry, 1)
         return runs
+
+    def _trips(self, loop: Instruction) -> int | None:
+        """As XLA tells it, or the constant that the loop's condition compares its counter (from 0, by 1) with."""
+        if told := _TRIPS.search(loop.attributes):
+            return int(told[1])
+        condition = self.computations[re.findall(r"condition=%?([\w.<>-]+)", loop.attributes)[0]]
+        table = {one.name: one for one in condition}
+        test = next(one for one in condition if one.root)
+        bounds = [table[name].attributes for name in test.operands if table[name].opcode == "constant"]
+        return int(bounds[0].split(")")[0]) if "direction=LT" in test.attributes and bounds else None
 
     def _nbytes(self, one: Instruction, table: Mapping[str, Instruction]) -> int:
         operands = [table[name] for name in one.operands if name in table]
@@ -149,9 +159,26 @@ class Program:
                 counts[kind] += one.times
         return dict(counts)
 
+    def floats_of_shape(self, shapes: Collection[tuple[int, ...]]) -> int:
+        """How many float arrays of these shapes (leading axes of 1 aside) the program makes outside of fusions."""
+        found = 0
+        for name in self._runs():
+            for one in self.computations[name]:
+                kinds = [] if one.opcode in _MOVES_NOTHING else _ARRAY.findall(one.shape)
+                found += sum("f" in kind and _lengths(text) in shapes for kind, text, _ in kinds)
+        return found
+
     def custom_calls(self, target: str = "tpu_custom_call") -> int:
-        """How often kernels run."""
-        return sum(one.times for one in self.operations() if one.opcode == "custom-call" and one.target == target)
+        """How often kernels run, those that are fused with what surrounds them included."""
+        return sum(
+            times * self._calls_in(name, f'custom_call_target="{target}"') for name, times in self._runs().items()
+        )
+
+    def _calls_in(self, name: str, wanted: str) -> int:
+        instructions = self.computations[name]
+        own = sum(one.opcode == "custom-call" and wanted in one.attributes for one in instructions)
+        fused = [_called(one)[0] for one in instructions if one.opcode == "fusion"]
+        return own + sum(self._calls_in(inner, wanted) for inner in fused)
 
 
 def hbm_bytes(shape: str) -> int:
@@ -174,6 +201,13 @@ def _layouts(shape: str) -> list[str]:
 def _nbytes_of(kind: str, lengths: str) -> int:
     bits = 8 if kind == "pred" or kind.startswith("f8") else int(re.sub(r"\D", "", kind.removeprefix("bf")))
     return math.ceil(math.prod(int(length) for length in lengths.split(",") if length) * bits / 8)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    lengths = [int(length) for length in text.split(",") if length]
+    while lengths and lengths[0] == 1:
+        lengths.pop(0)
+    return tuple(lengths)
 
 
 def _read_of(name: str, inside: Sequence[Instruction], whole: int) -> int:
