@@ -1,10 +1,11 @@
 """`observe`: streaming statistics of the inputs of every weight that a function multiplies by.
 
 The function is run as it is, one batch after another, and the sums of each are added to the total in the order of the
-batches: memory is the function's own and twice the sums'. A batch is computed on the device where it lies, by the same
-program on each, and the total is on the first one's: so that the sums are the same bytes however many devices share the
-batches. They are in float32, per weight and per stacked slice (a scanned layer, an expert); see jq4.statistics for
-their shapes. Another batch size changes them by rounding only.
+batches: memory is the function's own and the sums', and that of a batch's sums where it has more rows than features
+(jq4.outer_rows). A batch is computed on the device where it lies, by the same program on each, and the total is on the
+first one's: so that the sums are the same bytes however many devices share the batches. They are in float32, per weight
+and per stacked slice (a scanned layer, an expert); see jq4.statistics for their shapes. Another batch size changes them
+by rounding only.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from jax.core import Tracer
 from jq4.axes import is_array, watched_call
 from jq4.beside import beside, device_of
 from jq4.errors import JQ4Error
-from jq4.statistics import CHEAP, Statistics, WeightStatistics, check_collectable, merge
+from jq4.statistics import CHEAP, Statistics, WeightStatistics, check_collectable, merge, settled
 from jq4.watch import Frame, Watcher
 
 Collect = Collection[str] | Callable[[str], Collection[str]]
@@ -99,15 +100,22 @@ def _added(
 ) -> dict[str, WeightStatistics]:
     """The total, whose arrays are taken over, with the statistics of one more call."""
     if total is None:
-        return jax.tree.map(jnp.copy, step(arrays))  # the program may give back an array that it was given
+        return jax.tree.map(jnp.copy, _settled(step(arrays)))  # the program may give back an array that it was given
     home = device_of(total)
-    if home == device_of(arrays) and not _is_traced(total):
+    is_home = home == device_of(arrays)
+    if is_home and not _is_traced(total):
         jax.block_until_ready(total)  # of each device's batches one is under way, not all
     found = step(arrays)
-    if home is not None:
-        found = jax.device_put(found, home)
-    both = {path: new for path, new in found.items() if path in total}
-    return total | found | _merge({path: total[path] for path in both}, both)
+    if home is not None and not is_home:
+        found = jax.device_put(_settled(found), home)
+    both = {path: more for path, more in found.items() if path in total}
+    new = {path: more for path, more in found.items() if path not in total}
+    return total | _settled(new) | _merge({path: total[path] for path in both}, both)
+
+
+@jax.jit
+def _settled(found: dict[str, WeightStatistics]) -> dict[str, WeightStatistics]:
+    return {path: settled(statistics) for path, statistics in found.items()}
 
 
 @functools.partial(jax.jit, donate_argnums=0)

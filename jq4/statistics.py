@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jq4.errors import JQ4Error
+from jq4.outer_rows import OuterRows
 
 COLLECTABLE = ("absmax", "mean", "mean_square", "hessian")
 CHEAP = ("absmax", "mean", "mean_square")
@@ -120,11 +121,11 @@ def check_collectable(collect: Collection[str]) -> frozenset[str]:
     return frozenset(collect)
 
 
-def statistics_of(x: jax.Array, collect: frozenset[str]) -> WeightStatistics:
-    """Statistics of rows x[*B, M, K], computed in float32."""
+def statistics_of(x: jax.Array, collect: frozenset[str], rows_only: bool = False) -> WeightStatistics:
+    """Statistics of rows x[*B, M, K], computed in float32; of outer products `rows_only`, where they are smaller."""
     x = x.astype(jnp.float32)
     rows = jnp.full(x.shape[:-2], x.shape[-2], jnp.int32)
-    outer = _outer(x, x) if "hessian" in collect else None
+    outer = _outer(OuterRows(x), rows_only) if "hessian" in collect else None
     return WeightStatistics(
         count=rows,
         absmax=jnp.max(jnp.abs(x), axis=-2, initial=0.0) if "absmax" in collect else None,
@@ -134,20 +135,24 @@ def statistics_of(x: jax.Array, collect: frozenset[str]) -> WeightStatistics:
     )
 
 
-def pair_statistics_of(x: jax.Array, axis: int | None, collect: frozenset[str]) -> WeightStatistics:
+def pair_statistics_of(
+    x: jax.Array, axis: int | None, collect: frozenset[str], rows_only: bool = False
+) -> WeightStatistics:
     """Statistics of y, and those across, of rows x[*B, M, K] of which the batch axis `axis` (of two) holds x and y.
 
     Where there is no such axis, the rows are the same on both sides.
     """
     dense, mine = (x, x) if axis is None else (jnp.take(x, side, axis=axis).astype(jnp.float32) for side in (0, 1))
-    statistics = statistics_of(mine, collect)
+    statistics = statistics_of(mine, collect, rows_only)
     if "hessian" not in collect:
         return statistics
-    return dataclasses.replace(statistics, cross_total=_outer(dense.astype(jnp.float32), mine.astype(jnp.float32)))
+    across = OuterRows(dense.astype(jnp.float32), mine.astype(jnp.float32))
+    return dataclasses.replace(statistics, cross_total=_outer(across, rows_only))
 
 
-def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum("...mk,...ml->...kl", x, y, precision="highest")
+def _outer(rows: OuterRows, rows_only: bool) -> Any:
+    num_rows, features = rows.x.shape[-2:]
+    return rows if rows_only and num_rows < features else rows.total()
 
 
 def ragged_statistics_of(x: jax.Array, group_sizes: jax.Array, collect: frozenset[str]) -> WeightStatistics:
@@ -176,11 +181,26 @@ def ragged_statistics_of(x: jax.Array, group_sizes: jax.Array, collect: frozense
 
 
 def merge(a: WeightStatistics, b: WeightStatistics) -> WeightStatistics:
-    """Statistics of both streams together."""
-    summed = jax.tree.map(jnp.add, a, b)
+    """Statistics of both streams together; sums of `a` that are summed take up the rows of `b`."""
+    summed = jax.tree.map(_sum, a, b, is_leaf=_is_rows)
     if a.absmax is None:
         return summed
     return dataclasses.replace(summed, absmax=jnp.maximum(a.absmax, b.absmax))
+
+
+def settled(statistics: WeightStatistics) -> WeightStatistics:
+    """The statistics with outer products summed."""
+    return jax.tree.map(lambda part: part.total() if _is_rows(part) else part, statistics, is_leaf=_is_rows)
+
+
+def _sum(a: Any, b: Any) -> Any:
+    if _is_rows(a):
+        return a.beside(b) if _is_rows(b) else a.added_to(b)
+    return b.added_to(a) if _is_rows(b) else a + b
+
+
+def _is_rows(part: Any) -> bool:
+    return isinstance(part, OuterRows)
 
 
 def over_devices(local: WeightStatistics, axis_names: frozenset[str]) -> WeightStatistics:

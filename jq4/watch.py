@@ -60,6 +60,7 @@ class Watcher(Interpreter):
         self.contracted: dict[str, int] = {}
         self.looked_up: dict[str, int] = {}
         self._loop_numbers = itertools.count()
+        self._depth = 0
         self._widened: dict[int, tuple[Any, Any]] = {}
 
     @property
@@ -110,13 +111,20 @@ class Watcher(Interpreter):
         key = Key(weight.path, weight.loops, leading, tuple(sorted({atom.axis for atom in features})))
         self.frame[key] = merge(self.frame[key], statistics) if key in self.frame else statistics
 
+    @property
+    def is_at_top(self) -> bool:
+        """Whether what is added now is the program's own, and no loop's to stack or to carry."""
+        return self._depth == 0
+
     @contextlib.contextmanager
     def new_frame(self) -> Iterator[Frame]:
         outer, self.frame = self.frame, {}
+        self._depth += 1
         try:
             yield self.frame
         finally:
             self.frame = outer
+            self._depth -= 1
 
     def run(self, jaxpr: Any, values: Values) -> tuple[Values, Frame]:
         """The outputs of a jaxpr, dense, and what was gathered in it."""

@@ -130,11 +130,11 @@ def _summarize(
 ) -> None:
     """Adds the statistics of rows x[*batch, M, K]."""
     if weight.path not in watcher.pair_axes:
-        watcher.add(weight, batch, features, statistics_of(x, collect))
+        watcher.add(weight, batch, features, statistics_of(x, collect, watcher.is_at_top))
         return
     pair = next((i for i, atom in enumerate(batch) if atom.axis == watcher.pair_axes[weight.path]), None)
     rest = [atom for i, atom in enumerate(batch) if i != pair]
-    watcher.add(weight, rest, features, pair_statistics_of(x, pair, collect))
+    watcher.add(weight, rest, features, pair_statistics_of(x, pair, collect, watcher.is_at_top))
 
 
 def _drop_ones(x: jax.Array, batched: list[Any]) -> jax.Array:
@@ -196,7 +196,7 @@ def convolution(watcher: Any, eqn: Any, values: Values) -> Values:
     order = sorted(range(len(kernel_axes)), key=lambda i: kernel_axes[i])
     rows = lax.transpose(patches, (0, *(1 + i for i in order))).reshape(patches.shape[0], -1)  # [M, K]
     features = [atom for i in order for atom in kernel.axes[kernel_axes[i]]]
-    watcher.add(kernel, [], features, statistics_of(rows, collect))
+    watcher.add(kernel, [], features, statistics_of(rows, collect, watcher.is_at_top))
     return outputs
 
 

@@ -115,13 +115,18 @@ def _towards(weight: jax.Array, outer: jax.Array, cross: jax.Array) -> jax.Array
     return towards_dense(weight.astype(jnp.float32), outer, cross)
 
 
-@_program
 def _factored(outer: jax.Array, solver: Solver) -> _Factor:
-    natural, dead = mended_diagonal(outer)
-    slots = slots_of(solver.canonical, natural, solver.options.actorder)
-    diagonal = jnp.where(slots.holds, slots.spread(natural[:, None]), 1.0)[:, 0]
+    slots, diagonal, dead = _ordered(outer, solver)
     lower, damping = damped_factor(outer, slots, diagonal, solver.options.damping)
     return _Factor(lower, slots, diagonal, dead, damping)
+
+
+@_program
+def _ordered(outer: jax.Array, solver: Solver) -> tuple[Slots, jax.Array, jax.Array]:
+    """The slots, H's diagonal f32[P] in them, and which inputs are dead, bool[K]."""
+    natural, dead = mended_diagonal(outer)
+    slots = slots_of(solver.canonical, natural, solver.options.actorder)
+    return slots, jnp.where(slots.holds, slots.spread(natural[:, None]), 1.0)[:, 0], dead
 
 
 @_program

@@ -10,11 +10,12 @@ factor   H = L L^T with L lower triangular, rows and columns in the order of `sl
          Cholesky factor U of inv(H): with rows and columns reversed, inv(U) is L. So neither inverse is needed.
 
 H may be any multiple of E[x x^T], such as the sum over all rows: nothing here depends on its unit. It is read where it
-lies: a reordered copy is made once, and becomes the factor.
+lies: a reordered copy becomes the factor (LAPACK takes another one, of the other order of axes).
 """
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jq4.methods.slots import Slots
 
@@ -38,26 +39,31 @@ def damped_factor(hessian: jax.Array, slots: Slots, diagonal: jax.Array, damping
     Args:
       diagonal: f32[P], see `mended_diagonal`; of the slots, and 1 where there is no row.
     """
-    size = len(slots.row)
-    unit = jnp.sum(jnp.where(slots.holds[:, 0], diagonal, 0.0)) / slots.slot.shape[0]
-    on_diagonal = jnp.arange(size)[:, None] == jnp.arange(size)[None, :]
 
-    def attempt(damping: jax.Array) -> jax.Array:
-        reordered = slots.square(hessian, slots.row, slots.row)
-        damped = jnp.where(on_diagonal, (diagonal + damping * unit)[:, None], reordered)
-        return jax.lax.linalg.cholesky(damped, symmetrize_input=False)
+    def failed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return ~jnp.all(jnp.isfinite(jnp.diagonal(state[0]))) & (state[1] < _LAST)
 
-    def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return ~jnp.all(jnp.isfinite(jnp.diagonal(state[2]))) & (state[0] < _LAST)
-
-    def again(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        wanted, _, _ = state
-        return jnp.maximum(wanted * _RAISED, _FIRST_RAISED), wanted, attempt(wanted)
+    def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        raised = jnp.maximum(state[1] * _RAISED, _FIRST_RAISED)
+        return _attempted(hessian, slots, diagonal, raised), raised
 
     start = jnp.asarray(damping, jnp.float32)
-    nothing = jnp.full((size, size), jnp.nan, jnp.float32)
-    _, final, lower = jax.lax.while_loop(failed, again, (start, start, nothing))
-    return lower, final
+    state = _attempted(hessian, slots, diagonal, start), start
+    if isinstance(state[0], Tracer):
+        return jax.lax.while_loop(failed, again, state)
+    while bool(failed(state)):
+        state = again(state)
+    return state
+
+
+@jax.jit
+def _attempted(hessian: jax.Array, slots: Slots, diagonal: jax.Array, damping: jax.Array) -> jax.Array:
+    """L of H damped by so much, NaN where there is none."""
+    unit = jnp.sum(jnp.where(slots.holds[:, 0], diagonal, 0.0)) / slots.slot.shape[0]
+    place = jnp.arange(len(slots.row))
+    reordered = slots.square(hessian, slots.row, slots.row)
+    damped = jnp.where(place[:, None] == place[None, :], (diagonal + damping * unit)[:, None], reordered)
+    return jax.lax.linalg.cholesky(damped, symmetrize_input=False)
 
 
 def towards_dense(weight: jax.Array, hessian: jax.Array, cross: jax.Array) -> jax.Array:

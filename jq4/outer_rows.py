@@ -1,0 +1,48 @@
+"""A sum of outer products that is not summed yet: its rows, which are added to a total where that lies.
+
+A batch's sum of x x^T takes 4*K*K bytes beside the total that it is added to; its rows take 4*M*K. So where M is less
+than K the rows are kept, and the total takes up a strip of their product at a time.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+_STRIP = 512
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("x", "y"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class OuterRows:
+    """sum_m x_m y_m^T, f32[*B, K, K], as its rows x and y, f32[*B, M, K] each; a y of None is x."""
+
+    x: jax.Array
+    y: jax.Array | None = None
+
+    def total(self) -> jax.Array:
+        """The sum, f32[*B, K, K]."""
+        *batch, _, features = self.x.shape
+        return self.added_to(jnp.zeros((*batch, features, features), jnp.float32))
+
+    def added_to(self, total: jax.Array) -> jax.Array:
+        """f32[*B, K, K], a total and the sum; in the total's own memory under `jit` that takes it over."""
+        features = total.shape[-1]
+        whole, rest = divmod(features, _STRIP)
+        if whole:
+            total = jax.lax.fori_loop(0, whole, lambda i, held: self._add_strip(held, i * _STRIP, _STRIP), total)
+        return self._add_strip(total, whole * _STRIP, rest) if rest else total
+
+    def beside(self, other: "OuterRows") -> "OuterRows":
+        """Both sums together."""
+        y = None if self.y is None or other.y is None else jnp.concatenate([self.y, other.y], axis=-2)
+        return OuterRows(jnp.concatenate([self.x, other.x], axis=-2), y)
+
+    def _add_strip(self, total: jax.Array, start: jax.Array | int, width: int) -> jax.Array:
+        y = self.x if self.y is None else self.y
+        mine = jax.lax.dynamic_slice_in_dim(self.x, start, width, self.x.ndim - 1)
+        product = jnp.einsum("...mk,...ml->...kl", mine, y, precision="highest")
+        product = jax.lax.optimization_barrier(product)  # one rounding, wherever it is added
+        held = jax.lax.dynamic_slice_in_dim(total, start, width, total.ndim - 2)
+        return jax.lax.dynamic_update_slice_in_dim(total, held + product, start, total.ndim - 2)
