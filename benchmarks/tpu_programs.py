@@ -11,6 +11,7 @@ Nothing is allocated: weights are shapes with shardings. From the compiled progr
     kernels       how often our kernel runs in a step: 7 products a layer
     dense         leaves that went dense (jq4's record) + float arrays of the shape of a device's part of a weight
     collectives   how often each kind runs in a step
+    moved         HBM bytes of a step (benchmarks/tpu_lab/hlo.py), and their time at the chip's bandwidth
 """
 
 import argparse
@@ -167,6 +168,7 @@ def measure(model: str, place: str, step: Step) -> dict[str, Any]:
         "model": model, "slice": place, "mesh": dict(mesh.shape), **dataclasses.asdict(step),
         "argument_bytes": memory.argument_size_in_bytes, "temp_bytes": memory.temp_size_in_bytes,
         "needed_bytes": needed, "hbm_bytes": hbm, "fits": needed < hbm,
+        "moved_bytes": sum(one.times * one.nbytes for one in program.operations()),
         "kernels": program.custom_calls(), "wanted_kernels": PRODUCTS_OF_A_LAYER * config.num_layers,
         "dense": len(record.dense), "relaid": len(record.relaid), "collectives": program.collectives(),
         "float_weights": program.floats_of_shape(parts_of_weights(config, mesh)),
@@ -183,7 +185,19 @@ def parts_of_weights(config: DecoderConfig, mesh: Mesh) -> set[tuple[int, ...]]:
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="per device, from the compiled program")
-    for name in ("model", "slice", "step", "needs GiB", "of", "temporaries GiB", "kernels", "dense", "collectives"):
+    for name in (
+        "model",
+        "slice",
+        "step",
+        "needs GiB",
+        "of",
+        "temporaries GiB",
+        "kernels",
+        "dense",
+        "collectives",
+        "moved GiB",
+        "ms",
+    ):
         table.add_column(name)
     gib: Callable[[int], str] = lambda count: f"{count / 2**30:.2f}"  # noqa: E731
     for row in rows:
@@ -192,6 +206,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
             gib(row["hbm_bytes"]), gib(row["temp_bytes"]), f"{row['kernels']} of {row['wanted_kernels']}",
             f"{row['dense']} + {row['float_weights']}",
             ", ".join(f"{kind} {count}" for kind, count in sorted(row["collectives"].items())),
+            gib(row["moved_bytes"]), f"{1e3 * row['moved_bytes'] / CHIPS[SLICES[row['slice']][0]].bandwidth:.2f}",
         )  # fmt: skip
     return table
 

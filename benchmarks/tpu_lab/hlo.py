@@ -28,7 +28,7 @@ _MOVES_NOTHING = {
     "copy-done", "partition-id", "iota",
 }  # fmt: skip
 _SLICES = {"dynamic-slice", "slice"}
-_RENAMES = {"bitcast", "reshape"}
+_RENAMES = {"bitcast", "reshape", "copy"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +143,47 @@ class Program:
 
     def _fusion_bytes(self, one: Instruction, operands: Sequence[Instruction]) -> int:
         inside = self.computations[_called(one)[0]]
-        parameters = {int(p.attributes.split(")")[0]): p for p in inside if p.opcode == "parameter"}
-        read = 0
-        for place, operand in enumerate(operands):
-            whole = hbm_bytes(operand.shape)
-            read += min(whole, _read_of(parameters[place].name, inside, whole)) if place in parameters else whole
-        return read + min(hbm_bytes(one.shape), _written(inside, hbm_bytes(one.shape)))
+        wholes = [hbm_bytes(operand.shape) for operand in operands]
+        read = sum(min(whole, self._read_of(inside, place, whole)) for place, whole in enumerate(wholes) if whole)
+        return read + min(hbm_bytes(one.shape), self._written(inside, hbm_bytes(one.shape)))
+
+    def _read_of(self, inside: Sequence[Instruction], place: int, whole: int) -> int:
+        """What a fusion reads of its operand `place`: slices, where it does nothing but slice or update it in place."""
+        found = [one.name for one in inside if one.opcode == "parameter" and one.attributes.startswith(f"{place})")]
+        return self._read_by_users(found[0], inside, whole)[0] if found else whole
+
+    def _read_by_users(self, name: str, inside: Sequence[Instruction], whole: int) -> tuple[int, bool]:
+        """(bytes read of a value that stands for the operand, whether the fusion also gives it back as it is)."""
+        total, given_back = 0, any(one.root and one.name == name for one in inside)
+        for user in inside:
+            if name not in user.operands:
+                continue
+            if user.opcode in _SLICES:
+                total += sum(_sizes(user.shape))
+            elif user.opcode in _RENAMES:
+                read, back = self._read_by_users(user.name, inside, whole)
+                total, given_back = total + read, given_back or back
+            elif user.opcode == "fusion":
+                inner, place = self.computations[_called(user)[0]], user.operands.index(name)
+                parameter = next(p for p in inner if p.opcode == "parameter" and p.attributes.startswith(f"{place})"))
+                read, back = self._read_by_users(parameter.name, inner, whole)
+                if back:
+                    after, back = self._read_by_users(user.name, inside, whole)
+                    read, given_back = read + after, given_back or back
+                total += read
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+                return whole, False
+        return total, given_back
+
+    def _written(self, inside: Sequence[Instruction], whole: int) -> int:
+        """What a fusion writes: the update, where its root updates in place."""
+        table = {one.name: one for one in inside}
+        root = next(one for one in inside if one.root)
+        while root.opcode in _RENAMES:
+            root = table[root.operands[0]]
+        if root.opcode == "fusion":
+            return self._written(self.computations[_called(root)[0]], whole)
+        return sum(_sizes(table[root.operands[1]].shape)) if root.opcode == "dynamic-update-slice" else whole
 
     def collectives(self) -> dict[str, int]:
         """How often each kind of collective runs."""
@@ -208,30 +243,6 @@ def _lengths(text: str) -> tuple[int, ...]:
     while lengths and lengths[0] == 1:
         lengths.pop(0)
     return tuple(lengths)
-
-
-def _read_of(name: str, inside: Sequence[Instruction], whole: int) -> int:
-    """What a fusion reads of a parameter: the slices, where it does nothing but slice it or update it in place."""
-    total = 0
-    for user in inside:
-        if name not in user.operands:
-            continue
-        if user.opcode in _SLICES:
-            total += sum(_sizes(user.shape))
-        elif user.opcode in _RENAMES:
-            total += _read_of(user.name, inside, whole)
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
-            return whole
-    return total
-
-
-def _written(inside: Sequence[Instruction], whole: int) -> int:
-    """What a fusion writes: the update, where its root updates in place."""
-    table = {one.name: one for one in inside}
-    root = next(one for one in inside if one.root)
-    while root.opcode in _RENAMES:
-        root = table[root.operands[0]]
-    return sum(_sizes(table[root.operands[1]].shape)) if root.opcode == "dynamic-update-slice" else whole
 
 
 def _instruction(name: str, rest: str, root: bool) -> Instruction:
