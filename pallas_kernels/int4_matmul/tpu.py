@@ -1,12 +1,11 @@
 """x[M, K] @ W[K, N] on a TPU, W as int4[K, N] with scales [G, 1, N], by one Pallas kernel.
 
     grid     (M / bm, N / bn, K / bk), K innermost; out[bm, bn] is summed in f32 in VMEM and rounded once
-    in HBM   x, codes, scales, zero points, offsets, sums of x over groups: nothing of the dense weight, ever
+    in HBM   x, codes, scales, zero points, offsets: nothing of the dense weight, ever
     x        stays in VMEM over the whole sweep of N where it is small (decode), so that each step reads only weights
 
-Where K is no multiple of the block, x is padded with zeros (codes beyond the end meet them), and the scales where the
-groups do not fill the blocks either. Rows beyond M and columns beyond N are computed from what memory holds, and
-dropped.
+Where K is no multiple of the block, x is padded with zeros, which codes beyond the end meet, and scales beyond the end
+are overwritten in VMEM. Rows beyond M and columns beyond N are computed from what memory holds, and dropped.
 
 float32 x goes through the MXU as XLA's own float32 products do: rounded to bf16 by default, as the sum of two or three
 bf16 terms (more rows of x, by the same kernel) for Precision.HIGH and HIGHEST.
@@ -96,29 +95,25 @@ def _call(x: jax.Array, w: Packed, plan: Plan, spec: PackedSpec, dtype: Any, int
     (m, k), n = x.shape, w.codes.shape[1]
     bm, bk, bn = plan.block_m, plan.block_k, plan.block_n
     steps = pl.cdiv(k, bk)
-    group = min(bk, spec.group_size if spec.num_groups > 1 else bk)
-    per_block = bk // group  # groups of a block
-    repeat = 1 if spec.num_groups == 1 else max(1, spec.group_size // bk)  # blocks of a group
-    repeat = steps if spec.num_groups == 1 else repeat
+    one = spec.num_groups == 1
+    group = bk if one else min(bk, spec.group_size)
+    repeat = steps if one else max(1, spec.group_size // bk)  # blocks that share a row of scales
+    per_block = bk // group
+    over = 0 if repeat > 1 else steps * per_block - spec.num_groups  # groups that the last block has too many
     x = jnp.pad(x, ((0, 0), (0, steps * bk - k)))
-    sums = None
-    if tpu_forms.needs_sums(plan.form, w.zero_point is not None, w.offset is not None):
-        sums = tpu_forms.group_sums(x, group).reshape(m, steps, per_block).transpose(1, 0, 2)
     if plan.form == "magic":
         x = tpu_forms.magic_order(x, group)
-    missing = steps * per_block - w.scale.shape[0] * repeat
-    rest = [None if part is None else _of_blocks(part, n, max(missing, 0)) for part in w[1:]]
     by_group = pl.BlockSpec((per_block, 1, bn), lambda i, j, k: (lax.div(k, jnp.int32(repeat)), 0, j))
     x_columns = steps * bk if plan.resident else bk
+    wide = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in w[1:]]
     operands = {
         "x": (x, pl.BlockSpec((bm, x_columns), lambda i, j, k: (i, 0 if plan.resident else k))),
         "codes": (w.codes, pl.BlockSpec((bk, bn), lambda i, j, k: (k, j))),
-        **{name: (part, by_group) for name, part in zip(("scale", "zero_point", "offset"), rest, strict=True)},
-        "sums": (sums, pl.BlockSpec((1, bm, per_block), lambda i, j, k: (k, i, 0))),
+        **{name: (part, by_group) for name, part in zip(("scale", "zero_point", "offset"), wide, strict=True)},
     }
     present = {name: pair for name, pair in operands.items() if pair[0] is not None}
     kernel = functools.partial(
-        _kernel, names=tuple(present), form=plan.form, group=group, block_k=bk, steps=steps, interpret=interpret
+        _kernel, names=tuple(present), plan=plan, group=group, over=over, steps=steps, interpret=interpret
     )
     arrays = [array for array, _ in present.values()]
     return pl.pallas_call(
@@ -130,43 +125,49 @@ def _call(x: jax.Array, w: Packed, plan: Plan, spec: PackedSpec, dtype: Any, int
         out_shape=shape_varying_as((m, n), dtype or jnp.float32, arrays),
         scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.vmem_limit
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=plan.vmem_limit,
+            allow_input_fusion=(True,) * len(arrays),
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
     )(*arrays)
 
 
-def _of_blocks(part: jax.Array, n: int, missing: int) -> jax.Array:
-    """[G, 1, N]: one value a column, and rows of zeros for the groups that the last block of K has too many."""
-    return jnp.pad(jnp.broadcast_to(part, (part.shape[0], 1, n)), ((0, missing), (0, 0), (0, 0)))
-
-
-def _kernel(
-    *refs: Any, names: tuple[str, ...], form: str, group: int, block_k: int, steps: int, interpret: bool
-) -> None:
+def _kernel(*refs: Any, names: tuple[str, ...], plan: Plan, group: int, over: int, steps: int, interpret: bool) -> None:
     *inputs, out, total = refs
-    block = _block_of(dict(zip(names, inputs, strict=True)), block_k)
-    options = {"upcast": True} if interpret and form == "direct" else {}
-    run = functools.partial(getattr(tpu_forms, form), block, group, **options)
-    if steps == 1:
-        out[...] = run().astype(out.dtype)
+    block = _block_of(dict(zip(names, inputs, strict=True)), plan.block_k)
+    if over:
+        _empty_last_groups(block, over, steps)
+    options = {"upcast": True} if interpret and plan.form == "direct" else {}
+    form = functools.partial(getattr(tpu_forms, plan.form), **options)
+    if steps == 1 and plan.chunk >= plan.block_k:
+        out[...] = form(block, group).astype(out.dtype)
         return
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
-    total[...] += run()
+    tpu_forms.accumulate(form, block, group, plan.chunk, total)
 
     @pl.when(pl.program_id(2) == steps - 1)
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
 
 
+def _empty_last_groups(block: tpu_forms.Block, over: int, steps: int) -> None:
+    """Zeros for the scales and offsets that lie after the end of theirs: what memory held might be no number."""
+
+    @pl.when(pl.program_id(2) == steps - 1)
+    def _() -> None:
+        for part in (block.scale, block.offset):
+            if part is not None:
+                part[part.shape[0] - over :] = jnp.zeros((over, *part.shape[1:]), part.dtype)
+
+
 def _block_of(refs: dict[str, Any], block_k: int) -> tpu_forms.Block:
-    """The grid step's operands: of a resident x the columns of this step, of the sums their only row."""
+    """The grid step's operands; of a resident x, the columns of this step."""
     x = refs["x"]
     if x.shape[1] != block_k:
         x = x.at[:, pl.ds(pl.multiple_of(pl.program_id(2) * block_k, block_k), block_k)]
-    sums = refs["sums"][0] if "sums" in refs else None
-    return tpu_forms.Block(x, refs["codes"], refs["scale"], refs.get("zero_point"), refs.get("offset"), sums)
+    return tpu_forms.Block(x, refs["codes"], refs["scale"], refs.get("zero_point"), refs.get("offset"))

@@ -1,9 +1,35 @@
-"""How a product is cut on a TPU: rows, depth and columns of a grid step, and the inner form. (To grow a model.)"""
+"""How a product is cut on a TPU: rows, depth and columns of a grid step, and the inner form.
+
+The time of a plan is modelled, and the shortest one is taken:
+
+    step   max(bundles / clock, HBM bytes / bandwidth) + what a step costs in any case
+    all    steps / cores * step + the first step's bytes, which nothing hides
+
+The bundles (VLIW instructions, one a cycle) come from counting: COUNTED holds the schedules that the TPU compiler
+(libtpu 0.0.52) made of each form for one step of 1024 x 1024 codes, at two group sizes and four numbers of rows;
+between them the count is linear in the rows and in the groups of a block, and it grows with the block's area. No chip
+was timed.
+
+What follows from it, chip by chip (see tpu_forms.py for the forms):
+
+    v4      magic everywhere: its compiler unpacks int4 through memory, 3 to 6 times slower than the MXU
+    v5e/v5p decode: magic (groups of 128) or direct (short groups), half of the HBM's time; prefill: wscale, whose
+            unpacking to f32 is then hidden by the MXU
+    v6e     decode: direct, one unpacking instruction and no slack, or wscale for groups of 32 and 64; prefill: wscale
+    tpu7x   the same; bound by the vector unit at decode, as 3.7 TB/s a core outrun it
+
+Where forms are within a twentieth of each other, an exact one (direct, magic) goes before wscale, which rounds weights.
+"""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Iterator
+
+import numpy as np
 
 from pallas_kernels.int4_matmul.tpu_chips import Chip
+from pallas_kernels.int4_matmul.tpu_forms import LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +44,11 @@ class Problem:
     zero_points: bool = False
     offsets: bool = False
 
+    @property
+    def unit(self) -> int:
+        """Rows that a block of K is a multiple of, or divides (one group, or long ones)."""
+        return LANES if self.groups == 1 else math.lcm(self.group_size, LANES)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -25,8 +56,10 @@ class Plan:
 
     Attributes:
       form: "direct", "magic" or "wscale" of tpu_forms.py.
-      block_m, block_k, block_n: of a grid step. block_k is whole groups, or an equal part of one.
+      block_m, block_k, block_n: of a grid step. block_k is a multiple of LANES and of whole groups, or of a group an
+        equal part.
       resident: whether the rows of x stay in VMEM over the whole of K.
+      chunk: rows of codes that are unpacked at a time.
       vmem_limit: bytes that the compiler may use.
     """
 
@@ -35,16 +68,152 @@ class Plan:
     block_k: int
     block_n: int
     resident: bool = False
+    chunk: int = 2**30
     vmem_limit: int | None = None
 
 
+EXACT = ("direct", "magic")
+COUNTED_ROWS = (16, 64, 128, 512)
+# Bundles of a step of 1024 x 1024 codes at COUNTED_ROWS: (groups of 32, groups of 128).
+COUNTED = {
+    "v4": {
+        "magic": ((4015, 1397), (6974, 2355), (11517, 3406), (44000, 11184)),
+        "wscale": ((7918, 7362), (8375, 7816), (8992, 8477), (15000, 14368)),
+    },
+    "v5e": {
+        "direct": ((1287, 860), (4048, 1389), (8097, 2435), (33298, 8854)),
+        "magic": ((1680, 738), (4603, 1508), (8866, 2565), (34689, 9178)),
+        "wscale": ((2243, 2035), (2639, 2438), (3336, 3054), (8700, 8300)),
+    },
+    "v6e": {
+        "direct": ((864, 623), (2359, 902), (4485, 1414), (17500, 4800)),
+        "wscale": ((727, 659), (868, 824), (1057, 1027), (2889, 2859)),
+    },
+    "tpu7x": {
+        "direct": ((841, 505), (2346, 875), (4415, 1401), (17300, 4750)),
+        "wscale": ((698, 631), (764, 715), (871, 840), (2250, 2200)),
+    },
+}
+COUNTED |= {"v5p": COUNTED["v5e"], "unknown": COUNTED["v6e"]}
+# What zero points or offsets multiply it by: (groups below 128, groups from 128 on).
+CORRECTION = {"direct": (1.8, 1.2), "magic": (1.4, 1.15), "wscale": (1.05, 1.05)}
+STEP_BUNDLES = 110  # of a step, whatever its size
+LOOP_BUNDLES = 100  # of a turn of the loop over chunks, which drains the MXU
+
+BLOCKS_N = (2048, 1024, 512, 256, 128)
+MOST_CODES = 2**22  # of a block: 2 MiB
+LEAST_CODES = 2**21  # of a block at decode, where there are so many: 1 MiB
+DECODE_ROWS = 64
+UNROLLED_GROUPS = 32  # of a block at decode: more of them compile slowly
+MANY_ROWS = 128  # from which partial sums fill the registers
+
+
+@functools.lru_cache(maxsize=4096)
 def choose_plan(problem: Problem, chip: Chip, exact: bool = False) -> Plan:
-    m, k, n = problem.m, problem.k, problem.n
-    one = problem.groups == 1
-    group = 128 if one else problem.group_size
-    block_n = n if n < 128 else min(1024, -(-n // 128) * 128)
-    unit = math.lcm(group, 128)
-    block_k = max(2048 // unit, 1) * unit
-    block_k = min(-(-k // unit) * unit, block_k)
-    form = "direct" if m <= 64 or exact else "wscale"
-    return Plan(form, min(m, 512), block_k, block_n, m <= 64, chip.vmem)
+    """The plan of the shortest modelled time that fits the chip's memory; `exact` leaves out forms that round."""
+    plans = [plan for plan in candidates(problem, chip, exact) if vmem_of(problem, plan) <= chip.vmem]
+    if not plans:
+        raise ValueError(f"no block of {problem} fits the {chip.vmem >> 20} MiB of a {chip.name}: {problem.unit=}")
+    if problem.m <= DECODE_ROWS:
+        plans = [plan for plan in plans if plan.block_k * plan.block_n >= LEAST_CODES] or plans
+    return min(plans, key=lambda plan: seconds(problem, plan, chip) * (1.0 if plan.form in EXACT else 1.05))
+
+
+def candidates(problem: Problem, chip: Chip, exact: bool) -> Iterator[Plan]:
+    forms = [form for form in COUNTED[chip.name] if form in EXACT or not exact]
+    rows = sorted({problem.m, 256, 512, 1024}) if problem.m > 256 else [problem.m]
+    for form in forms:
+        for block_m in (m for m in rows if m <= min(problem.m, 1024)):
+            for block_k in depths(problem):
+                chunk = chunk_of(problem, form, block_m, block_k, chip)
+                for block_n in widths(problem):
+                    if block_k * block_n <= MOST_CODES or block_k == min(depths(problem)):
+                        for resident in (True, False):
+                            yield Plan(form, block_m, block_k, block_n, resident, chunk, chip.vmem)
+
+
+def depths(problem: Problem) -> list[int]:
+    """Depths of a block: parts of K that leave no group over, and powers of two; of long groups, equal parts."""
+    unit = problem.unit
+    if problem.groups > 1 and unit > 2048:
+        return [d for d in range(LANES, problem.group_size + 1, LANES) if problem.group_size % d == 0] or [unit]
+    units = -(-problem.k // unit)
+    whole = {unit * part for part in range(1, units + 1) if units % part == 0 and unit * part <= 16384}
+    return sorted(whole | {unit * 2**i for i in range(8) if unit * 2**i <= min(8192, unit * units)})
+
+
+def widths(problem: Problem) -> list[int]:
+    if problem.n < LANES:
+        return [problem.n]
+    return [width for width in BLOCKS_N if width <= -(-problem.n // LANES) * LANES]
+
+
+def chunk_of(problem: Problem, form: str, block_m: int, block_k: int, chip: Chip) -> int:
+    """Rows of codes to unpack at a time, a divisor of block_k."""
+    if block_k <= problem.unit:
+        return block_k
+    group = block_k if problem.groups == 1 else problem.group_size
+    if form in EXACT:
+        most = problem.unit if block_m >= MANY_ROWS else UNROLLED_GROUPS * group
+    else:
+        most = 2048 if chip.bf16_vector else 512
+    units = block_k // problem.unit
+    parts = [part for part in range(1, units + 1) if units % part == 0 and problem.unit * part <= most]
+    return problem.unit * max(parts, default=1)
+
+
+def seconds(problem: Problem, plan: Plan, chip: Chip) -> float:
+    """The modelled time of the whole product."""
+    steps_m, steps_n, steps_k = (
+        -(-size // block)
+        for size, block in ((problem.m, plan.block_m), (problem.n, plan.block_n), (problem.k, plan.block_k))
+    )
+    bundles = bundles_of_step(problem, plan, chip) / chip.clock
+    transfer = bytes_of_step(problem, plan, steps_n, steps_k) / chip.bandwidth
+    step = max(bundles, transfer) + STEP_BUNDLES / chip.clock
+    return -(-steps_m * steps_n // chip.cores) * steps_k * step + transfer
+
+
+def bundles_of_step(problem: Problem, plan: Plan, chip: Chip) -> float:
+    """Without STEP_BUNDLES."""
+    group = plan.block_k if problem.groups == 1 else problem.group_size
+    count = bundles_of_tile(chip.name, plan.form, plan.block_m, group) * plan.block_k * plan.block_n / 2**20
+    if problem.zero_points or problem.offsets:
+        count *= CORRECTION[plan.form][group >= 128]
+    if plan.block_n < chip.mxu_depth:  # half of a wide MXU
+        count *= 2
+    turns = plan.block_k // min(plan.chunk, plan.block_k)
+    return count + (turns - 1) * LOOP_BUNDLES
+
+
+@functools.lru_cache(maxsize=4096)
+def bundles_of_tile(chip: str, form: str, rows: int, group: int) -> float:
+    """Of 1024 x 1024 codes, without STEP_BUNDLES: COUNTED, linear in the rows and in the number of groups between."""
+    counted = np.asarray(COUNTED[chip][form], float) - STEP_BUNDLES  # [rows, group]
+    within = min(rows, COUNTED_ROWS[-1])
+    short, long = (float(np.interp(within, COUNTED_ROWS, counted[:, i])) * rows / within for i in (0, 1))
+    share = (1 / group - 1 / 128) / (1 / 32 - 1 / 128)
+    return max(long + (short - long) * share, 0.6 * long)
+
+
+def bytes_of_step(problem: Problem, plan: Plan, steps_n: int, steps_k: int) -> float:
+    """HBM bytes: codes, scales and their kin, x where it is read again, and the result."""
+    a_column = 2 + problem.zero_points + 2 * problem.offsets
+    groups = plan.block_k / (problem.k if problem.groups == 1 else problem.group_size)
+    weights = plan.block_n * (plan.block_k / 2 + groups * a_column)
+    x = 2 * plan.block_m * plan.block_k / (steps_n if plan.resident or steps_k == 1 else 1)
+    return weights + x + 2 * plan.block_m * plan.block_n / steps_k
+
+
+def vmem_of(problem: Problem, plan: Plan) -> int:
+    """Bytes of VMEM: two of every block, the sum, and what the compiler was seen to keep on its stack."""
+    bm, bk, bn = -(-plan.block_m // 16) * 16, plan.block_k, -(-plan.block_n // LANES) * LANES
+    groups = 1 if problem.groups == 1 else max(1, bk // problem.group_size)
+    columns = (1 + problem.zero_points + problem.offsets) * 4 * groups * bn
+    x = 2 * bm * (-(-problem.k // bk) * bk if plan.resident else bk)
+    chunk = min(plan.chunk, bk)
+    if plan.form == "wscale":
+        stack = 5 * chunk * bn
+    else:
+        stack = 4 * bm * bn * (max(1, groups * chunk // bk) if plan.block_m > 16 else 1)
+    return 2 * (bk * bn // 2 + columns + x + 4 * bm * bn) + 4 * bm * bn + stack + 2**20

@@ -6,6 +6,7 @@ rate over the multiply-adds of a cycle.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -17,35 +18,33 @@ class Chip:
     Attributes:
       name: as in "v6e".
       kinds: what `jax.Device.device_kind` says.
+      cores: cores of a device.
       clock: cycles a second.
       bandwidth: HBM bytes a second.
-      mxu: bf16 multiply-adds a cycle.
-      mxu_depth: rows of weights that one pass takes; a shallower product costs as much.
+      mxu_depth: rows and columns of weights that one pass takes; a smaller product costs as much.
       vmem: bytes that a kernel may take.
-      unpack: "native" (one or two instructions), "slow" (works, and magic beats it) or "magic" (nothing else will do).
       bf16_vector: whether the vector unit multiplies bf16.
       integer_mxu: whether int8 by int8 products are native.
     """
 
     name: str
     kinds: tuple[str, ...]
+    cores: int
     clock: float
     bandwidth: float
-    mxu: int
     mxu_depth: int
     vmem: int
-    unpack: str
     bf16_vector: bool
     integer_mxu: bool
 
 
 _MIB = 2**20
 CHIPS = (
-    Chip("v4", ("TPU v4", "TPU v4 lite"), 1.05e9, 0.615e12, 65536, 128, 14 * _MIB, "magic", False, False),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 1.5e9, 0.82e12, 65536, 128, 96 * _MIB, "slow", False, True),
-    Chip("v5p", ("TPU v5", "TPU v5p"), 1.75e9, 1.23e12, 65536, 128, 48 * _MIB, "slow", False, True),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 1.755e9, 1.64e12, 262144, 256, 96 * _MIB, "native", True, True),
-    Chip("tpu7x", ("TPU7x",), 2.2e9, 3.7e12, 262144, 256, 48 * _MIB, "native", True, False),
+    Chip("v4", ("TPU v4", "TPU v4 lite"), 2, 1.05e9, 0.615e12, 128, 14 * _MIB, False, False),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 1, 1.5e9, 0.82e12, 128, 96 * _MIB, False, True),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 2, 1.75e9, 1.23e12, 128, 48 * _MIB, False, True),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 1, 1.755e9, 1.64e12, 256, 96 * _MIB, True, True),
+    Chip("tpu7x", ("TPU7x",), 1, 2.2e9, 3.7e12, 256, 48 * _MIB, True, False),
 )
 
 # For a TPU program traced where no TPU is in sight (an export on a CPU machine): forms that every chip compiles, in
@@ -69,7 +68,7 @@ def traced_chip() -> Chip:
 
 
 def _default_kind() -> str:
-    default = getattr(jax.config, "jax_default_device", None)
-    if isinstance(default, jax.Device):
-        return default.device_kind
-    return (jax.devices(default) if isinstance(default, str) else jax.devices())[0].device_kind
+    default: Any = getattr(jax.config, "jax_default_device", None)  # None, a platform's name, or a device
+    if default is None or isinstance(default, str):
+        default = jax.devices(default)[0]
+    return default.device_kind

@@ -1,11 +1,13 @@
 """The inner forms of the TPU kernels: one block of x by one block of codes, inside a Pallas kernel.
 
-A form takes a `Block` and the static length of a group, and returns f32[bm, bn], the block's share of x @ W:
+A form takes a `Block` and the static length of a group, and returns f32[bm, bn], the block's share of x @ W (added to
+a total by `accumulate`):
 
     sum over the groups i of the block, over k in group i, of
         x[m, k] * ((code[k, n] - (zero_point[i, n] - 8)) * scale[i, n] + offset[i, n])
 
-    direct   per group  (x_i @ codes_i - sums_i * (zero_point_i - 8)) * scale_i + sums_i * offset_i
+    direct   per group  (x_i @ codes_i - sums_i * (zero_point_i - 8)) * scale_i + sums_i * offset_i,
+             sums_i the sum of x's columns in the group, taken only where something needs it.
              bf16 by int4 goes into the dot as it is and the compiler picks the chip's unpacking (v6e: one instruction,
              int4 to bf16; TPU7x: to fp8, which its MXU takes beside bf16; v5: four instructions; v4: a shuffle through
              memory that is six times slower than the product). Exact in the codes: what is rounded is x and f32 sums.
@@ -30,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
@@ -46,7 +49,6 @@ class Block(NamedTuple):
         than the block, the index map repeats its row and `group` is bk.
       zero_point: u8[bk / group, 1, bn] or None, counted in unsigned codes.
       offset: [bk / group, 1, bn] or None.
-      sums: f32[bm, bk / group], x summed over each group; wanted where there are zero points or offsets, and by magic.
     """
 
     x: Any
@@ -54,11 +56,24 @@ class Block(NamedTuple):
     scale: Any
     zero_point: Any = None
     offset: Any = None
-    sums: Any = None
 
 
-def needs_sums(form: str, zero_points: bool, offsets: bool) -> bool:
-    return form == "magic" or (form == "direct" and (zero_points or offsets))
+def accumulate(form: Any, block: Block, group: int, chunk: int, total: Any) -> None:
+    """total f32[bm, bn] += form(block, group), `chunk` rows of codes at a time where that is less than the block.
+
+    With many rows of x a form's partial sums do not fit the registers, and a scheduler that is shown all groups at once
+    spills them all; a loop holds one chunk's. A chunk is whole groups and a multiple of LANES.
+    """
+    if chunk >= block.codes.shape[0]:
+        total[...] += form(block, group)
+        return
+    per = chunk // group
+
+    @pl.loop(0, block.codes.shape[0] // chunk)
+    def _(index: jax.Array) -> None:
+        rows = pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
+        groups = [None if part is None else part[pl.ds(index * per, per)] for part in block[2:]]
+        total[...] += form(Block(block.x[:, rows], block.codes[rows, :], *groups), group)
 
 
 def direct(block: Block, group: int, *, upcast: bool = False) -> jax.Array:
@@ -67,11 +82,11 @@ def direct(block: Block, group: int, *, upcast: bool = False) -> jax.Array:
     def weight(codes: jax.Array) -> jax.Array:
         return codes.astype(jnp.bfloat16) if upcast else codes
 
-    return _by_groups(block, group, weight, center=0)
+    return _by_groups(block, group, weight, center=0.0)
 
 
 def magic(block: Block, group: int) -> jax.Array:
-    return _by_groups(block, group, _magic_weight, center=136)
+    return _by_groups(block, group, _magic_weight, center=136.0)
 
 
 def wscale(block: Block, group: int) -> jax.Array:
@@ -89,7 +104,7 @@ def wscale(block: Block, group: int) -> jax.Array:
 
 
 def magic_order(x: jax.Array, group: int) -> jax.Array:
-    """bf16[M, K], K a multiple of LANES, with the columns of each chunk as `magic` wants them: 8r + 4h + j at (j, r, h).
+    """bf16[M, K], K a multiple of LANES, with the columns of a chunk as `magic` wants them: 8r + 4h + j at (j, r, h).
 
     A product with a permutation matrix is exact, and moves columns where a TPU moves them fastest.
     """
@@ -101,36 +116,32 @@ def magic_order(x: jax.Array, group: int) -> jax.Array:
     return moved.astype(jnp.bfloat16).reshape(x.shape)
 
 
-def group_sums(x: jax.Array, group: int) -> jax.Array:
-    """f32[M, K / group] of bf16[M, K]: a product with ones, as the lanes of a TPU add up slowly."""
-    unit = math.lcm(group, LANES)
-    ones = np.repeat(np.eye(unit // group, dtype=np.float32), group, 0)  # [unit, groups of a unit]
-    sums = product(x.reshape(-1, unit), jnp.asarray(ones, jnp.bfloat16))
-    return sums.reshape(x.shape[0], -1)
-
-
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """f32[bm, bn] = x[bm, k] @ weight[k, bn]."""
     return lax.dot_general(x, weight, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _by_groups(block: Block, group: int, weight: Any, center: int) -> jax.Array:
+def _by_groups(block: Block, group: int, weight: Any, center: float) -> jax.Array:
     """The sum over groups of (x_i @ weight(codes_i) - sums_i * (center + shift_i)) * scale_i + sums_i * offset_i."""
     total = None
     for i in range(block.codes.shape[0] // group):
         rows = slice(i * group, (i + 1) * group)
-        partial = product(block.x[:, rows], weight(block.codes[rows, :]))
-        column: Any = None if block.sums is None else block.sums[:, i : i + 1]  # f32[bm, 1]
-        if block.zero_point is not None:
-            partial = partial - column * (_shift(block.zero_point[i]) + float(center))
-        elif center:
-            partial = partial - column * float(center)
+        x = block.x[:, rows]
+        partial = product(x, weight(block.codes[rows, :]))
+        if center or block.zero_point is not None:
+            shift = center if block.zero_point is None else _shift(block.zero_point[i]) + center
+            partial = partial - _row_sums(x) * shift
         partial = partial * block.scale[i].astype(jnp.float32)
         if block.offset is not None:
-            partial = partial + column * block.offset[i].astype(jnp.float32)
+            partial = partial + _row_sums(x) * block.offset[i].astype(jnp.float32)
         total = partial if total is None else total + partial
     assert total is not None
     return total
+
+
+def _row_sums(x: jax.Array) -> jax.Array:
+    """f32[bm, 1]."""
+    return jnp.sum(x.astype(jnp.float32), axis=1, keepdims=True)
 
 
 def _shift(zero_point: jax.Array) -> jax.Array:

@@ -1,0 +1,184 @@
+"""Oracle: numpy in float64. The kernel runs in Pallas' interpreter of TPU kernels (memory it never wrote is NaN)."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, int4_matmul
+from pallas_kernels.int4_matmul.registry import choose
+from pallas_kernels.int4_matmul.shapes import SHAPES
+from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.tpu import int4_matmul_tpu
+from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan, vmem_of
+from pallas_kernels.int4_matmul.tpu_chips import CHIPS, UNKNOWN, chip_named, traced_chip
+from pallas_kernels.int4_matmul.tpu_forms import magic_order
+
+FORMS = ("direct", "magic", "wscale")
+
+# M, K, N, group, zero points, offsets, block_m, block_k, block_n, x resident
+CASES: dict[str, tuple[Any, ...]] = {
+    "whole blocks": (5, 512, 256, 64, False, False, 5, 256, 128, False),
+    "one row": (1, 256, 128, 128, True, False, 1, 256, 128, True),
+    "tails of M, K, N and group": (20, 500, 200, 64, True, True, 8, 256, 128, True),
+    "groups that do not fill the blocks": (16, 320, 128, 32, True, False, 16, 256, 128, False),
+    "groups longer than a block": (5, 700, 128, 256, True, True, 5, 128, 128, True),
+    "per channel": (64, 300, 128, 300, True, False, 64, 128, 128, True),
+    "few columns": (5, 256, 75, 128, False, True, 5, 256, 75, False),
+    "many rows": (300, 256, 128, 128, True, False, 128, 256, 128, False),
+}
+
+
+def weight(k, n, group, zero_points=False, offsets=False, scales=jnp.bfloat16, batch=(), columns=None, seed=0):
+    """(Packed in the tpu layout, its spec, the dense weight f64)."""
+    rng = np.random.default_rng(seed)
+    groups, columns = -(-k // group), columns or n
+    codes = rng.integers(-8, 8, (*batch, k, n))
+    shape = (*batch, groups, 1, columns)
+    scale = jnp.asarray(rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape), scales)
+    zero_point = jnp.asarray(rng.integers(0, 16, shape), jnp.uint8) if zero_points else None
+    offset = jnp.asarray(rng.normal(size=shape), scales) if offsets else None
+
+    def rows(part, empty):
+        if part is None:
+            return empty
+        return np.repeat(np.asarray(part, np.float64)[..., 0, :], group, -2)[..., :k, :]
+
+    dense = (codes - rows(zero_point, 8.0) + 8.0) * rows(scale, 0.0) + rows(offset, 0.0)
+    spec = PackedSpec(k, group_size=group, layout="tpu")
+    return Packed(jnp.asarray(codes, jnp.int4), scale, zero_point, offset), spec, dense
+
+
+def rows_of_x(m, k, dtype=jnp.bfloat16, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(m, k)), dtype)
+
+
+def relative_error(got, want):
+    return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+
+
+def as_bf16(dense):
+    return np.asarray(jnp.asarray(dense, jnp.float32).astype(jnp.bfloat16), np.float64)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_forms_match_float64(case, form):
+    m, k, n, group, zero_points, offsets, *blocks = CASES[case]
+    w, spec, dense = weight(k, n, group, zero_points, offsets)
+    x = rows_of_x(m, k)
+    out = int4_matmul_tpu(x, w, spec, plan=Plan(form, *blocks), interpret=True)
+    x64 = np.asarray(x, np.float64)
+    assert out.dtype == jnp.float32
+    if form == "wscale":  # exactly the product of the dense weight in bf16
+        assert relative_error(out, x64 @ as_bf16(dense)) < 1e-6
+        assert relative_error(out, x64 @ dense) < 2.5e-3
+    else:
+        assert relative_error(out, x64 @ dense) < (1e-6 if form == "direct" else 1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rounding_to_bf16_is_within_two_thousandths(form):
+    w, spec, dense = weight(512, 256, 128, zero_points=True)
+    x = rows_of_x(64, 512)
+    out = int4_matmul_tpu(x, w, spec, plan=Plan(form, 64, 256, 256), dtype=jnp.bfloat16, interpret=True)
+    assert out.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64) @ (as_bf16(dense) if form == "wscale" else dense)
+    assert relative_error(out, exact) < 2e-3
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [(None, 2.5e-3), ("high", 1e-5), ("highest", 1e-6)])
+def test_float32_goes_by_precision(precision, allowed):
+    w, spec, dense = weight(256, 128, 64, True, True, scales=jnp.float32)
+    x = rows_of_x(5, 256, jnp.float32)
+    out = int4_matmul_tpu(x, w, spec, precision=precision, chip=chip_named("v6e"), interpret=True)
+    assert relative_error(out, np.asarray(x, np.float64) @ dense) < allowed
+
+
+@pytest.mark.parametrize("m", [16, 300])
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v6e", "tpu7x"])
+def test_the_plan_of_each_chip_matches_float64(chip, m):
+    w, spec, dense = weight(384, 256, 64, True)
+    x = rows_of_x(m, 384)
+    out = int4_matmul_tpu(x, w, spec, chip=chip_named(chip), interpret=True)
+    assert relative_error(out, np.asarray(x, np.float64) @ as_bf16(dense)) < 2.5e-3
+
+
+def test_one_value_for_all_columns():
+    w, spec, dense = weight(256, 128, 128, True, True, columns=1)
+    x = rows_of_x(5, 256)
+    out = int4_matmul_tpu(x, w, spec, plan=Plan("direct", 5, 256, 128), interpret=True)
+    assert relative_error(out, np.asarray(x, np.float64) @ np.broadcast_to(dense, (256, 128))) < 1e-6
+
+
+def test_public_function_takes_it_stacked_scanned_and_differentiated():
+    w, spec, dense = weight(128, 128, 32, batch=(2,))
+    x = jnp.stack([rows_of_x(3, 128, seed=seed) for seed in (1, 2)])
+
+    def product(x, w):
+        return int4_matmul(x, *w, spec=spec, implementation="tpu_interpret", preferred_element_type=jnp.float32)
+
+    def scanned(x, w):
+        return jax.lax.scan(lambda _, layer: (None, product(*layer)), None, (x, w))[1]
+
+    want = np.asarray(x, np.float64) @ dense
+    assert relative_error(product(x, w), want) < 1e-6  # one call with batch axes: vmapped
+    assert relative_error(jax.jit(scanned)(x, w), want) < 1e-6
+    gradient = jax.grad(lambda x: jnp.sum(product(x, w)))(x)
+    assert relative_error(gradient, np.ones((2, 3, 128)) @ np.swapaxes(dense, -1, -2)) < 5e-3
+
+
+@pytest.mark.parametrize("group", [32, 64, 96, 128, 256])
+def test_magic_order_is_what_words_hold(group):
+    columns = 768
+    x = jnp.arange(columns, dtype=jnp.float32) % 256
+    order = np.asarray(magic_order(jnp.asarray(x[None], jnp.bfloat16), group)[0], np.int64)
+    chunk = np.gcd(group, 128)
+    want = [
+        start + 8 * r + 4 * h + j
+        for start in range(0, columns, chunk)
+        for j, r, h in itertools.product(range(4), range(chunk // 8), range(2))
+    ]
+    assert order.tolist() == [place % 256 for place in want]
+
+
+def test_what_it_does_not_take_is_said_and_left_to_xla():
+    neutral, odd = PackedSpec(128), PackedSpec(128, group_size=24, layout="tpu")
+    assert choose(None, "tpu", PackedSpec(128, layout="tpu")) == "tpu"
+    assert choose(None, "tpu", neutral) == choose(None, "tpu", odd) == "xla"
+    assert choose(None, "cpu", PackedSpec(128, layout="tpu")) == "xla"
+    w, _, _ = weight(128, 128, 24)
+    with pytest.raises(UnsupportedError, match="groups of a multiple of 32 rows, not of 24"):
+        int4_matmul(rows_of_x(2, 128), *w, spec=odd, implementation="tpu")
+    with pytest.raises(UnsupportedError, match=r"reads the tpu layout, not the neutral one \(jq4.prepare"):
+        int4_matmul(
+            rows_of_x(2, 128), jnp.zeros((64, 4), jnp.uint8), w.scale[:1, 0, :4], spec=neutral, implementation="tpu"
+        )
+
+
+@pytest.mark.parametrize("chip", [*CHIPS, UNKNOWN], ids=lambda chip: chip.name)
+def test_plans_fit_the_chip_and_read_enough_at_a_time(chip):
+    sizes = [SHAPES["llama-3-70b/gate_up"], SHAPES["llama-3.2-1b/o_proj"], (11008, 4096), (4001, 4099), (4096, 75)]
+    for (k, n), m, group, zero in itertools.product(sizes, (1, 16, 128, 2048), (32, 96, 128, 10**9), (False, True)):
+        groups = -(-k // group)
+        problem = Problem(m, k, n, groups, min(group, k), zero)
+        plan = choose_plan(problem, chip)
+        where = (chip.name, problem, plan)
+        assert vmem_of(problem, plan) <= chip.vmem, where
+        assert plan.block_k % 128 == 0 and (plan.block_n % 128 == 0 or plan.block_n == n), where
+        assert groups == 1 or plan.block_k % group == 0 or group % plan.block_k == 0, where
+        assert plan.block_m == m or plan.block_m % 16 == 0, where
+        if m <= 16 and k * n >= 2**24 and n >= 1024:
+            assert plan.block_k * plan.block_n >= 2**21, where
+
+
+def test_the_chip_is_that_of_the_trace():
+    assert traced_chip() is UNKNOWN  # this process has CPUs
+    for chip, cores in (("TPU v4", 2), ("TPU v5 lite", 1), ("TPU v5", 2), ("TPU v6 lite", 1), ("TPU7x", 1)):
+        device = jax.sharding.AbstractDevice(chip, cores, "tpu")
+        with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+            assert chip in traced_chip().kinds
