@@ -1,4 +1,12 @@
-"""The public function, by platform at lowering, and its gradient; laid out like int4_matmul/api.py."""
+"""The public function, by platform at lowering, and its gradient; laid out like int4_matmul/api.py.
+
+    reference       all platforms   the oracle of reference.py: the experts appear dense
+    xla             all platforms   xla.py: a form for each platform
+    tpu             tpu             tpu.py: a Pallas kernel, for the tpu layout
+    tpu_interpret   cpu             the same by Pallas' interpreter, for tests
+
+None takes the kernel on a TPU where it takes the weight, and XLA's form for the platform elsewhere.
+"""
 
 import functools
 from typing import Any
@@ -7,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.grouped_int4_matmul import tpu
 from pallas_kernels.grouped_int4_matmul.reference import grouped_int4_matmul_reference
 from pallas_kernels.grouped_int4_matmul.xla import grouped_input_cotangent, grouped_xla, rows_of_expert
 from pallas_kernels.int4_matmul import gradients, tiles, xla
@@ -15,8 +24,9 @@ from pallas_kernels.int4_matmul.registry import UnsupportedError
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.manual_axes import vary_alike
+from pallas_kernels.partitioned import alone_or_partitioned
 
-IMPLEMENTATIONS = ("xla", "reference")
+IMPLEMENTATIONS = ("xla", "reference", "tpu", "tpu_interpret")
 
 
 def grouped_int4_matmul(
@@ -39,12 +49,12 @@ def grouped_int4_matmul(
       codes, scale, zero_point, offset: packed weights with one leading axis E, see int4_matmul/spec.py.
       group_sizes: i32[E], rows of each expert in turn; rows after their sum give zeros.
       spec: how codes and scales are to be read.
-      implementation: None or "xla", or "reference".
+      implementation: None, or a name of those above: that one or an error.
       preferred_element_type: dtype of the result; None is x's. Sums are float32 in any case.
       precision: of the products.
 
     Raises:
-      UnsupportedError: no such implementation.
+      UnsupportedError: no such implementation, or it does not take the weight.
       ValueError: shapes that do not fit the spec.
     """
     w = Packed(codes, scale, zero_point, offset)
@@ -53,39 +63,52 @@ def grouped_int4_matmul(
             f"unknown implementation {implementation!r} of grouped_int4_matmul: "
             f"wanted one of {', '.join(IMPLEMENTATIONS)}"
         )
+    if implementation in ("tpu", "tpu_interpret") and (reason := tpu.refusal(spec)):
+        raise UnsupportedError(f"{implementation} of grouped_int4_matmul does not take {spec}: {reason}")
     if codes.ndim != 3 or x.ndim != 2 or x.shape[1] != spec.length or codes.shape[spec.k_axis] != spec.packed_length:
         raise ValueError(f"x {x.shape} and codes {codes.shape} are not [M, K] and packed [E, K, N] of {spec}")
     if group_sizes.shape != codes.shape[:1]:
         raise ValueError(f"group_sizes has shape {group_sizes.shape}, wanted ({codes.shape[0]},), one for each expert")
     dtype = jnp.dtype(preferred_element_type or x.dtype)
-    return _jitted(x, w, group_sizes, spec, implementation or "xla", dtype, precision)
+    return _jitted(x, w, group_sizes, spec, implementation, dtype, precision)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def _jitted(x, w: Packed, group_sizes, spec: PackedSpec, implementation: str, dtype, precision) -> jax.Array:
+def _jitted(x, w: Packed, group_sizes, spec: PackedSpec, implementation, dtype, precision) -> jax.Array:
     flat = tiles.flat_scales(w, spec)
     if implementation == "reference":
         return grouped_int4_matmul_reference(x, *w, group_sizes, spec=spec, precision=precision).astype(dtype)
     x, flat, group_sizes = vary_alike((x, flat, group_sizes))
-    return _product(x, flat, group_sizes, spec, precision).astype(dtype)
+    return _product(x, flat, group_sizes, spec, implementation, precision).astype(dtype)
 
 
-def _value(x, w: Packed, group_sizes, spec: PackedSpec, precision) -> Any:
-    def on(platform: str):
+def _value(x, w: Packed, group_sizes, spec: PackedSpec, implementation, precision) -> Any:
+    def by_xla(platform: str):
         run = functools.partial(grouped_xla, spec=spec, platform=platform, precision=precision)
         return lambda x, w, sizes: run(x, w, sizes).astype(xla.accumulator(x.dtype))
 
-    return by_lowering_platform({platform: on(platform) for platform in ("cpu", "tpu", "gpu")}, x, w, group_sizes)
+    def by_kernel(x, w, sizes):
+        interpret = implementation == "tpu_interpret"
+        out = tpu.grouped_int4_matmul_tpu(x, w, sizes, spec, precision=precision, interpret=interpret)
+        return out.astype(xla.accumulator(x.dtype))
+
+    forms: dict[str, Any] = {platform: by_xla(platform) for platform in ("cpu", "tpu", "gpu")}
+    if implementation is None and tpu.refusal(spec) is None:
+        forms["tpu"] = alone_or_partitioned(by_kernel, forms["tpu"])
+    elif implementation in ("tpu", "tpu_interpret"):
+        forms = {"tpu" if implementation == "tpu" else "cpu": by_kernel}
+    return by_lowering_platform(forms, x, w, group_sizes)
 
 
-_product: Any = jax.custom_vjp(_value, nondiff_argnums=(3, 4))
+_product: Any = jax.custom_vjp(_value, nondiff_argnums=(3, 4, 5))
 
 
-def _forward(x, w, group_sizes, spec, precision):
-    return _product(x, w, group_sizes, spec, precision), (x, w, group_sizes)
+def _forward(x, w, group_sizes, spec, implementation, precision):
+    return _product(x, w, group_sizes, spec, implementation, precision), (x, w, group_sizes)
 
 
-def _backward(spec, precision, residuals, dy):
+def _backward(spec, implementation, precision, residuals, dy):
+    del implementation  # XLA's forms serve the transpose everywhere
     x, w, group_sizes = residuals
 
     def to_input(platform: str):

@@ -1,0 +1,192 @@
+"""Ragged groups of rows by packed experts on a TPU, by one Pallas kernel; how many rows each expert has is data.
+
+x[M, K] is sorted by expert and cut into tiles of bm rows. A work item is a tile and an expert that has rows in it; in
+the order of the rows there are at most ceil(M / bm) + E - 1 of them, whatever the groups are, so the grid is static:
+
+    grid      (N / bn, items, K / bk), K innermost
+    prefetch  of each item its tile, its expert, and the expert's first and last row in the tile; how many items
+              there are. The index maps read them: experts without rows are never fetched, idle items at the end
+              repeat the last one's blocks, which moves nothing, and compute nothing.
+    out       a tile's rows are written by each of its experts in turn, while the block stays in VMEM
+
+This is how megablox (Gale et al. 2022, MegaBlocks; JAX's megablox for TPUs) walks over groups. What it multiplies an
+item by is a block of the dense kernel (int4_matmul/tpu_forms.py, blocks by tpu_blocks.py): codes, scales and zero
+points of the item's expert, unpacked in VMEM; nothing of a dense weight is ever in HBM. A tile with rows of several
+experts is multiplied once for each of them, whole: bm is no larger than the experts' average share asks for.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.int4_matmul import tpu_forms
+from pallas_kernels.int4_matmul.spec import PackedSpec
+from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.tpu import bf16_terms
+from pallas_kernels.int4_matmul.tpu import refusal as refusal
+from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan
+from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
+from pallas_kernels.manual_axes import shape_varying_as
+
+SMALLEST_TILE, LARGEST_TILE = 16, 256  # rows
+
+
+class Items(NamedTuple):
+    """The work items: their tile, expert and rows [first, end) of the tile, i32[items] each; those in use i32[1]."""
+
+    tile: jax.Array
+    expert: jax.Array
+    first: jax.Array
+    end: jax.Array
+    used: jax.Array
+
+
+def grouped_int4_matmul_tpu(
+    x: jax.Array,
+    w: Packed,
+    group_sizes: jax.Array,
+    spec: PackedSpec,
+    *,
+    precision: Any = None,
+    chip: Chip | None = None,
+    tile_rows: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """f32[M, N]: each row of x[M, K] times its expert's W[K, N]; rows after the last group give zeros.
+
+    Args:
+      x: float[M, K], sorted by expert.
+      w: codes int4[E, K, N], scale and its kin [E, G, N].
+      group_sizes: i32[E].
+      spec: layout "tpu".
+      precision: of a float32 x, as the dense kernel's.
+      chip: None is the one of the trace.
+      tile_rows: bm; None is chosen.
+      interpret: run on a CPU, by Pallas' interpreter of TPU kernels.
+    """
+    rows, experts, columns = x.shape[0], w.codes.shape[0], w.codes.shape[2]
+    bm = min(tile_rows or _tile_rows(rows, experts), -(-rows // SMALLEST_TILE) * SMALLEST_TILE)
+    flags = (w.zero_point is not None, w.offset is not None)
+    problem = Problem(bm, spec.length, columns, spec.num_groups, spec.group_size, *flags)
+    terms = bf16_terms(x, precision)
+    plan = choose_plan(problem, chip or traced_chip(), exact=terms.shape[0] > 1)
+    items = work_items(group_sizes.astype(jnp.int32), rows, bm)
+    out = [_call(term, w, items, bm, plan, spec, interpret) for term in terms]
+    return functools.reduce(jnp.add, out)
+
+
+def _tile_rows(rows: int, experts: int) -> int:
+    size = SMALLEST_TILE
+    while size < LARGEST_TILE and size * experts < rows:
+        size *= 2
+    return size
+
+
+def work_items(group_sizes: jax.Array, rows: int, bm: int) -> Items:
+    """The items of i32[E] rows for each expert, `rows` in all, in tiles of bm."""
+    experts = group_sizes.shape[0]
+    ends = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), rows)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+    tiles = jnp.where(ends > starts, (ends - 1) // bm - starts // bm + 1, 0)  # i32[E]: tiles that an expert is in
+    item_ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    count = item_ends[-1]
+    number = jnp.minimum(jnp.arange(-(-rows // bm) + experts - 1, dtype=jnp.int32), jnp.maximum(count - 1, 0))
+    expert = jnp.minimum(jnp.searchsorted(item_ends, number, side="right").astype(jnp.int32), experts - 1)
+    tile = starts[expert] // bm + number - (item_ends[expert] - tiles[expert])
+    first = jnp.clip(starts[expert] - tile * bm, 0, bm)
+    end = jnp.clip(ends[expert] - tile * bm, 0, bm)
+    return Items(tile, expert, first, end, count[None])
+
+
+def _call(x: jax.Array, w: Packed, items: Items, bm: int, plan: Plan, spec: PackedSpec, interpret: bool) -> jax.Array:
+    (rows, k), n = x.shape, w.codes.shape[2]
+    bk, bn = plan.block_k, plan.block_n
+    steps = pl.cdiv(k, bk)
+    group = bk if spec.num_groups == 1 else min(bk, spec.group_size)
+    repeat = steps if spec.num_groups == 1 else max(1, spec.group_size // bk)  # blocks that share a row of scales
+    per_block = bk // group
+    x = jnp.pad(x, ((0, -rows % bm), (0, steps * bk - k)))
+    if plan.form == "magic":
+        x = tpu_forms.magic_order(x, group)
+    missing = 0 if repeat > 1 else max(0, steps * per_block - w.scale.shape[1])
+
+    def block_of(step: Any, item: Any, used: Any) -> Any:
+        """Of K; idle items stay at the last one's."""
+        return jnp.where(item < used[0], step, steps - 1)
+
+    def of_expert(j: Any, i: Any, k: Any, tile: Any, expert: Any, first: Any, end: Any, used: Any) -> Any:
+        return expert[i], block_of(k, i, used), j
+
+    def of_groups(j: Any, i: Any, k: Any, tile: Any, expert: Any, first: Any, end: Any, used: Any) -> Any:
+        return expert[i], lax.div(block_of(k, i, used), jnp.int32(repeat)), 0, j
+
+    parts = {"codes": w.codes}
+    blocks = {"x": pl.BlockSpec((bm, x.shape[1]), lambda j, i, k, tile, *_: (tile[i], 0))}
+    blocks["codes"] = pl.BlockSpec((None, bk, bn), of_expert)
+    for name, part in zip(("scale", "zero_point", "offset"), w[1:], strict=True):
+        if part is not None:
+            parts[name] = _by_blocks(part, n, missing)
+            blocks[name] = pl.BlockSpec((None, per_block, 1, bn), of_groups)
+    kernel = functools.partial(_kernel, names=tuple(blocks), plan=plan, group=group, steps=steps, interpret=interpret)
+    out = pl.pallas_call(
+        kernel,
+        name="grouped_int4_matmul",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(items),
+            grid=(pl.cdiv(n, bn), items.tile.shape[0], steps),
+            in_specs=list(blocks.values()),
+            out_specs=pl.BlockSpec((bm, bn), lambda j, i, k, tile, *_: (tile[i], j)),
+            scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)],
+        ),
+        out_shape=shape_varying_as((x.shape[0], n), jnp.float32, [x, *parts.values()]),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=plan.vmem_limit
+        ),
+        interpret=pltpu.InterpretParams() if interpret else False,
+    )(*items, x, *parts.values())
+    return jnp.where((jnp.arange(rows) < _rows_of(items, bm))[:, None], out[:rows], 0.0)
+
+
+def _rows_of(items: Items, bm: int) -> jax.Array:
+    """i32[]: how many rows have an expert."""
+    return jnp.where(items.used[0] > 0, items.tile[-1] * bm + items.end[-1], 0)
+
+
+def _by_blocks(part: jax.Array, n: int, missing: int) -> jax.Array:
+    """[E, G, 1, N] of [E, G, N or 1], and rows of zeros for the groups that the last block of K has too many."""
+    wide = jnp.broadcast_to(part, (*part.shape[:2], n))[:, :, None]
+    return jnp.pad(wide, ((0, 0), (0, missing), (0, 0), (0, 0)))
+
+
+def _kernel(
+    tile: Any, expert: Any, first: Any, end: Any, used: Any, *refs: Any,
+    names: tuple[str, ...], plan: Plan, group: int, steps: int, interpret: bool,
+) -> None:  # fmt: skip
+    *inputs, out, total = refs
+    item, step = pl.program_id(1), pl.program_id(2)
+    operands = dict(zip(names, inputs, strict=True))
+    x = operands["x"]
+    if steps > 1:
+        x = x.at[:, pl.ds(pl.multiple_of(step * plan.block_k, plan.block_k), plan.block_k)]
+    rest = [operands.get(name) for name in ("scale", "zero_point", "offset")]
+    options = {"upcast": True} if interpret and plan.form == "direct" else {}
+
+    @pl.when(item < used[0])
+    def _() -> None:
+        @pl.when(step == 0)
+        def _() -> None:
+            total[...] = jnp.zeros_like(total)
+
+        form = functools.partial(getattr(tpu_forms, plan.form), **options)
+        tpu_forms.accumulate(form, tpu_forms.Block(x, operands["codes"], *rest), group, plan.chunk, total)
+
+        @pl.when(step == steps - 1)
+        def _() -> None:
+            row = lax.broadcasted_iota(jnp.int32, total.shape, 0)
+            own = (row >= first[item]) & (row < end[item])
+            out[...] = jnp.where(own, total[...], out[...])
