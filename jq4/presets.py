@@ -8,7 +8,8 @@
     rtn-w4g128-a8           smoothquant-w8a8        8 bits by 8, a scale an output channel, inputs smoothed beforehand
     rotate-rtn-w4g128-a8    smoothquant-w8a8-static the same with a step for each weight's inputs from calibration
 
-    autoround-w4g32         gptq-w4g32, then rounding and scales learned block by block (jq4.tuning)
+    autoround-w4g32         gptq-w4g32, then rounding and scales learned block by block, straight through (jq4.tuning)
+    adaround-w4g32          the same with a soft rounding that is annealed
     best-w4g32              gptq-w4g32, then scales and rounding learned end to end: the best at these bits
 
 `rotate-` before any of them is the step of that name (jq4.equalize). Presets leave norms, biases, embeddings and the
@@ -33,7 +34,7 @@ _TYPE = {"nf": "nf", "fp": "float"}
 
 
 _ACTIVATIONS = re.compile(r"(?P<weights>.+)-a(?P<bits>[48])")
-_LEARNED = {"autoround": ("autoround",), "best": ("distill",)}
+_LEARNED = {"adaround": ("adaround",), "autoround": ("autoround",), "best": ("distill",)}
 _LEARNED_FROM = "gptq"
 _SMOOTHQUANT = {"smoothquant-w8a8": "", "smoothquant-w8a8-static": "static"}
 

@@ -13,7 +13,7 @@ rows. Where not all are run, losses follow an estimate, its `weighting`:
 With `trials="one"` there is one trial for each leaf, in the format of its median estimate, and the others follow in
 proportion; with `trials="none"` the estimate itself is the loss. On TinyStories-656K, 7 leaves in 5 formats, ranks of
 the leaves within a format agree with those of their trials by .99 (fisher) against .56 (hessian) for HQQ, .93 against
-.41 for GPTQ, and the first is the loss itself to 13 and 55 per cent at worst (benchmarks/mixed.py).
+.41 for GPTQ, and the first is the loss itself to 13 and 52 per cent at worst (benchmarks/mixed.py).
 
 Trials put the dequantized leaf into the dense tree, so that one program runs them all. They see what formats do to
 weights; formats that quantize activations are not told apart from those that do not. The granularity is the leaf: all

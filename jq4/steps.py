@@ -30,11 +30,13 @@ _DESCENT = (  # jq4.tuning.descent.Settings
     "iterations", "batch_size", "rate", "scale_rate", "shift_rate", "optimizer", "decay", "checks",
 )  # fmt: skip
 
+BLOCKWISE = ("adaround", "autoround")  # learn a block's outputs, jq4.tuning.block
 STEPS: dict[str, StepKind] = {
     "rotate": StepKind(BEFORE, ("residual", "heads", "seed")),
     "smoothquant": StepKind(BEFORE, ("alpha",)),
     "awq": StepKind(BEFORE, ("ratios", "by_weights", "finalists", "columns")),
-    "autoround": StepKind(AFTER, _DESCENT),
+    "adaround": StepKind(AFTER, (*_DESCENT, "held_out", "regularization", "warmup")),
+    "autoround": StepKind(AFTER, (*_DESCENT, "held_out")),
     "distill": StepKind(AFTER, (*_DESCENT, "perturbed_rows", "perturbed_share", "held_out")),
 }
 

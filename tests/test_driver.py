@@ -81,14 +81,14 @@ def test_a_saved_model_is_the_one_returned(config, params, tmp_path):
 
 
 LEARNED = {
-    "autoround": {"iterations": 4, "batch_size": 2},
+    "adaround": {"iterations": 4, "batch_size": 2},
     "distill": {"iterations": 4, "batch_size": 2, "perturbed_rows": 2},
 }
 
 
 @pytest.mark.parametrize(
     ("before", "after", "limit"),
-    [(["rotate"], [], 1.3), (["awq"], ["autoround", "distill"], 0.9)],
+    [(["rotate"], [], 1.3), (["awq"], ["adaround", "distill"], 0.9)],
 )
 def test_steps_are_followed(untied_config, rows, before, after, limit):
     params = random_params(untied_config)

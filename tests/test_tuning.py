@@ -13,8 +13,7 @@ import jq4
 from jq4.chain import Chain
 from jq4.qarray import codes_of
 from jq4.tuning import distill, logits_of_chain, tune_block, with_effort
-from jq4.tuning.descent import draw_batches
-from jq4.tuning.distill import split_rows
+from jq4.tuning.descent import draw_batches, split_rows
 from jq4.tuning.learned import begin, harden, weight_of
 from jq4.tuning.learned_tree import begin_tree
 

@@ -26,6 +26,7 @@ from jq4.driver.streams import Placement, Stream, make_stream
 from jq4.observe import observe
 from jq4.recipe import Recipe
 from jq4.statistics import Statistics, check_finite
+from jq4.steps import BLOCKWISE, Step
 from jq4.tuning import tune_block
 
 
@@ -49,7 +50,7 @@ class BlocksInOrder:
         self._seed = seed
         self._equalizer = Equalizer(chain, recipe)
         self._quantizer = BlockQuantizer(chain, plan, needs.pairs)
-        self._tuning = next((step for step in recipe.after if step.step == "autoround"), None)
+        self._tuning = [step for step in recipe.after if step.step in BLOCKWISE]
         self._chain = chain
         self._dense_step = jax.jit(chain.block)
         self._packed_step = jax.jit(quantized(chain.block))
@@ -86,9 +87,9 @@ class BlocksInOrder:
         check_dense_leaves(f"block {self.next}: ", packed)
         if self.x is not None:
             self._run_dense(self._dense() if self._equalizer.moves else dense)
-        if self._tuning is not None:
-            progress(f"block {self.next}: learning its rounding")
-            packed, rows = self._tuned(dense, packed, rows)
+        for step in self._tuning:
+            progress(f"block {self.next}: learning its rounding ({step.step})")
+            packed, rows = self._tuned(step, dense, packed, rows)
         if self.x_hat is not None:
             self._run_packed(packed)
         self.next += 1
@@ -98,13 +99,12 @@ class BlocksInOrder:
         """The leaves by path that no rule means: those that are meant are checked when they are packed."""
         return {path: leaf for path, leaf in paths_of(block).items() if path not in self._planned}
 
-    def _tuned(self, dense: Any, packed: Any, rows: list[LeafRow]) -> tuple[Any, list[LeafRow]]:
+    def _tuned(self, step: Step, dense: Any, packed: Any, rows: list[LeafRow]) -> tuple[Any, list[LeafRow]]:
         """The packed block learned against the dense one's outputs, which x now holds."""
-        assert self._tuning is not None and self.x is not None and self.x_hat is not None
-        streams, options = (self.x_hat.array, self.x.array), dict(self._tuning.options)
-        packed = tune_block(
-            self._chain.block, dense, packed, *streams, index=self.next, options=options, seed=self._seed
-        )
+        assert self.x is not None and self.x_hat is not None
+        streams = self.x_hat.array, self.x.array
+        how = {"step": step.step, "options": dict(step.options), "seed": self._seed}
+        packed = tune_block(self._chain.block, dense, packed, *streams, index=self.next, **how)
         return packed, rows_learned(rows, dense, packed)
 
     def head_statistics(self, outside: Any, wanted: Mapping[str, frozenset[str]]) -> Statistics | None:

@@ -12,6 +12,7 @@ from jq4.methods import get_method
 from jq4.quantize_report import LeafReport
 from jq4.recipe import Recipe
 from jq4.rule import Rule
+from jq4.steps import BLOCKWISE
 
 _STEPS_WITHOUT_ROWS = ("rotate",)
 
@@ -38,7 +39,7 @@ def needs_of(recipe: Recipe, plan: BlockPlan, outside: Sequence[LeafReport]) -> 
     planned = [leaf.rule for leaf in (*plan.leaves, *outside) if leaf.is_planned and leaf.rule is not None]
     why = _in_need(recipe, planned)
     pairs = any(is_corrected(rule) for rule in planned)
-    learned = any(step.step == "autoround" for step in recipe.after)
+    learned = any(step.step in BLOCKWISE for step in recipe.after)
     return Needs(bool(why), pairs, pairs or learned, " and ".join(why))
 
 

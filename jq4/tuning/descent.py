@@ -1,9 +1,10 @@
 """Gradient descent on the variables of packed leaves: several steps a dispatch, and the best by measure is kept.
 
-A loss is a function of (variables, context, batch) that gives one figure a row, f32[B]; its mean over a batch is
-followed downhill by Adam (Kingma & Ba 2015), or by the gradient's sign (AutoRound, Cheng et al. 2023), with rates that
-fall to zero: linearly, or along a cosine. Straight-through weights do not settle by themselves, they flip between two
-codes as long as the rate is large; falling rates let them.
+A loss is a function of (variables, context, batch) that gives one figure a row, f32[B]; its mean over a batch, or an
+`objective` of its own where what is learned is not yet what is stored, is followed downhill by Adam (Kingma & Ba 2015),
+or by the gradient's sign (AutoRound, Cheng et al. 2023), with rates that fall to zero, linearly or along a
+cosine, or stay. Straight-through weights do not settle by themselves, they flip between two codes as long as the rate
+is large; falling rates let them.
 
 Which batch is seen when is drawn from the seed on the host, so that the same seed gives the same bytes. What a step
 ends with is no judgement: `checks` times on the way, and at the end, the loss is measured over all of the judges' rows,
@@ -26,9 +27,9 @@ from jq4.errors import JQ4Error
 DISPATCH_BYTES = 256 * 2**20  # of batches that go to the device at a time
 STEPS_A_DISPATCH = 25
 OPTIMIZERS = ("adam", "sign")
-DECAYS = ("linear", "cosine")
+DECAYS = ("linear", "cosine", "constant")
 
-Progress = Callable[[int, int, float], None]  # steps done, steps in all, the mean loss of the last dispatch
+Progress = Callable[[int, int, float], None]  # steps done, steps in all, the mean objective of the last dispatch
 
 
 class RowLoss(Protocol):
@@ -37,6 +38,25 @@ class RowLoss(Protocol):
     def __call__(self, variables: Any, context: Any, batch: Any) -> jax.Array:
         """The loss of each row, f32[B]."""
         ...
+
+
+class Objective(Protocol):
+    """Hashable too."""
+
+    def __call__(self, variables: Any, context: Any, batch: Any, progress: jax.Array, start: jax.Array) -> jax.Array:
+        """What is followed downhill, f32[]; `progress` is the share of steps done, `start` the loss at the start."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanLoss:
+    """The objective where the loss itself is learned."""
+
+    loss: RowLoss
+
+    def __call__(self, variables: Any, context: Any, batch: Any, progress: jax.Array, start: jax.Array) -> jax.Array:
+        del progress, start
+        return jnp.mean(self.loss(variables, context, batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +116,10 @@ def descend(
     settings: Settings,
     seed: int,
     progress: Progress | None = None,
+    objective: Objective | None = None,
 ) -> tuple[Any, float, float]:
     """The best variables found, and the judges' mean loss at the start and at the best."""
+    objective = objective or MeanLoss(loss)
     first = _measure(loss, variables, context, rows, settings.batch_size)
     if not math.isfinite(first):
         raise JQ4Error(f"the loss at the start is {first}: wanted finite weights, inputs and targets")
@@ -110,7 +132,9 @@ def descend(
     order = draw_batches(rows.learn, settings.iterations, settings.batch_size, seed)
     for start, stop in _dispatches(settings.iterations, at_once, checks):
         batches = _reshaped(rows.fetch(order[start:stop].ravel()), stop - start)
-        variables, state, losses = _steps(variables, state, context, batches, loss=loss, settings=settings)
+        shares = np.arange(start, stop, dtype=np.float32) / settings.iterations
+        given = (variables, state, context, batches, shares, np.float32(first))
+        variables, state, losses = _steps(*given, objective=objective, settings=settings)
         if progress is not None:
             progress(stop, settings.iterations, float(jnp.mean(losses)))
         if stop in checks:
@@ -118,6 +142,18 @@ def descend(
             if found < least:  # false of a NaN
                 best, least = jax.tree.map(jnp.array, variables), found
     return best, first, least
+
+
+def split_rows(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """The rows to learn from, and the rows to judge by: evenly spread, and all of them where a share makes no row."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 0.5:
+        raise JQ4Error(f"held_out is {share!r}, wanted a share of the rows from 0 to 0.5")
+    held = int(count * share)
+    everyone = np.arange(count)
+    if not held:
+        return everyone, everyone
+    judges = (np.arange(held) * count) // held
+    return np.setdiff1d(everyone, judges), judges
 
 
 def draw_batches(indices: np.ndarray, steps: int, batch_size: int, seed: int) -> np.ndarray:
@@ -163,21 +199,30 @@ def _losses(variables: Any, context: Any, batch: Any, *, loss: RowLoss) -> jax.A
     return loss(variables, context, batch)
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "settings"), donate_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnames=("objective", "settings"), donate_argnums=(0, 1))
 def _steps(
-    variables: Any, state: Any, context: Any, batches: Any, *, loss: RowLoss, settings: Settings
+    variables: Any,
+    state: Any,
+    context: Any,
+    batches: Any,
+    shares: jax.Array,
+    start: jax.Array,
+    *,
+    objective: Objective,
+    settings: Settings,
 ) -> tuple[Any, Any, jax.Array]:
-    """As many steps as the batches have leading slices; their mean losses f32[S]."""
+    """As many steps as the batches have leading slices, after f32[S] shares of all; their objectives f32[S]."""
     optimizer = _optimizer(settings)
 
-    def step(carry: tuple[Any, Any], batch: Any) -> tuple[tuple[Any, Any], jax.Array]:
+    def step(carry: tuple[Any, Any], given: tuple[Any, jax.Array]) -> tuple[tuple[Any, Any], jax.Array]:
         variables, state = carry
-        value, gradient = jax.value_and_grad(lambda each: jnp.mean(loss(each, context, batch)))(variables)
+        batch, share = given
+        value, gradient = jax.value_and_grad(lambda each: objective(each, context, batch, share, start))(variables)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes its step count
             updates, state = optimizer.update(gradient, state, variables)
         return (optax.apply_updates(variables, updates), state), value
 
-    (variables, state), losses = jax.lax.scan(step, (variables, state), batches)
+    (variables, state), losses = jax.lax.scan(step, (variables, state), (batches, shares))
     return variables, state, losses
 
 
@@ -185,9 +230,12 @@ def _optimizer(settings: Settings) -> optax.GradientTransformation:
     def of(rate: float) -> optax.GradientTransformation:
         if not rate:
             return optax.set_to_zero()
-        decay = optax.linear_schedule(rate, 0.0, max(settings.iterations, 1))
-        if settings.decay == "cosine":
-            decay = optax.cosine_decay_schedule(rate, max(settings.iterations, 1))
+        steps = max(settings.iterations, 1)
+        decay = {
+            "linear": optax.linear_schedule(rate, 0.0, steps),
+            "cosine": optax.cosine_decay_schedule(rate, steps),
+            "constant": rate,
+        }[settings.decay]
         return optax.adam(decay) if settings.optimizer == "adam" else optax.sign_sgd(decay)
 
     rates = {"rounding": settings.rate, "log_scale": settings.scale_rate, "shift": settings.shift_rate}

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq4.errors import JQ4Error
-from jq4.tuning.descent import Progress, Rows, Settings, descend
+from jq4.tuning.descent import Progress, Rows, Settings, descend, split_rows
 from jq4.tuning.effort import END_TO_END, TOKENS, defaults
 from jq4.tuning.learned_tree import begin_tree, harden_tree, learned_tree
 from jq4.tuning.perturb import perturb
@@ -99,15 +99,3 @@ def _phases(settings: Settings) -> list[Settings]:
     """Scales and offsets first, where both they and codes are to be learned."""
     alone = dataclasses.replace(settings, rate=0.0)
     return [alone, settings] if settings.rate and settings.scale_rate else [settings]
-
-
-def split_rows(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """The rows to learn from, and the rows to judge by: evenly spread, and all of them where a share makes no row."""
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 0.5:
-        raise JQ4Error(f"held_out is {share!r}, wanted a share of the rows from 0 to 0.5")
-    held = int(count * share)
-    everyone = np.arange(count)
-    if not held:
-        return everyone, everyone
-    judges = (np.arange(held) * count) // held
-    return np.setdiff1d(everyone, judges), judges

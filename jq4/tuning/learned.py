@@ -75,10 +75,21 @@ def begin(q: QArray, weight: jax.Array | None, *, rounding: bool = True, scales:
 
 def weight_of(variables: Variables, q: QArray, weight: jax.Array | None) -> jax.Array:
     """The dense weight f32[*B, K, N] that the variables stand for: differentiable, and exactly what is stored."""
-    parts = _parts_of(variables, q, weight)
-    dense = parts.levels * _spread(parts.scale, q)
-    dense = dense if parts.offset is None else dense + _spread(parts.offset, q)
-    return dense if q.input_scale is None else dense * q.input_scale.astype(jnp.float32)
+    return _dense_of(_parts_of(variables, q, weight), q)
+
+
+def weight_from(levels: jax.Array, variables: Variables, q: QArray) -> jax.Array:
+    """The dense weight f32[*B, K, N] of given levels (of codes, where there are zero points) and learned scales."""
+    scale, zero_point, offset = _parameters_of(variables, q)
+    levels = levels if zero_point is None else levels - _spread(zero_point, q)
+    return _dense_of(_Parts(levels, levels, scale, zero_point, offset), q)
+
+
+def ratio_of_start(q: QArray, weight: jax.Array) -> jax.Array:
+    """What the dense weight is among the start's levels (of codes, where there are zero points), f32[*B, K, N]."""
+    scale, zero_point, offset = _parameters_of(Variables(), q)
+    ratio = _ratio(weight, scale, offset, q)
+    return ratio if zero_point is None else ratio + _spread(zero_point, q)
 
 
 def harden(variables: Variables, q: QArray, weight: jax.Array | None) -> QArray:
@@ -115,6 +126,12 @@ def _parts_of(variables: Variables, q: QArray, weight: jax.Array | None) -> _Par
     if zero_point is not None:
         levels = levels - _spread(zero_point, q)
     return _Parts(codes, levels, scale, zero_point, offset)
+
+
+def _dense_of(parts: _Parts, q: QArray) -> jax.Array:
+    dense = parts.levels * _spread(parts.scale, q)
+    dense = dense if parts.offset is None else dense + _spread(parts.offset, q)
+    return dense if q.input_scale is None else dense * q.input_scale.astype(jnp.float32)
 
 
 def _parameters_of(variables: Variables, q: QArray) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:

@@ -1,4 +1,7 @@
-"""A tree with packed leaves as a tree with learned ones: jq4.tuning.learned, leaf by leaf, by path."""
+"""A tree with packed leaves as a tree with learned ones, leaf by leaf, by path, in either of two forms.
+
+Variables of jq4.tuning.learned round straight through; those of jq4.tuning.rectified have a soft weight as well.
+"""
 
 from typing import Any
 
@@ -7,13 +10,18 @@ import jax
 from jq4.errors import JQ4Error
 from jq4.paths import flatten_with_paths, leaf_path
 from jq4.qarray import is_qarray
-from jq4.tuning.learned import Variables, begin, check, harden, weight_of
+from jq4.tuning import learned, rectified
+from jq4.tuning.learned import Variables, check
+from jq4.tuning.rectified import Rectified
 
 TreeVariables = dict[str, Variables]  # by the leaf's path
 
 
-def begin_tree(packed: Any, dense: Any, *, rounding: bool = True, scales: bool = True) -> TreeVariables:
-    """The variables of every packed leaf; `dense` is a tree of the same paths."""
+def begin_tree(
+    packed: Any, dense: Any, *, rounding: bool = True, scales: bool = True, soft: bool = False
+) -> TreeVariables:
+    """The variables of every packed leaf, rectified ones if `soft`; `dense` is a tree of the same paths."""
+    begin = rectified.begin if soft else learned.begin
     weights = dict(flatten_with_paths(dense))
     found = {}
     for path, q in flatten_with_paths(packed):
@@ -32,13 +40,26 @@ def begin_tree(packed: Any, dense: Any, *, rounding: bool = True, scales: bool =
 
 
 def learned_tree(variables: TreeVariables, packed: Any, dense: Any) -> Any:
-    """The tree of dense weights that the variables stand for; the other leaves are those of `packed`."""
-    return _map(weight_of, variables, packed, dense)
+    """The tree of dense weights that the variables are stored as; the other leaves are those of `packed`."""
+    return _map(lambda mine, *leaves: _form_of(mine).weight_of(mine, *leaves), variables, packed, dense)
+
+
+def soft_tree(variables: TreeVariables, packed: Any, dense: Any) -> Any:
+    """The tree of dense weights between their levels, of rectified variables."""
+    return _map(rectified.soft_weight_of, variables, packed, dense)
 
 
 def harden_tree(variables: TreeVariables, packed: Any, dense: Any) -> Any:
     """The tree of packed leaves that the variables stand for, of the static form of `packed`."""
-    return jax.jit(lambda *trees: _map(harden, *trees))(variables, packed, dense)
+
+    def hardened(mine: Variables, *leaves: Any) -> Any:
+        return _form_of(mine).harden(mine, *leaves)
+
+    return jax.jit(lambda *trees: _map(hardened, *trees))(variables, packed, dense)
+
+
+def _form_of(variables: Variables) -> Any:
+    return rectified if isinstance(variables, Rectified) else learned
 
 
 def _map(of_leaf: Any, variables: TreeVariables, packed: Any, dense: Any) -> Any:
