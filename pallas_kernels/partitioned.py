@@ -18,6 +18,16 @@ _either = jax.extend.core.Primitive("alone_or_partitioned")
 _either.multiple_results = True
 
 
+class _Form:
+    """A jaxpr as one value. JAX 0.12 asks a primitive that has jaxprs for more than is needed: lowering traces anew."""
+
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any]) -> None:
+        self.jaxpr = jax.make_jaxpr(function)(*args)
+
+    def __call__(self, *args: Any) -> Any:
+        return jax.extend.core.jaxpr_as_fun(self.jaxpr)(*args)
+
+
 def alone_or_partitioned(alone: Callable[..., Any], partitioned: Callable[..., Any]) -> Callable[..., Any]:
     """A function of arrays that is `alone` on one device, and `partitioned` in a program that XLA cuts for several."""
 
@@ -28,39 +38,35 @@ def alone_or_partitioned(alone: Callable[..., Any], partitioned: Callable[..., A
         if not mesh.empty and mesh.size > 1 and any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
             return partitioned(*args)
         leaves, structure = jax.tree.flatten(args)
-        (made, shape), (other, _) = (_traced(form, structure, leaves) for form in (alone, partitioned))
-        return jax.tree.unflatten(jax.tree.structure(shape), _either.bind(*leaves, alone=made, partitioned=other))
+
+        def flat(form: Callable[..., Any]) -> _Form:
+            return _Form(lambda *leaves: jax.tree.leaves(form(*jax.tree.unflatten(structure, leaves))), leaves)
+
+        out = _either.bind(*leaves, alone=flat(alone), partitioned=flat(partitioned))
+        return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(alone, *args)), out)
 
     return choose
 
 
-def _traced(form: Callable[..., Any], structure: Any, leaves: Sequence[Any]) -> tuple[Any, Any]:
-    def flat(*leaves: Any) -> Any:
-        return form(*jax.tree.unflatten(structure, leaves))
-
-    return jax.make_jaxpr(flat, return_shape=True)(*leaves)
-
-
-def _run(*args: Any, alone: Any, partitioned: Any) -> list[Any]:
+def _run(*args: Any, alone: _Form, partitioned: _Form) -> list[Any]:
     del partitioned
-    return jax.extend.core.jaxpr_as_fun(alone)(*args)
+    return alone(*args)
 
 
-def _lower(ctx: Any, *args: Any, alone: Any, partitioned: Any) -> Any:
+def _lower(ctx: Any, *args: Any, alone: _Form, partitioned: _Form) -> Any:
     devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
-    form = jax.extend.core.jaxpr_as_fun(alone if devices == 1 else partitioned)
-    return mlir.lower_fun(form, multiple_results=True)(ctx, *args)
+    return mlir.lower_fun(alone if devices == 1 else partitioned, multiple_results=True)(ctx, *args)
 
 
-def _batch(args: Sequence[Any], dims: Sequence[Any], *, alone: Any, partitioned: Any) -> tuple[list[Any], list[int]]:
-    def mapped(form: Any) -> Any:
-        return jax.make_jaxpr(jax.vmap(jax.extend.core.jaxpr_as_fun(form), tuple(dims)))(*args)
-
-    out = _either.bind(*args, alone=mapped(alone), partitioned=mapped(partitioned))
+def _batch(
+    args: Sequence[Any], dims: Sequence[Any], *, alone: _Form, partitioned: _Form
+) -> tuple[list[Any], list[int]]:
+    forms = {"alone": alone, "partitioned": partitioned}
+    out = _either.bind(*args, **{name: _Form(jax.vmap(form, tuple(dims)), args) for name, form in forms.items()})
     return out, [0] * len(out)
 
 
 _either.def_impl(_run)
-_either.def_abstract_eval(lambda *_, alone, partitioned: list(alone.out_avals))
+_either.def_abstract_eval(lambda *_, alone, partitioned: list(alone.jaxpr.out_avals))
 mlir.register_lowering(_either, _lower)
 batching.primitive_batchers[_either] = _batch

@@ -53,7 +53,8 @@ def on(chip: Chip) -> Iterator[Any]:
 
     device = devices(chip)[0]
     described = jax.sharding.AbstractDevice(device.device_kind, device.num_cores, "tpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=described)
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("chip",), auto, abstract_device=described)
     with jax.sharding.use_abstract_mesh(mesh):
         yield device
 

@@ -183,7 +183,8 @@ def _kernel(
             total[...] = jnp.zeros_like(total)
 
         form = functools.partial(getattr(tpu_forms, plan.form), **options)
-        tpu_forms.accumulate(form, tpu_forms.Block(x, operands["codes"], *rest), group, plan.chunk, total)
+        chunk = plan.chunk if plan.chunk % group == 0 else plan.block_k
+        tpu_forms.accumulate(form, tpu_forms.Block(x, operands["codes"], *rest), group, chunk, total)
 
         @pl.when(step == steps - 1)
         def _() -> None:
