@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jq4.axes import is_array, watched_call
 from jq4.beside import beside, device_of
 from jq4.errors import JQ4Error
-from jq4.statistics import CHEAP, Statistics, WeightStatistics, check_collectable, merge, settled
+from jq4.statistics import CHEAP, Statistics, WeightStatistics, check_collectable, condensed, merge, settled
 from jq4.watch import Frame, Watcher
 
 Collect = Collection[str] | Callable[[str], Collection[str]]
@@ -182,4 +182,4 @@ def _by_path(frame: Frame) -> dict[str, WeightStatistics]:
             )
         found[key.path] = merge(found[key.path], ordered) if key.path in found else ordered
         shapes[key.path] = kind
-    return found
+    return {path: condensed(statistics) for path, statistics in found.items()}

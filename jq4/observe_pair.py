@@ -7,13 +7,15 @@ A method that minimises E|y^T W' - x^T W|^2 undoes some of the damage that the p
 2025; GPTAQ, Li et al. 2025; Qronos, Zhang et al. 2025). It needs E[y y^T], which takes the place of the Hessian, and
 E[x y^T], the cross-correlation. So both models must run at once, row for row.
 
-They do in one jitted program: the function is vmapped over an axis of two, on which every weight and every input has
-its dense and its quantized self, and `jq4.observe`'s interpreter watches the product. What is traded: the weights of
-both models are copied side by side for a product (XLA frees the copy after it), and convolutions, which vmap rewrites,
-are not seen. Experts that rows are routed to (ragged_dot) get the statistics of y alone, since the two routers may
-send them other rows.
+They do in one jitted program, one after the other, and the rows of both are kept until they are multiplied. Where rows
+cannot be kept, in loops and in conditionals, the function is vmapped over an axis of two instead, on which every weight
+and every input has its dense and its quantized self, and `jq4.observe`'s interpreter watches the product. What is
+traded there: the weights of both models are copied side by side, and convolutions, which vmap rewrites, are not seen.
+Experts that rows are routed to (ragged_dot) get the statistics of y alone, since the two routers may send them other
+rows.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +26,7 @@ from jq4.axes import is_array, watched_call
 from jq4.beside import beside
 from jq4.errors import JQ4Error
 from jq4.observe import Collect, Programs, accumulate, as_arguments, collector
+from jq4.outer_rows import OuterRows
 from jq4.paths import flatten_with_paths
 from jq4.qarray import is_qarray
 from jq4.statistics import Statistics
@@ -62,6 +65,9 @@ def observe_pair(
 
     def gather(arguments: Any) -> Watcher:
         (dense, quantized), (x, y) = arguments
+        apart = _one_after_the_other(function, collects, (dense, x), (_dequantized_like(dense, quantized), y))
+        if apart is not None:
+            return apart
         stacked = _side_by_side((dense, as_arguments(x)), (_dequantized_like(dense, quantized), as_arguments(y)))
         tree, args = stacked
         weights = flatten_with_paths(tree)
@@ -73,6 +79,29 @@ def observe_pair(
     here = beside((dense_tree, quantized_tree))
     calls = ((here(pair), _pair_of(pair)) for pair in batches_of_pairs)
     return accumulate(gather, calls, "observe_pair", programs)
+
+
+def _one_after_the_other(
+    function: Callable[..., Any], collects: Callable[[str], frozenset[str]], dense: Any, quantized: Any
+) -> Watcher | None:
+    """What was seen of the quantized side, with the cross-correlations; None where some rows were not kept."""
+
+    def watched(pair: Any, collects: Callable[[str], frozenset[str]]) -> Watcher:
+        tree, batch = pair
+        watcher = Watcher(collects)
+        leaves, run = watched_call(function, watcher, tree, as_arguments(batch), {})
+        run(leaves)
+        return watcher
+
+    mine = watched(quantized, collects)
+    theirs = watched(dense, lambda path: collects(path) & {"hessian"})
+    for key, statistics in mine.frame.items():
+        if "hessian" in collects(key.path):
+            x, y = (getattr(side.frame.get(key), "outer_total", None) for side in (theirs, mine))
+            if not isinstance(x, OuterRows) or not isinstance(y, OuterRows) or x.x.shape != y.x.shape:
+                return None
+            mine.frame[key] = dataclasses.replace(statistics, cross_total=OuterRows(x.x, y.x))
+    return mine
 
 
 def _pair_of(batches: Any) -> tuple[Any, Any]:

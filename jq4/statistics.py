@@ -122,7 +122,7 @@ def check_collectable(collect: Collection[str]) -> frozenset[str]:
 
 
 def statistics_of(x: jax.Array, collect: frozenset[str], rows_only: bool = False) -> WeightStatistics:
-    """Statistics of rows x[*B, M, K], computed in float32; of outer products `rows_only`, where they are smaller."""
+    """Statistics of rows x[*B, M, K], computed in float32; of outer products `rows_only`, see `condensed`."""
     x = x.astype(jnp.float32)
     rows = jnp.full(x.shape[:-2], x.shape[-2], jnp.int32)
     outer = _outer(OuterRows(x), rows_only) if "hessian" in collect else None
@@ -151,8 +151,7 @@ def pair_statistics_of(
 
 
 def _outer(rows: OuterRows, rows_only: bool) -> Any:
-    num_rows, features = rows.x.shape[-2:]
-    return rows if rows_only and num_rows < features else rows.total()
+    return rows if rows_only else rows.total()
 
 
 def ragged_statistics_of(x: jax.Array, group_sizes: jax.Array, collect: frozenset[str]) -> WeightStatistics:
@@ -191,6 +190,15 @@ def merge(a: WeightStatistics, b: WeightStatistics) -> WeightStatistics:
 def settled(statistics: WeightStatistics) -> WeightStatistics:
     """The statistics with outer products summed."""
     return jax.tree.map(lambda part: part.total() if _is_rows(part) else part, statistics, is_leaf=_is_rows)
+
+
+def condensed(statistics: WeightStatistics) -> WeightStatistics:
+    """The statistics with outer products summed where their rows would take more memory."""
+
+    def smaller(part: Any) -> Any:
+        return part.total() if _is_rows(part) and part.x.shape[-2] >= part.x.shape[-1] else part
+
+    return jax.tree.map(smaller, statistics, is_leaf=_is_rows)
 
 
 def _sum(a: Any, b: Any) -> Any:

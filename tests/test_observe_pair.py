@@ -1,5 +1,7 @@
 """Oracle: numpy's own sums over the inputs of both models, run one after the other."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,31 @@ def test_scanned_layers_keep_pairs_of_their_own():
         check(stats["params/layers/Dense_0/kernel"], *inputs, lead=(layer,))
         sides = zip(inputs, kernels, biases, strict=True)
         inputs = [h + np.asarray(jax.nn.silu(h @ k[layer] + b[layer][None, None])) for h, k, b in sides]
+
+
+def test_kept_rows_and_the_vmapped_function_agree(monkeypatch):
+    def network(tree, x):
+        hidden = jnp.tanh(jnp.einsum("btk,khd->bthd", x, tree["a"]))
+        return jnp.einsum("bthd,hdn->btn", hidden, tree["b"]) @ tree["c"]
+
+    random = np.random.default_rng(0)
+    dense = {
+        name: jnp.asarray(random.normal(size=shape), jnp.float32)
+        for name, shape in (("a", (12, 2, 8)), ("b", (2, 8, 20)), ("c", (20, 4)))
+    }
+    other = {name: leaf + 0.1 for name, leaf in dense.items()}
+    pairs = [(jnp.asarray(x), jnp.asarray(x + 0.1)) for x in random.normal(size=(2, 3, 5, 12)).astype(np.float32)]
+    kept = observe_pair(network, dense, other, pairs)
+    module = importlib.import_module("jq4.observe_pair")  # jq4.observe_pair is the function
+    monkeypatch.setattr(module, "_one_after_the_other", lambda *_: None)
+    vmapped = observe_pair(network, dense, other, pairs)
+    assert kept.axes == vmapped.axes and set(kept) == set(vmapped) == {"a", "b", "c"}
+    for path in kept:
+        assert int(kept[path].count) == int(vmapped[path].count) == 30
+        for name in ("outer_total", "cross_total"):
+            np.testing.assert_allclose(
+                getattr(kept[path], name), getattr(vmapped[path], name), rtol=2e-5, atol=1e-4, err_msg=path
+            )
 
 
 def test_a_weight_that_both_sides_feed_alike_has_its_hessian_for_a_cross():

@@ -25,8 +25,9 @@ from jq4.methods.feedback import Entry, Pull, Solution, Sweep
 from jq4.methods.gptq_findings import Findings
 from jq4.methods.gptq_options import FALLBACKS, Options
 from jq4.methods.grid import dequantized, refit, search
-from jq4.methods.hessian import damped_factor, mended_diagonal, solved, towards_dense
+from jq4.methods.hessian import damped_factor, mended_diagonal, towards_dense
 from jq4.methods.slots import Slots, slots_of
+from jq4.methods.triangular import solved
 from jq4.qarray import codes_of
 from jq4.rounding import Encoding, Parameters, find_parameters
 
@@ -135,7 +136,7 @@ def _placed(weight: jax.Array, way: jax.Array | None, factor: _Factor, solver: S
     slots = factor.slots
     placed = slots.spread(weight.astype(jnp.float32))
     if way is not None:
-        placed = placed + solver.options.correction * solved(factor.lower, slots.spread(way))
+        placed = placed + solver.options.correction * solved(factor.lower, slots.spread(way), slots.section)
     return jnp.where(slots.spread(factor.dead[:, None]), 0.0, placed)
 
 

@@ -10,7 +10,7 @@ factor   H = L L^T with L lower triangular, rows and columns in the order of `sl
          Cholesky factor U of inv(H): with rows and columns reversed, inv(U) is L. So neither inverse is needed.
 
 H may be any multiple of E[x x^T], such as the sum over all rows: nothing here depends on its unit. It is read where it
-lies: a reordered copy becomes the factor (LAPACK takes another one, of the other order of axes).
+lies: a reordered copy becomes the factor.
 """
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jq4.methods.slots import Slots
+from jq4.methods.triangular import factored
 
 _RAISED = 10.0  # what a damping that failed is multiplied by
 _FIRST_RAISED = 1e-4  # what a damping of zero is raised to
@@ -63,7 +64,7 @@ def _attempted(hessian: jax.Array, slots: Slots, diagonal: jax.Array, damping: j
     place = jnp.arange(len(slots.row))
     reordered = slots.square(hessian, slots.row, slots.row)
     damped = jnp.where(place[:, None] == place[None, :], (diagonal + damping * unit)[:, None], reordered)
-    return jax.lax.linalg.cholesky(damped, symmetrize_input=False)
+    return factored(damped, slots.section)
 
 
 def towards_dense(weight: jax.Array, hessian: jax.Array, cross: jax.Array) -> jax.Array:
@@ -73,7 +74,7 @@ def towards_dense(weight: jax.Array, hessian: jax.Array, cross: jax.Array) -> ja
 
         argmin_V  E|y^T V - x^T W|^2  =  inv(H) C^T W  =  W + inv(H) (C - H)^T W
 
-    where `solved` takes the inverse of the damped H, which draws the result to W.
+    where jq4.methods.triangular takes the inverse of the damped H, which draws the result to W.
     """
     size = len(weight)
     width = min(_STRIP, size)
@@ -85,10 +86,3 @@ def towards_dense(weight: jax.Array, hessian: jax.Array, cross: jax.Array) -> ja
         return jax.lax.dynamic_update_slice_in_dim(found, product, start, 0)
 
     return jax.lax.fori_loop(0, -(-size // width), strip, jnp.zeros_like(weight))
-
-
-def solved(lower: jax.Array, rows: jax.Array) -> jax.Array:
-    """inv(H) rows, f32[P, N], for H = L L^T."""
-    solve = jax.lax.linalg.triangular_solve
-    half = solve(lower, rows, left_side=True, lower=True)
-    return solve(lower, half, left_side=True, lower=True, transpose_a=True)
