@@ -199,6 +199,13 @@ def test_a_model_takes_the_scales_into_its_folds():
     whole = for_model(recipe, folds)
     assert [step.step for step in whole.before] == ["awq"] and whole.rules[0].method_options["multiplier"] == 0
     assert for_model(whole, folds) == whole
+    headed = for_model(jq4.Recipe.preset("awq-w4g32", head=True), folds)
+    of_leaf = {
+        path: headed.rules[headed.index_of_rule(path, "Linear")] for path in ("lm_head/kernel", *folds.consumers)
+    }
+    keep = {path: rule.method_options.get("multiplier", 1) for path, rule in of_leaf.items()}
+    assert keep == {"lm_head/kernel": 1, **dict.fromkeys(folds.consumers, 0)}
+    assert for_model(headed, folds) == headed
     clipping = (dataclasses.replace(recipe.rules[0], options=(("multiplier", 0),)),)
     assert not for_model(dataclasses.replace(recipe, rules=clipping), folds).before
     few = dataclasses.replace(recipe, rules=(dataclasses.replace(recipe.rules[0], options=(("ratios", 5),)),))

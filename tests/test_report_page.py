@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from html.parser import HTMLParser
 
 import jax
@@ -14,6 +15,7 @@ from random_model import make_random_model
 import jq4
 from jq4 import drawing
 from jq4.cli import main
+from jq4.cli.report import notes_on_reference
 from jq4.errors import JQ4Error
 from jq4.leaf_errors import collect_hessians, error_of, leaf_errors
 from jq4.quality_report import compose_report, expert_coverage, leaf_rows, read_report, write_report
@@ -43,6 +45,16 @@ def folders(tmp_path_factory):
 def report_of(base, model, out, *more):
     ids = ["--ids", str(base / "dense" / "ids.npy"), "--reference", str(base / "dense")]
     return ["report", str(base / model), *ids, "--out", str(base / out), *more]
+
+
+def test_another_reference_than_the_source_is_told(folders, tmp_path):
+    """The source itself is not; a copy whose config says something more is, by the file's name."""
+    copy, model = tmp_path / "copy", str(folders / "rtn-w4g32")
+    shutil.copytree(folders / "dense", copy)
+    assert notes_on_reference(model, str(copy)) == [] == notes_on_reference(model, None)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    (note,) = notes_on_reference(model, str(copy))
+    assert "the reference is not the folder that the model was made from: config.json differ" in note
 
 
 class Page(HTMLParser):

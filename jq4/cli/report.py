@@ -85,7 +85,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         experts=expert_coverage(stats, list(stats)),
         totals=held,
         compared=compared if others else [],
-        notes=notes_on(model, reference, _models.went_dense(runnable)),
+        notes=[
+            *notes_on_reference(arguments.model, arguments.reference),
+            *notes_on(model, reference, _models.went_dense(runnable)),
+        ],
         versions=_terminal.versions(),
         **made_of(arguments.model),
         cost=cost,
@@ -119,6 +122,23 @@ def made_of(folder: str) -> dict[str, Any]:
     manifest = read_manifest(folder)
     source = dict(manifest.source or {})
     return {"recipe": manifest.recipe, "calibration": source.pop("calibration", None), "source": source}
+
+
+def notes_on_reference(folder: str, reference: str | None) -> list[str]:
+    """That the reference's files are others than those the folder says it was made from, where it says so."""
+    from jq4.cli import _models
+
+    recorded = made_of(folder).get("source", {}).get("files", {})
+    if reference is None or not recorded or _models.MANIFEST in recorded:
+        return []
+    found = _models.origin(Path(reference))["files"]
+    differing = sorted(name for name in {*recorded, *found} if recorded.get(name) != found.get(name))
+    if not differing:
+        return []
+    return [
+        f"the reference is not the folder that the model was made from: {', '.join(differing)} differ from what its "
+        "manifest names. The figures are those of its distance from this reference."
+    ]
 
 
 def read_compared(path: str) -> dict[str, Any]:

@@ -38,6 +38,8 @@ _ROTATE = "rotate"
 def for_model(recipe: "Recipe", folds: Folds | None) -> "Recipe":
     """The recipe for a model that has folds: what method "awq" would keep beside the codes goes into the folds.
 
+    A head keeps its multiplier, since nothing before it takes scales.
+
     Raises:
       JQ4Error: the recipe has a step that this model has no folds for, or a rotation that is not its first step.
     """
@@ -50,10 +52,10 @@ def for_model(recipe: "Recipe", folds: Folds | None) -> "Recipe":
         return recipe
     if _ROTATE in wanted[1:]:
         raise JQ4Error(f"the recipe's steps before its rules are {', '.join(wanted)}: wanted rotate first, and once")
-    searching = [rule for rule in recipe.rules if rule.method == "awq" and rule.method_options.get("multiplier", 1)]
+    searching = [rule for rule in recipe.rules if _searches(rule)]
     if not searching:
         return recipe
-    rules = tuple(_without_multiplier(rule) if rule.method == "awq" else rule for rule in recipe.rules)
+    rules = tuple(one for rule in recipe.rules for one in _folded(rule, recipe, folds))
     options = {name: value for name, value in searching[0].options if name in STEPS["awq"].options}
     before = recipe.before if "awq" in wanted else (*recipe.before, Step("awq", tuple(options.items())))
     return dataclasses.replace(recipe, rules=rules, before=before)
@@ -165,5 +167,17 @@ def _rotation(recipe: "Recipe") -> dict[str, Any] | None:
     return next((dict(step.options) for step in recipe.before if step.step == _ROTATE), None)
 
 
-def _without_multiplier(rule: "Rule") -> "Rule":
-    return dataclasses.replace(rule, options=tuple((dict(rule.options) | {"multiplier": 0}).items()))
+def _searches(rule: "Rule") -> bool:
+    return rule.method == "awq" and bool(rule.method_options.get("multiplier", 1))
+
+
+def _folded(rule: "Rule", recipe: "Recipe", folds: Folds) -> "tuple[Rule, ...]":
+    """The rule without multipliers; and, before it, one for the head if it means that, which no scaled fold feeds."""
+    if not _searches(rule):
+        return (rule,)
+    heads = () if folds.residual is None else folds.residual.final_norm.consumers
+    mine = tuple(path for path in heads if path not in folds.consumers and _rule_of(recipe, path) == rule)
+    if mine == rule.targets:
+        return (rule,)
+    without = dataclasses.replace(rule, options=tuple((dict(rule.options) | {"multiplier": 0}).items()))
+    return (dataclasses.replace(rule, targets=mine, ignore=()), without) if mine else (without,)
