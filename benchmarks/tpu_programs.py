@@ -207,10 +207,14 @@ def _counted(program: Program, parts: set[tuple[int, ...]]) -> dict[str, Any]:
 
 
 def parts_of_weights(config: DecoderConfig, mesh: Mesh) -> set[tuple[int, ...]]:
-    """The shapes of one device's part of one layer's packed weights."""
+    """The shapes of one device's part of one layer's packed weights, were they dense."""
     weights = packed_weights(Decoder(config), mesh)
-    codes = [leaf.codes for leaf in jax.tree.leaves(weights, is_leaf=is_qarray) if is_qarray(leaf)]
-    return {part.sharding.shard_shape(part.shape)[-2:] for part in codes}
+    leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_qarray)
+    packed = {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf.shape for keys, leaf in leaves if is_qarray(leaf)
+    }
+    places = {path: NamedSharding(mesh, spec_of_weight(path, shape)) for path, shape in packed.items()}
+    return {places[path].shard_shape(shape)[-2:] for path, shape in packed.items()}
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
@@ -246,6 +250,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--slice", nargs="+", choices=list(SLICES), default=list(SLICES))
+    parser.add_argument("--step", nargs="+", choices=[step.name for step in STEPS], default=[s.name for s in STEPS])
     parser.add_argument("--json", help="where to write the figures")
     options = parser.parse_args()
     if reason := missing("v5e:2x4"):
@@ -254,7 +259,7 @@ def main() -> int:
     rows = []
     for model in options.model:
         for place in options.slice:
-            for step in STEPS:
+            for step in (step for step in STEPS if step.name in options.step):
                 rows.append(measure(model, place, step))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     Console(width=160).print(table_of(rows))
