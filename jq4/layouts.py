@@ -2,11 +2,14 @@
 
     layout    codes                   scale, zero_point, offset   for
     neutral   u8 bytes along `axis`   the weight's own axes       what is saved and compared; also the CPU's own
-    tpu       int4[*B, K, N]          [*B, G, 1, N]               rows of scales that a kernel can address one by one
+    tpu       i32[*B, ceil(K/8), N]   [*B, G, 1, N]               rows of scales that a kernel can address one by one
     gpu       int4[*B, N, K]          [*B, N, G]                  K contiguous, as the tensor cores read it
 
-int4 elements hold code - 8; zero points stay u8, counted in unsigned codes. `axis` of a prepared QArray tells which
-of its two last logical axes is K: -2 for [..., K, N], -1 for [..., N, K]. The order in memory is the layout's, so that
+Words hold eight codes, row 8r + j in bits 4j to 4j + 3 of word r, which is how a TPU holds int4: from a stack of layers
+its compiler reads 32-bit words in place, and copies the layer where they are int4. What no TPU kernel takes (groups of
+other than multiples of 32 rows) is int4[*B, K, N] there, for XLA. int4 elements, in words or not, hold code - 8; zero
+points stay u8, counted in unsigned codes. `axis` of a prepared QArray tells which of its two last logical axes is K: -2
+for [..., K, N], -1 for [..., N, K]. The order in memory is the layout's, so that
 transposing a prepared weight moves nothing.
 
 A CPU reads neutral bytes as fast as any other order (benchmarks/cpu_matmul.py: even and odd codes are multiplied by
@@ -20,13 +23,15 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jq4.errors import JQ4Error
 from jq4.qarray import NEUTRAL, QArray, is_qarray
 from jq4.qarray_ops import plain_scales
 from pallas_kernels import packing
 from pallas_kernels.int4_matmul.spec import GPU, TPU, PackedSpec
-from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.tiles import Packed, int4_to_words, words_to_int4
+from pallas_kernels.int4_matmul.tpu import GROUP_MULTIPLE
 from pallas_kernels.int4_matmul.xla import as_int4
 
 _GPUS = ("H200", "H100", "H20", "H800", "GH200", "A100", "A800", "A30", "A10", "L40", "L4", "B200", "B300", "GB200")
@@ -81,6 +86,8 @@ def to_neutral(q: QArray) -> QArray:
 def logical_shape(q: QArray) -> tuple[int, ...]:
     """The shape of the dense weight of a prepared QArray."""
     *batch, rows, columns = q.codes.shape
+    if _in_words(q):
+        rows = 8 * rows - q.padding
     stored_axis = -2 if q.layout == TPU else -1
     return (*batch, rows, columns) if q.axis == stored_axis else (*batch, columns, rows)
 
@@ -95,13 +102,21 @@ def _relaid(q: QArray, layout: str) -> QArray:
     q = plain_scales(q)
     spec = PackedSpec(q.shape[q.axis], group_size=q.group_size, orientation="kn" if q.axis == -2 else "nk")
     packed, _ = as_int4(Packed(q.codes, q.scale, q.zero_point, q.offset), spec, layout)
-    return dataclasses.replace(q, **packed._asdict(), padding=0, layout=layout)
+    padding = 0
+    if layout == TPU and (spec.num_groups == 1 or spec.group_size % GROUP_MULTIPLE == 0):
+        packed, padding = packed._replace(codes=int4_to_words(packed.codes)), -spec.length % 8
+    return dataclasses.replace(q, **packed._asdict(), padding=padding, layout=layout)
+
+
+def _in_words(q: QArray) -> bool:
+    return q.layout == TPU and jnp.dtype(q.codes.dtype) == jnp.int32
 
 
 @jax.jit
 def _neutral(q: QArray) -> QArray:
     stored_axis = -2 if q.layout == TPU else -1
-    codes = (q.codes.astype("int8") + 8).astype("uint8")
+    codes = words_to_int4(q.codes, q.shape[q.axis]) if _in_words(q) else q.codes
+    codes = (codes.astype("int8") + 8).astype("uint8")
     parts = {"scale": q.scale, "zero_point": q.zero_point, "offset": q.offset}
     if q.layout == TPU:
         parts = {name: None if part is None else part.squeeze(-2) for name, part in parts.items()}

@@ -153,7 +153,8 @@ def _hashable(precision: Any) -> Any:
 
 
 def _check(x: jax.Array, w: Packed, spec: PackedSpec) -> None:
-    have, want = w.codes.shape[spec.k_axis], spec.packed_length
+    words = spec.layout == "tpu" and w.codes.dtype == jnp.int32
+    have, want = w.codes.shape[spec.k_axis], -(-spec.length // 8) if words else spec.packed_length
     if have != want:
         raise ValueError(f"codes of shape {w.codes.shape} hold {have} along K, wanted {want} for {spec}")
     if x.shape[-1] != spec.length:

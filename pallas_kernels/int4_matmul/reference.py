@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import packing
 from pallas_kernels.int4_matmul.spec import NEUTRAL, PackedSpec
+from pallas_kernels.int4_matmul.tiles import words_to_int4
 
 
 def dequantize(codes, scale, zero_point, offset, spec: PackedSpec) -> jax.Array:
@@ -27,6 +28,7 @@ def _levels(codes, zero_point, spec: PackedSpec) -> jax.Array:
     if spec.layout == NEUTRAL:
         codes = packing.unpack(codes, spec.bits, spec.k_axis, spec.length).astype(jnp.int32)
     else:
+        codes = words_to_int4(codes, spec.length) if codes.dtype == jnp.int32 else codes
         codes = codes.astype(jnp.int32) + spec.center
     if spec.levels is not None:
         return jnp.take(jnp.asarray(spec.levels, jnp.float32), codes, axis=0)

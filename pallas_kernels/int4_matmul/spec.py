@@ -5,7 +5,8 @@ A packed weight W[K, N] is a tuple of arrays and a `PackedSpec`. With G = ceil(K
     layout      codes                    scale, zero_point, offset         w = (level + ...) * scale + offset
     neutral kn  u8[bytes(K), N]          [G, N]      pallas_kernels.packing along K
     neutral nk  u8[N, bytes(K)]          [N, G]
-    tpu     kn  int4[K, N] = code - 8    [G, 1, N]   4-bit integers, K a multiple of the group
+    tpu     kn  i32[ceil(K / 8), N]      [G, 1, N]   4-bit integers, code - 8 of row 8r + j in bits 4j.. of word r
+            or  int4[K, N] = code - 8                (the dtype of the codes tells; int4 is what words are in a TPU)
     gpu     nk  int4[N, K] = code - 8    [N, G]      4-bit integers, K a multiple of the group
 
 N may be 1 in scale, zero_point and offset (one value for all columns). level is `code - zero_point` (zero_point u8,

@@ -1,8 +1,13 @@
-"""x[M, K] @ W[K, N] on a TPU, W as int4[K, N] with scales [G, 1, N], by one Pallas kernel.
+"""x[M, K] @ W[K, N] on a TPU, W as words of int4 i32[K / 8, N] with scales [G, 1, N], by one Pallas kernel.
 
     grid     (M / bm, N / bn, K / bk), K innermost; out[bm, bn] is summed in f32 in VMEM and rounded once
     in HBM   x, codes, scales, zero points, offsets: nothing of the dense weight, ever
     x        stays in VMEM over the whole sweep of N where it is small (decode), so that each step reads only weights
+
+Of a stack of layers in a `lax.scan` each layer is a dynamic slice of the stack. XLA writes a kernel's operand to memory
+first, which would move every weight three times, unless it may fuse the slice into the kernel's own reading, which its
+TPU compiler does for 32-bit types alone, in kernels without loops that are content with the default share of VMEM:
+hence words of eight codes, `allow_input_fusion`, and blocks of a few MiB.
 
 Where K is no multiple of the block, x is padded with zeros, which codes beyond the end meet, and scales beyond the end
 are overwritten in VMEM. Rows beyond M and columns beyond N are computed from what memory holds, and dropped.
@@ -55,7 +60,7 @@ def int4_matmul_tpu(
 
     Args:
       x: float[M, K].
-      w: codes int4[K, N], scale [G, 1, N], zero_point u8[G, 1, N], offset [G, 1, N].
+      w: codes i32[ceil(K / 8), N] or int4[K, N], scale [G, 1, N], zero_point u8[G, 1, N], offset [G, 1, N].
       spec: layout "tpu".
       platform: always "tpu", but for the interpreter.
       precision: of a float32 x.
@@ -108,7 +113,7 @@ def _call(x: jax.Array, w: Packed, plan: Plan, spec: PackedSpec, dtype: Any, int
     wide = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in w[1:]]
     operands = {
         "x": (x, pl.BlockSpec((bm, x_columns), lambda i, j, k: (i, 0 if plan.resident else k))),
-        "codes": (w.codes, pl.BlockSpec((bk, bn), lambda i, j, k: (k, j))),
+        "codes": (w.codes, pl.BlockSpec((bk // tpu_forms.rows_of_a_code(w.codes), bn), lambda i, j, k: (k, j))),
         **{name: (part, by_group) for name, part in zip(("scale", "zero_point", "offset"), wide, strict=True)},
     }
     present = {name: pair for name, pair in operands.items() if pair[0] is not None}
@@ -127,7 +132,9 @@ def _call(x: jax.Array, w: Packed, plan: Plan, spec: PackedSpec, dtype: Any, int
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=plan.vmem_limit,
-            allow_input_fusion=(True,) * len(arrays),
+            allow_input_fusion=tuple(
+                not plan.loops and name != "x" and array.dtype.itemsize == 4 for name, (array, _) in present.items()
+            ),
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
     )(*arrays)

@@ -3,7 +3,8 @@
 The time of a plan is modelled, and the shortest one is taken:
 
     step   max(bundles / clock, HBM bytes / bandwidth) + what a step costs in any case
-    all    steps / cores * step + the first step's bytes, which nothing hides
+    all    steps / cores * step + the first step's bytes, which nothing hides, + the copy of the codes out of a stack
+           of layers, which a kernel with a loop over chunks cannot read in place
 
 The bundles (VLIW instructions, one a cycle) come from counting: COUNTED holds the schedules that the TPU compiler
 (libtpu 0.0.52) made of each form for one step of 1024 x 1024 codes, at two group sizes and four numbers of rows;
@@ -60,7 +61,7 @@ class Plan:
         equal part.
       resident: whether the rows of x stay in VMEM over the whole of K.
       chunk: rows of codes that are unpacked at a time.
-      vmem_limit: bytes that the compiler may use.
+      vmem_limit: bytes that the compiler may use; None is its default, which the choice of blocks keeps to.
     """
 
     form: str
@@ -70,6 +71,10 @@ class Plan:
     resident: bool = False
     chunk: int = 2**30
     vmem_limit: int | None = None
+
+    @property
+    def loops(self) -> bool:
+        return self.chunk < self.block_k
 
 
 EXACT = ("direct", "magic")
@@ -101,7 +106,7 @@ STEP_BUNDLES = 110  # of a step, whatever its size
 LOOP_BUNDLES = 100  # of a turn of the loop over chunks, which drains the MXU
 
 BLOCKS_N = (2048, 1024, 512, 256, 128)
-MOST_CODES = 2**22  # of a block: 2 MiB
+MOST_CODES = {1: 2**22, 2: 2**21}  # of a block, by the cores of a device: 2 and 1 MiB
 LEAST_CODES = 2**21  # of a block at decode, where there are so many: 1 MiB
 DECODE_ROWS = 64
 UNROLLED_GROUPS = 32  # of a block at decode: more of them compile slowly
@@ -127,9 +132,9 @@ def candidates(problem: Problem, chip: Chip, exact: bool) -> Iterator[Plan]:
             for block_k in depths(problem):
                 chunk = chunk_of(problem, form, block_m, block_k, chip)
                 for block_n in widths(problem):
-                    if block_k * block_n <= MOST_CODES or block_k == min(depths(problem)):
+                    if block_k * block_n <= MOST_CODES[chip.cores] or block_k == min(depths(problem)):
                         for resident in (True, False):
-                            yield Plan(form, block_m, block_k, block_n, resident, chunk, chip.vmem)
+                            yield Plan(form, block_m, block_k, block_n, resident, chunk)
 
 
 def depths(problem: Problem) -> list[int]:
@@ -171,7 +176,8 @@ def seconds(problem: Problem, plan: Plan, chip: Chip) -> float:
     bundles = bundles_of_step(problem, plan, chip) / chip.clock
     transfer = bytes_of_step(problem, plan, steps_n, steps_k) / chip.bandwidth
     step = max(bundles, transfer) + STEP_BUNDLES / chip.clock
-    return -(-steps_m * steps_n // chip.cores) * steps_k * step + transfer
+    copied = problem.k * problem.n / chip.cores if plan.loops else 0  # half a byte a code, read and written
+    return -(-steps_m * steps_n // chip.cores) * steps_k * step + transfer + copied / chip.bandwidth
 
 
 def bundles_of_step(problem: Problem, plan: Plan, chip: Chip) -> float:
@@ -213,7 +219,8 @@ def vmem_of(problem: Problem, plan: Plan) -> int:
     x = 2 * bm * (-(-problem.k // bk) * bk if plan.resident else bk)
     chunk = min(plan.chunk, bk)
     if plan.form == "wscale":
-        stack = 5 * chunk * bn
+        stack = (5 if plan.block_m > MANY_ROWS else 2) * chunk * bn
     else:
         stack = 4 * bm * bn * (max(1, groups * chunk // bk) if plan.block_m > 16 else 1)
-    return 2 * (bk * bn // 2 + columns + x + 4 * bm * bn) + 4 * bm * bn + stack + 2**20
+    codes = bk * bn // 2 * (1 if plan.loops else 2)  # and as much for a slice that is read in place
+    return 2 * (codes + columns + x + 4 * bm * bn) + 4 * bm * bn + stack + 2**20

@@ -44,7 +44,7 @@ class Block(NamedTuple):
     Attributes:
       x: bf16[bm, bk]. Columns after the end of K are zeros: codes there are what memory held, so that a form may
         multiply them by x and nothing else.
-      codes: int4[bk, bn], of which the level is the code itself.
+      codes: int4[bk, bn], of which the level is the code itself, or the same as words, i32[bk / 8, bn].
       scale: [bk / group, 1, bn], bf16 or f32, finite everywhere. `group` divides bk: where a real group is longer
         than the block, the index map repeats its row and `group` is bk.
       zero_point: u8[bk / group, 1, bn] or None, counted in unsigned codes.
@@ -64,23 +64,35 @@ def accumulate(form: Any, block: Block, group: int, chunk: int, total: Any) -> N
     With many rows of x a form's partial sums do not fit the registers, and a scheduler that is shown all groups at once
     spills them all; a loop holds one chunk's. A chunk is whole groups and a multiple of LANES.
     """
-    if chunk >= block.codes.shape[0]:
+    depth = block.x.shape[1]
+    if chunk >= depth:
         total[...] += form(block, group)
         return
-    per = chunk // group
+    per, stored = chunk // group, chunk // rows_of_a_code(block.codes)
 
-    @pl.loop(0, block.codes.shape[0] // chunk)
+    @pl.loop(0, depth // chunk)
     def _(index: jax.Array) -> None:
-        rows = pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
+        x = block.x[:, pl.ds(pl.multiple_of(index * chunk, chunk), chunk)]
+        codes = block.codes[pl.ds(pl.multiple_of(index * stored, stored), stored), :]
         groups = [None if part is None else part[pl.ds(index * per, per)] for part in block[2:]]
-        total[...] += form(Block(block.x[:, rows], block.codes[rows, :], *groups), group)
+        total[...] += form(Block(x, codes, *groups), group)
+
+
+def rows_of_a_code(codes: Any) -> int:
+    """Rows of W that one row of the array of codes holds: 8 in words."""
+    return 8 if codes.dtype == jnp.int32 else 1
+
+
+def as_int4(codes: jax.Array) -> jax.Array:
+    """int4[bk, bn] of int4 or words: the same bits, read otherwise."""
+    return pltpu.bitcast(codes, jnp.int4) if codes.dtype == jnp.int32 else codes
 
 
 def direct(block: Block, group: int, *, upcast: bool = False) -> jax.Array:
     """`upcast` unpacks before the dot, for an interpreter that has no product of bf16 by int4."""
 
     def weight(codes: jax.Array) -> jax.Array:
-        return codes.astype(jnp.bfloat16) if upcast else codes
+        return as_int4(codes).astype(jnp.bfloat16) if upcast else as_int4(codes)
 
     return _by_groups(block, group, weight, center=0.0)
 
@@ -90,11 +102,11 @@ def magic(block: Block, group: int) -> jax.Array:
 
 
 def wscale(block: Block, group: int) -> jax.Array:
-    rows, columns = block.codes.shape
+    rows, columns = block.x.shape[1], block.codes.shape[1]
     # one rounding: a bf16 scale times a small integer is rounded once by a bf16 product, anything else by f32's end
     exact = block.scale.dtype == jnp.bfloat16 and block.offset is None
     dtype = jnp.bfloat16 if exact else jnp.float32
-    weight = block.codes[...].astype(dtype).reshape(rows // group, group, columns)
+    weight = as_int4(block.codes[...]).astype(dtype).reshape(rows // group, group, columns)
     if block.zero_point is not None:
         weight = weight - _shift(block.zero_point[...]).astype(dtype)
     weight = weight * block.scale[...].astype(dtype)
@@ -124,10 +136,10 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
 def _by_groups(block: Block, group: int, weight: Any, center: float) -> jax.Array:
     """The sum over groups of (x_i @ weight(codes_i) - sums_i * (center + shift_i)) * scale_i + sums_i * offset_i."""
     total = None
-    for i in range(block.codes.shape[0] // group):
-        rows = slice(i * group, (i + 1) * group)
-        x = block.x[:, rows]
-        partial = product(x, weight(block.codes[rows, :]))
+    stored = group // rows_of_a_code(block.codes)
+    for i in range(block.x.shape[1] // group):
+        x = block.x[:, i * group : (i + 1) * group]
+        partial = product(x, weight(block.codes[i * stored : (i + 1) * stored, :]))
         if center or block.zero_point is not None:
             shift = center if block.zero_point is None else _shift(block.zero_point[i]) + center
             partial = partial - _row_sums(x) * shift
@@ -150,13 +162,13 @@ def _shift(zero_point: jax.Array) -> jax.Array:
 
 
 def _magic_weight(codes: jax.Array) -> jax.Array:
-    """bf16[group, bn] = 136 + code, rows in `magic_order`, from int4[group, bn]."""
-    words = pltpu.bitcast(codes, jnp.int32)  # [group / 8, bn]: nibble j of word r is row 8r + j
+    """bf16[group, bn] = 136 + code, rows in `magic_order`, from int4[group, bn] or words."""
+    words = codes if codes.dtype == jnp.int32 else pltpu.bitcast(codes, jnp.int32)  # [group / 8, bn]
     fields = [lax.shift_right_logical(words, jnp.int32(4 * j)) if j else words for j in range(4)]
     bits = [(field & jnp.int32(0x000F000F)) ^ jnp.int32(0x43084308) for field in fields]
     halves = [pltpu.bitcast(field, jnp.bfloat16) for field in bits]  # bf16[group / 4, bn]: rows (r, h)
-    step = _chunk(codes.shape[0]) // 4
-    chunks = range(0, codes.shape[0] // 4, step)
+    step = _chunk(8 * words.shape[0]) // 4
+    chunks = range(0, 2 * words.shape[0], step)
     return jnp.concatenate([half[start : start + step] for start in chunks for half in halves], 0)
 
 

@@ -56,8 +56,8 @@ def has_int4_form(spec: PackedSpec) -> bool:
 
 
 def as_int4(w: Packed, spec: PackedSpec, layout: str) -> tuple[Packed, PackedSpec]:
-    """A 4-bit integer weight in the tpu or gpu layout; batch axes in front are kept. Lossless."""
-    if spec.layout == layout:
+    """A 4-bit integer weight in the tpu (int4, not words) or gpu layout; batch axes in front are kept. Lossless."""
+    if spec.layout == layout and w.codes.dtype != jnp.int32:
         return w, spec
     w = tiles.flat_scales(w, spec)
     codes = w.codes
