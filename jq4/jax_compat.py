@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.extend
-from jax._src import source_info_util
+from jax._src import core, source_info_util
 
 # Primitives that call a jaxpr, by every name they have had: what the interpreter does with each is a method of it.
 CALL_LIKE = {
@@ -40,6 +40,11 @@ _HIGH_KINDS = {
     "CustomJVPTraced": "eval_custom_jvp",
     "CustomVJPTraced": "eval_custom_vjp",
 }
+
+
+def is_tracing() -> bool:
+    """Whether a function is being traced, so that what is called now becomes a part of its program."""
+    return not core.trace_state_clean()
 
 
 def trace(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ from jax.core import Tracer
 from jq4.axes import is_array, watched_call
 from jq4.beside import beside, device_of
 from jq4.errors import JQ4Error
+from jq4.sparing_jit import sparing_jit
 from jq4.statistics import CHEAP, Statistics, WeightStatistics, check_collectable, condensed, merge, settled
 from jq4.watch import Frame, Watcher
 
@@ -162,7 +163,7 @@ def _step(
         tables.update(watcher.looked_up)
         return _by_path(watcher.frame)
 
-    return jax.jit(statistics)
+    return sparing_jit(statistics)
 
 
 def _by_path(frame: Frame) -> dict[str, WeightStatistics]:

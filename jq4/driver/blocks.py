@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,6 +24,7 @@ from jq4.driver.stage_statistics import Collector
 from jq4.driver.streams import Placement, Stream, make_stream
 from jq4.observe import observe
 from jq4.recipe import Recipe
+from jq4.sparing_jit import sparing_jit
 from jq4.statistics import Statistics, check_finite
 from jq4.steps import BLOCKWISE, Step
 from jq4.tuning import tune_block
@@ -52,15 +52,15 @@ class BlocksInOrder:
         self._quantizer = BlockQuantizer(chain, plan, needs.pairs)
         self._tuning = [step for step in recipe.after if step.step in BLOCKWISE]
         self._chain = chain
-        self._dense_step = jax.jit(chain.block)
-        self._packed_step = jax.jit(quantized(chain.block))
+        self._dense_step = sparing_jit(chain.block)
+        self._packed_step = sparing_jit(quantized(chain.block))
         self.x: Stream | None = None
         self.x_hat: Stream | None = None
         self.next = 0
 
     def embed(self, outside: Any, rows: np.ndarray, batch_size: int, folder: Path | None) -> None:
         """Makes the streams of the rows i32[R, T], in files of `folder` if one is given."""
-        step = jax.jit(self._chain.embed)
+        step = sparing_jit(self._chain.embed)
         outside = self._placement.first(outside)
 
         def stream(name: str) -> Stream:
