@@ -32,14 +32,27 @@ from benchmarks.aot import missing
 from benchmarks.provenance import publish
 from benchmarks.tpu_lab import cells
 from benchmarks.tpu_lab.chips import CHIPS
-from benchmarks.tpu_lab.contenders import CONTENDERS
+from benchmarks.tpu_lab.contenders import CONTENDERS, DENSE, EXPERTS
 from benchmarks.tpu_lab.jobs import Job, run
 from benchmarks.tpu_lab.tables import plot, table_of, with_speedups
 from pallas_kernels.int4_matmul.shapes import SHAPES
 
-UNITS_OF_RESULT = ("chip", "contender", "rows", "k", "n", "group_size", "asymmetric", "label", "status", "error", "us",
-                   "bound", "speedup", "bundles_us", "mxu_us", "hbm_us", "cycles", "hbm_bytes", "step_bundles",
-                   "loop_bundles", "spills", "unknown_loops", "vmem_bytes", "temp_bytes", "units")  # fmt: skip
+PUBLISHED = (
+    *("chip", "contender", "rows", "k", "n", "group_size", "asymmetric", "experts", "label", "status", "error"),
+    *(
+        "us",
+        "bound",
+        "speedup",
+        "bundles_us",
+        "mxu_us",
+        "hbm_us",
+        "cycles",
+        "hbm_bytes",
+        "step_bundles",
+        "loop_bundles",
+    ),
+    *("spills", "unknown_loops", "vmem_bytes", "temp_bytes", "units"),
+)
 
 
 def side_by_side(options: argparse.Namespace) -> list[Job]:
@@ -47,6 +60,7 @@ def side_by_side(options: argparse.Namespace) -> list[Job]:
     jobs = []
     for chip, size, rows, group in itertools.product(options.chip, options.sizes, options.rows, options.group_size):
         case = {"rows": rows, "k": size[0], "n": size[1], "group_size": group, "asymmetric": options.asymmetric}
+        case |= {"experts": options.experts} if options.experts else {}
         jobs += [Job(chip, contender, case) for contender in options.contender]
     return jobs
 
@@ -87,7 +101,7 @@ def main() -> int:
     else:
         rows = list(shown(side_by_side(options), console, dump=True))
         Console(width=None if console.is_terminal else 220).print(table_of(rows))
-        found = {"rows": [{name: row[name] for name in UNITS_OF_RESULT if name in row} for row in with_speedups(rows)]}
+        found = {"rows": [{name: row[name] for name in PUBLISHED if name in row} for row in with_speedups(rows)]}
         if options.plot:
             plot(rows, options.plot)
         failed = 0
@@ -102,6 +116,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contender", nargs="+", choices=list(CONTENDERS), help="default: all (matrix: tpu)")
     parser.add_argument("--rows", type=int, nargs="+", default=[16])
     parser.add_argument("--group-size", type=int, nargs="+", default=[128], help="0: one scale for each column")
+    parser.add_argument("--experts", type=int, default=0, help="each row by one of so many weights")
     parser.add_argument("--asymmetric", action="store_true", help="with zero points")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--named", nargs="+", choices=sorted(SHAPES), default=["llama-3-70b/gate_proj"])
@@ -112,7 +127,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", help="where to write the figures")
     parser.add_argument("--plot", help="where to draw them")
     options = parser.parse_args()
-    options.contender = options.contender or (["tpu"] if options.matrix else list(CONTENDERS))
+    options.contender = options.contender or (["tpu"] if options.matrix else EXPERTS if options.experts else DENSE)
     options.sizes = [tuple(options.shape)] if options.shape else [SHAPES[name] for name in options.named]
     return options
 

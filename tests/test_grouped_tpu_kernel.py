@@ -16,7 +16,7 @@ from jq4.qarray import QArray
 from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
 from pallas_kernels.grouped_int4_matmul.tpu import grouped_int4_matmul_tpu, work_items
 from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError
-from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.tiles import Packed, int4_to_words, words_to_int4
 from pallas_kernels.int4_matmul.tpu_chips import chip_named
 
 # rows of each expert, K, N, group, zero points, offsets
@@ -32,20 +32,20 @@ CASES = {
 
 
 def experts(sizes, k, n, group, zero_points, offsets, seed=0):
-    """(Packed with flat scales, its spec, the dense experts f64)."""
+    """(Packed in the tpu layout, its spec, the dense experts f64)."""
     rng = np.random.default_rng(seed)
-    shape = (len(sizes), -(-k // group), n)
+    shape = (len(sizes), -(-k // group), 1, n)
     codes = rng.integers(-8, 8, (len(sizes), k, n))
     scale = jnp.asarray(rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape), jnp.bfloat16)
     zero_point = jnp.asarray(rng.integers(0, 16, shape), jnp.uint8) if zero_points else None
     offset = jnp.asarray(rng.normal(size=shape), jnp.bfloat16) if offsets else None
 
     def rows(part, empty):
-        return empty if part is None else np.repeat(np.asarray(part, np.float64), group, 1)[:, :k]
+        return empty if part is None else np.repeat(np.asarray(part, np.float64)[:, :, 0], group, 1)[:, :k]
 
     dense = (codes - rows(zero_point, 8.0) + 8.0) * rows(scale, 0.0) + rows(offset, 0.0)
     spec = PackedSpec(k, group_size=group, layout="tpu")
-    return Packed(jnp.asarray(codes, jnp.int4), scale, zero_point, offset), spec, dense
+    return Packed(int4_to_words(jnp.asarray(codes, jnp.int4)), scale, zero_point, offset), spec, dense
 
 
 def in_turn(x, dense, sizes):
@@ -84,6 +84,14 @@ def test_float32_rows_are_multiplied_as_exactly_as_they_ask():
     assert error(out, in_turn(x, dense, sizes)) < 1e-6
 
 
+def test_codes_may_be_int4_instead_of_words():
+    sizes = (5, 0, 12)
+    w, spec, dense = experts(sizes, 128, 128, 64, True, False)
+    x, int4 = rows_of_x(17, 128), w._replace(codes=words_to_int4(w.codes, 128))
+    out = grouped_int4_matmul_tpu(x, int4, jnp.asarray(sizes), spec, interpret=True)
+    assert error(out, in_turn(x, dense, sizes)) < 2.5e-3
+
+
 def test_items_cover_every_row_once_and_no_empty_expert():
     rng = np.random.default_rng(2)
     for _ in range(50):
@@ -103,13 +111,12 @@ def test_items_cover_every_row_once_and_no_empty_expert():
 def test_the_public_function_and_its_gradient_take_it_by_name():
     sizes = jnp.asarray((9, 0, 4))
     w, spec, dense = experts((9, 0, 4), 128, 128, 32, True, False)
-    four = Packed(*(part if part is None or part is w.codes else part[:, :, None] for part in w))
     x = rows_of_x(13, 128, jnp.float32)
 
     weights = jnp.asarray(np.random.default_rng(3).normal(size=(13, 128)), jnp.float32)
 
     def total(x):
-        out = grouped_int4_matmul(x, *four, group_sizes=sizes, spec=spec, implementation="tpu_interpret")
+        out = grouped_int4_matmul(x, *w, group_sizes=sizes, spec=spec, implementation="tpu_interpret")
         return jnp.sum(out * weights), out
 
     (_, out), dx = jax.value_and_grad(total, has_aux=True)(x)
@@ -128,7 +135,7 @@ def test_a_weight_it_does_not_read_is_refused_by_name():
 
 def test_a_ragged_product_of_packed_experts_reaches_it():
     w, spec, dense = experts((6, 3), 128, 128, 64, False, False)
-    q = QArray(w.codes, w.scale[:, :, None], group_size=64, dtype="bfloat16", layout="tpu")
+    q = QArray(w.codes, w.scale, group_size=64, dtype="bfloat16", layout="tpu")
     out = ragged_dot(rows_of_x(9, 128), q, jnp.asarray((6, 3)), implementation="tpu_interpret")
     assert out.dtype == jnp.bfloat16 and error(out, in_turn(rows_of_x(9, 128), dense, (6, 3))) < 5e-3
     assert spec.num_groups == 2
@@ -151,7 +158,7 @@ chip, struct = CHIPS["{chip}"], jax.ShapeDtypeStruct
 for rows in (128, 8192):
     f = lambda x, c, s, sizes: grouped_int4_matmul(
         x, c, s, group_sizes=sizes, spec=PackedSpec(2048, group_size=128, layout="tpu"))
-    args = (struct((rows, 2048), jnp.bfloat16), struct((128, 2048, 768), jnp.int4),
+    args = (struct((rows, 2048), jnp.bfloat16), struct((128, 256, 768), jnp.int32),
             struct((128, 16, 1, 768), jnp.bfloat16), struct((128,), jnp.int32))
     made = compiled(chip, traced(chip, f, args))
     print(Program(made.as_text()).custom_calls(), made.memory_analysis().temp_size_in_bytes < 2 * 128 * 2048 * 768 / 8)

@@ -226,7 +226,8 @@ def test_decoding_is_bound_by_the_memory_and_several_times_faster_than_bf16():
     rows = {(row["chip"], row["contender"]): row for row in run(jobs, dump=True)}
     for chip in ("v5e", "v6e"):
         ours, dense = rows[chip, "tpu"], rows[chip, "pallas-bf16"]
-        assert (ours["status"], ours["bound"], ours["spills"]) == ("ok", "HBM", 0), ours
+        assert (ours["status"], ours["bound"]) == ("ok", "HBM"), ours
         assert ours["bundles_us"] < ours["hbm_us"]
-        assert dense["us"] / ours["us"] >= 3.5
+        assert ours["spills"] <= ours["step_bundles"] / 8
+        assert dense["us"] / ours["us"] >= 3.6
         assert math.isclose(dense["hbm_us"], 1e6 * 2 * 8192 * 28672 / CHIPS[chip].bandwidth, rel_tol=0.02)

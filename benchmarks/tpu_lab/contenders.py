@@ -6,6 +6,8 @@
     xla-bf16        XLA's own dot of bf16 weights
     xla-dequantize  XLA: unpack, scale, one dot
     xla-grouped     XLA: one dot a group, partial sums scaled
+    experts-tpu     pallas_kernels.grouped_int4_matmul's own kernel, on rows sorted by expert
+    experts-xla     its XLA form
     tpu-inference   the blockwise kernel of that package where it is installed: int8 (or fp8) activations, symmetric
 
 The last is run, never copied: `TPU_INFERENCE` names the folder that its wheel is unpacked in, and of the package only
@@ -27,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.tpu_lab.chips import Chip
+from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
 from pallas_kernels.int4_matmul import PackedSpec, int4_matmul
 
 PEER = "TPU_INFERENCE"
@@ -38,7 +41,7 @@ class RefusedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """x[rows, k] @ W[k, n]; a group size of 0 is one scale for each column."""
+    """x[rows, k] @ W[k, n]; a group size of 0 is one scale for each column. With `experts`, each row by one of them."""
 
     rows: int
     k: int
@@ -46,6 +49,7 @@ class Case:
     group_size: int = 128
     asymmetric: bool = False
     dtype: str = "bfloat16"
+    experts: int = 0
 
     @property
     def group(self) -> int:
@@ -58,13 +62,6 @@ class Case:
     @property
     def macs(self) -> int:
         return self.rows * self.k * self.n
-
-    @property
-    def packed_nbytes(self) -> int:
-        """x, codes, scales, zero points and the result: what has to be moved once."""
-        item = jnp.dtype(self.dtype).itemsize
-        scales = self.groups * self.n * (2 + self.asymmetric)
-        return -(-self.k * self.n // 2) + scales + item * self.rows * (self.k + self.n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +88,12 @@ def _packed(case: Case) -> tuple[Any, ...]:
     return _struct((case.k, case.n), jnp.int4), _struct(scale, jnp.bfloat16), zero_point
 
 
+def _prepared(case: Case) -> tuple[Any, ...]:
+    """The same with the codes as `jq4.prepare` lays them for a TPU: words i32[ceil(K / 8), N]."""
+    _, scale, zero_point = _packed(case)
+    return _struct((-(-case.k // 8), case.n), jnp.int32), scale, zero_point
+
+
 def _ours(implementation: str) -> Callable[[Case, Chip], Iterator[Program]]:
     def programs(case: Case, chip: Chip) -> Iterator[Program]:
         spec = PackedSpec(case.k, group_size=case.group, layout="tpu")
@@ -98,7 +101,24 @@ def _ours(implementation: str) -> Callable[[Case, Chip], Iterator[Program]]:
         def product(x: Any, codes: Any, scale: Any, zero_point: Any) -> jax.Array:
             return int4_matmul(x, codes, scale, zero_point, spec=spec, implementation=implementation)
 
-        yield Program(implementation, product, (_x(case), *_packed(case)))
+        yield Program(implementation, product, (_x(case), *_prepared(case)))
+
+    return programs
+
+
+def _experts(implementation: str | None) -> Callable[[Case, Chip], Iterator[Program]]:
+    def programs(case: Case, chip: Chip) -> Iterator[Program]:
+        if not case.experts:
+            raise RefusedError("it takes experts")
+        spec = PackedSpec(case.k, group_size=case.group, layout="tpu")
+
+        def product(x: Any, codes: Any, scale: Any, zero_point: Any, sizes: Any) -> jax.Array:
+            return grouped_int4_matmul(
+                x, codes, scale, zero_point, group_sizes=sizes, spec=spec, implementation=implementation
+            )
+
+        stacked = jax.tree.map(lambda part: _struct((case.experts, *part.shape), part.dtype), _prepared(case))
+        yield Program(f"{case.experts}", product, (_x(case), *stacked, _struct((case.experts,), jnp.int32)))
 
     return programs
 
@@ -250,10 +270,14 @@ def _silent_logger() -> types.ModuleType:
 CONTENDERS: dict[str, Callable[[Case, Chip], Iterator[Program]]] = {
     "tpu": _ours("tpu"),
     "xla": _ours("xla"),
+    "experts-tpu": _experts("tpu"),
+    "experts-xla": _experts("xla"),
     "pallas-bf16": _pallas_bf16,
     "xla-bf16": _xla_bf16,
     "xla-dequantize": _xla_dequantize,
     "xla-grouped": _xla_grouped,
     "tpu-inference": _tpu_inference,
 }
+DENSE = [name for name in CONTENDERS if not name.startswith("experts")]
+EXPERTS = [name for name in CONTENDERS if name.startswith("experts")]
 BASELINE = "pallas-bf16"

@@ -65,7 +65,8 @@ def grouped_int4_matmul(
         )
     if implementation in ("tpu", "tpu_interpret") and (reason := tpu.refusal(spec)):
         raise UnsupportedError(f"{implementation} of grouped_int4_matmul does not take {spec}: {reason}")
-    if codes.ndim != 3 or x.ndim != 2 or x.shape[1] != spec.length or codes.shape[spec.k_axis] != spec.packed_length:
+    stored = -(-spec.length // 8) if spec.layout == "tpu" and codes.dtype == jnp.int32 else spec.packed_length
+    if codes.ndim != 3 or x.ndim != 2 or x.shape[1] != spec.length or codes.shape[spec.k_axis] != stored:
         raise ValueError(f"x {x.shape} and codes {codes.shape} are not [M, K] and packed [E, K, N] of {spec}")
     if group_sizes.shape != codes.shape[:1]:
         raise ValueError(f"group_sizes has shape {group_sizes.shape}, wanted ({codes.shape[0]},), one for each expert")
@@ -75,17 +76,16 @@ def grouped_int4_matmul(
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _jitted(x, w: Packed, group_sizes, spec: PackedSpec, implementation, dtype, precision) -> jax.Array:
-    flat = tiles.flat_scales(w, spec)
     if implementation == "reference":
         return grouped_int4_matmul_reference(x, *w, group_sizes, spec=spec, precision=precision).astype(dtype)
-    x, flat, group_sizes = vary_alike((x, flat, group_sizes))
-    return _product(x, flat, group_sizes, spec, implementation, precision).astype(dtype)
+    x, w, group_sizes = vary_alike((x, w, group_sizes))
+    return _product(x, w, group_sizes, spec, implementation, precision).astype(dtype)
 
 
 def _value(x, w: Packed, group_sizes, spec: PackedSpec, implementation, precision) -> Any:
     def by_xla(platform: str):
         run = functools.partial(grouped_xla, spec=spec, platform=platform, precision=precision)
-        return lambda x, w, sizes: run(x, w, sizes).astype(xla.accumulator(x.dtype))
+        return lambda x, w, sizes: run(x, tiles.flat_scales(w, spec), sizes).astype(xla.accumulator(x.dtype))
 
     def by_kernel(x, w, sizes):
         interpret = implementation == "tpu_interpret"
@@ -109,7 +109,8 @@ def _forward(x, w, group_sizes, spec, implementation, precision):
 
 def _backward(spec, implementation, precision, residuals, dy):
     del implementation  # XLA's forms serve the transpose everywhere
-    x, w, group_sizes = residuals
+    x, own, group_sizes = residuals
+    w = tiles.flat_scales(own, spec)
 
     def to_input(platform: str):
         run = functools.partial(
@@ -120,16 +121,17 @@ def _backward(spec, implementation, precision, residuals, dy):
     dx = by_lowering_platform({p: to_input(p) for p in ("cpu", "tpu", "gpu")}, dy, w, group_sizes)
 
     def to_scale(pair):
-        expert, own = pair
-        return gradients.scale_cotangent(rows_of_expert(x, group_sizes, expert), dy, own, spec)
+        expert, weight = pair
+        return gradients.scale_cotangent(rows_of_expert(x, group_sizes, expert), dy, weight, spec)
 
     def to_offset(expert):
         return gradients.offset_cotangent(rows_of_expert(x, group_sizes, expert), dy, spec)
 
     experts = jnp.arange(w.codes.shape[0])
-    dscale = gradients.like(lax.map(to_scale, (experts, w)), w.scale)
-    doffset = None if w.offset is None else gradients.like(lax.map(to_offset, experts), w.offset)
-    return dx, Packed(no_cotangent(w.codes), dscale, no_cotangent(w.zero_point), doffset), no_cotangent(group_sizes)
+    dscale = gradients.like(lax.map(to_scale, (experts, w)), own.scale)
+    doffset = None if w.offset is None else gradients.like(lax.map(to_offset, experts), own.offset)
+    dw = Packed(no_cotangent(own.codes), dscale, no_cotangent(own.zero_point), doffset)
+    return dx, dw, no_cotangent(group_sizes)
 
 
 _product.defvjp(_forward, _backward)

@@ -15,6 +15,7 @@ points of the item's expert, unpacked in VMEM; nothing of a dense weight is ever
 experts is multiplied once for each of them, whole: bm is no larger than the experts' average share asks for.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ def grouped_int4_matmul_tpu(
 
     Args:
       x: float[M, K], sorted by expert.
-      w: codes int4[E, K, N], scale and its kin [E, G, N].
+      w: codes i32[E, ceil(K / 8), N] or int4[E, K, N], scale and its kin [E, G, 1, N].
       group_sizes: i32[E].
       spec: layout "tpu".
       precision: of a float32 x, as the dense kernel's.
@@ -74,7 +75,8 @@ def grouped_int4_matmul_tpu(
     flags = (w.zero_point is not None, w.offset is not None)
     problem = Problem(bm, spec.length, columns, spec.num_groups, spec.group_size, *flags)
     terms = bf16_terms(x, precision)
-    plan = choose_plan(problem, chip or traced_chip(), exact=terms.shape[0] > 1)
+    chip = chip or traced_chip()
+    plan = dataclasses.replace(choose_plan(problem, chip, exact=terms.shape[0] > 1), vmem_limit=chip.vmem)
     items = work_items(group_sizes.astype(jnp.int32), rows, bm)
     out = [_call(term, w, items, bm, plan, spec, interpret) for term in terms]
     return functools.reduce(jnp.add, out)
@@ -127,7 +129,7 @@ def _call(x: jax.Array, w: Packed, items: Items, bm: int, plan: Plan, spec: Pack
 
     parts = {"codes": w.codes}
     blocks = {"x": pl.BlockSpec((bm, x.shape[1]), lambda j, i, k, tile, *_: (tile[i], 0))}
-    blocks["codes"] = pl.BlockSpec((None, bk, bn), of_expert)
+    blocks["codes"] = pl.BlockSpec((None, bk // tpu_forms.rows_of_a_code(w.codes), bn), of_expert)
     for name, part in zip(("scale", "zero_point", "offset"), w[1:], strict=True):
         if part is not None:
             parts[name] = _by_blocks(part, n, missing)
@@ -158,8 +160,8 @@ def _rows_of(items: Items, bm: int) -> jax.Array:
 
 
 def _by_blocks(part: jax.Array, n: int, missing: int) -> jax.Array:
-    """[E, G, 1, N] of [E, G, N or 1], and rows of zeros for the groups that the last block of K has too many."""
-    wide = jnp.broadcast_to(part, (*part.shape[:2], n))[:, :, None]
+    """[E, G, 1, N] of [E, G, 1, N or 1], and rows of zeros for the groups that the last block of K has too many."""
+    wide = jnp.broadcast_to(part, (*part.shape[:-1], n))
     return jnp.pad(wide, ((0, 0), (0, missing), (0, 0), (0, 0)))
 
 

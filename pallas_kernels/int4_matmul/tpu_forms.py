@@ -68,14 +68,15 @@ def accumulate(form: Any, block: Block, group: int, chunk: int, total: Any) -> N
     if chunk >= depth:
         total[...] += form(block, group)
         return
-    per, stored = chunk // group, chunk // rows_of_a_code(block.codes)
+    inner = min(group, chunk)  # a block of one group has one row of scales for all of its chunks
+    per, stored = (chunk // group if inner == group else 0), chunk // rows_of_a_code(block.codes)
 
     @pl.loop(0, depth // chunk)
     def _(index: jax.Array) -> None:
         x = block.x[:, pl.ds(pl.multiple_of(index * chunk, chunk), chunk)]
         codes = block.codes[pl.ds(pl.multiple_of(index * stored, stored), stored), :]
-        groups = [None if part is None else part[pl.ds(index * per, per)] for part in block[2:]]
-        total[...] += form(Block(x, codes, *groups), group)
+        groups = [part if part is None or not per else part[pl.ds(index * per, per)] for part in block[2:]]
+        total[...] += form(Block(x, codes, *groups), inner)
 
 
 def rows_of_a_code(codes: Any) -> int:
