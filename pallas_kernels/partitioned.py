@@ -54,8 +54,16 @@ def _run(*args: Any, alone: _Form, partitioned: _Form) -> list[Any]:
 
 
 def _lower(ctx: Any, *args: Any, alone: _Form, partitioned: _Form) -> Any:
-    devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
-    return mlir.lower_fun(alone if devices == 1 else partitioned, multiple_results=True)(ctx, *args)
+    form = partitioned if _is_partitioned(ctx.module_context.axis_context) else alone
+    return mlir.lower_fun(form, multiple_results=True)(ctx, *args)
+
+
+def _is_partitioned(context: Any) -> bool:
+    """Whether anything is left to XLA's partitioner: several devices, and axes that no `shard_map` around has taken."""
+    if hasattr(context, "num_devices"):
+        return context.num_devices > 1
+    manual = getattr(context, "manual_axes", frozenset())
+    return bool(manual) and manual | set(context.mesh.manual_axes) != set(context.mesh.axis_names)
 
 
 def _batch(

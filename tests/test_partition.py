@@ -114,6 +114,10 @@ def test_the_body_of_a_shard_map_is_left_alone_and_explicit_types_are_not():
     x = jnp.ones((8, 4))
     whole = PartitionSpec(("data", "model"))
     assert np.all(jax.jit(jax.shard_map(either, mesh=MESH, in_specs=whole, out_specs=whole))(x) == x)
+    part = jax.shard_map(
+        either, mesh=MESH, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"), axis_names={"data"}
+    )
+    assert np.all(jax.jit(part)(x) == -x)  # along "model" it is still XLA's to cut
     with jax.set_mesh(jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))):
         assert np.all(np.asarray(jax.jit(either)(jax.device_put(x, PartitionSpec("model")))) == -np.asarray(x))
 
