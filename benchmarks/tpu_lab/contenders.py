@@ -33,6 +33,7 @@ from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
 from pallas_kernels.int4_matmul import PackedSpec, int4_matmul
 
 PEER = "TPU_INFERENCE"
+MOST_PARTIAL_SUMS = 2**31  # bytes: beyond, a dot a group is no sensible way to multiply
 
 
 class RefusedError(ValueError):
@@ -201,6 +202,9 @@ def _xla_dequantize(case: Case, chip: Chip) -> Iterator[Program]:
 
 
 def _xla_grouped(case: Case, chip: Chip) -> Iterator[Program]:
+    if (sums := 4 * case.groups * case.rows * case.n) > MOST_PARTIAL_SUMS:
+        raise RefusedError(f"its partial sums would be {sums / 2**30:.1f} GiB")
+
     def product(x: jax.Array, codes: jax.Array, scale: jax.Array, zero_point: Any) -> jax.Array:
         rows = x.reshape(x.shape[0], scale.shape[0], -1)
         weight = codes.astype(x.dtype).reshape(scale.shape[0], -1, codes.shape[-1])
