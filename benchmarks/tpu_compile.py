@@ -77,8 +77,14 @@ def shown(jobs: Sequence[Job], console: Console, **settings: Any) -> Iterator[di
 
 def run_matrix(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Compiles what is left of the matrix; the summary of all that is done."""
-    made = cells.sample if options.sample else cells.matrix
-    jobs = [job for contender in options.contender for job in made(options.chip, contender)]
+    named = options.named or cells.MATRIX_SHAPES
+    jobs = [
+        job
+        for contender in options.contender
+        for job in (
+            cells.sample(options.chip, contender) if options.sample else cells.matrix(options.chip, contender, named)
+        )
+    ]
     done = cells.read(options.cells) if options.cells else {}
     with (options.cells or Path(os.devnull)).open("a") as file:
         for row in shown(cells.left(jobs, done), console, dump=False):
@@ -119,7 +125,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=0, help="each row by one of so many weights")
     parser.add_argument("--asymmetric", action="store_true", help="with zero points")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--named", nargs="+", choices=sorted(SHAPES), default=["llama-3-70b/gate_proj"])
+    size.add_argument(
+        "--named", nargs="+", choices=sorted(SHAPES), help="default: 8192 x 28672; matrix: all of its own"
+    )
     size.add_argument("--shape", type=int, nargs=2, metavar=("K", "N"))
     parser.add_argument("--matrix", action="store_true", help="ask of every cell whether it compiles")
     parser.add_argument("--sample", action="store_true", help="of the matrix, a few cells of every chip")
@@ -128,7 +136,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plot", help="where to draw them")
     options = parser.parse_args()
     options.contender = options.contender or (["tpu"] if options.matrix else EXPERTS if options.experts else DENSE)
-    options.sizes = [tuple(options.shape)] if options.shape else [SHAPES[name] for name in options.named]
+    options.sizes = (
+        [tuple(options.shape)]
+        if options.shape
+        else [SHAPES[name] for name in options.named or ["llama-3-70b/gate_proj"]]
+    )
     return options
 
 

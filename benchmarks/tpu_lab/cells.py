@@ -24,10 +24,12 @@ MATRIX_SHAPES = (
 )  # fmt: skip
 
 
-def matrix(chips: Sequence[str] = tuple(CHIPS), contender: str = "tpu") -> list[Job]:
-    """Every cell."""
-    cells = itertools.product(chips, MATRIX_SHAPES, GROUPS, ROWS, (False, True))
-    return [_job(chip, contender, shape, group, rows, zeros) for chip, shape, group, rows, zeros in cells]
+def matrix(
+    chips: Sequence[str] = tuple(CHIPS), contender: str = "tpu", shapes: Sequence[str] = MATRIX_SHAPES
+) -> list[Job]:
+    """Every cell, one shape after the other, so that a part of it is whole for all chips."""
+    cells = itertools.product(shapes, chips, GROUPS, ROWS, (False, True))
+    return [_job(chip, contender, shape, group, rows, zeros) for shape, chip, group, rows, zeros in cells]
 
 
 def sample(chips: Sequence[str] = tuple(CHIPS), contender: str = "tpu") -> list[Job]:
