@@ -4,8 +4,9 @@
 
 Each recipe runs as a user's does: `jq4.quantize_blocks` on the model's calibration rows, then the packed model against
 the dense one on its evaluation rows (`jq4.quantized`, strict). `--select` measures on the last rows of calibration
-instead, left out of it: how defaults such as SmoothQuant's alpha were chosen. A name may end in `:alpha=NUMBER`. A
-rotation gives a tied model a head of its own first (models.folds.untied), dense like the other's.
+instead, left out of it: how defaults such as SmoothQuant's alpha were chosen. A name may end in an option of its step:
+`:alpha=NUMBER`, or `:inner=true` for rotations of inputs as they come (jq4.input_rotation). A rotation
+gives a tied model a head of its own first (models.folds.untied), dense like the other's.
 """
 
 import argparse
@@ -36,18 +37,20 @@ RECIPES = (
     "smoothquant-w8a8-static:alpha=0.5", "smoothquant-w8a8-static",
     "rtn-w4g128", "rtn-w4g128-a8", "awq-w4g128", "awq-w4g128-a8", "rtn-w4g32", "awq-w4g32", "awq-w4g32-asym",
     "hqq-w4g128", "rotate-rtn-w4g128", "rotate-hqq-w4g128", "rotate-awq-w4g128",
-    "rtn-w4g128-a4", "rotate-rtn-w4g128-a4",
+    "rtn-w4g128-a4", "rotate-rtn-w4g128-a4:inner=false", "rotate-rtn-w4g128-a4",
 )  # fmt: skip
 HELD_OUT = 17
 
 
 def recipe_of(name: str) -> jq4.Recipe:
-    """The preset, with the alpha that stands after a colon."""
-    preset, _, alpha = name.partition(":alpha=")
+    """The preset, with the option of its first step that stands after a colon."""
+    preset, _, option = name.partition(":")
     recipe = jq4.Recipe.preset(preset)
-    if not alpha:
+    if not option:
         return recipe
-    before = tuple(Step(s.step, (("alpha", float(alpha)),)) if s.step == "smoothquant" else s for s in recipe.before)
+    key, _, value = option.partition("=")
+    options = {"alpha": float(value)} if key == "alpha" else {key: value == "true"}
+    before = (Step(recipe.before[0].step, tuple(options.items())), *recipe.before[1:])
     return dataclasses.replace(recipe, before=before)
 
 

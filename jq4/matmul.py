@@ -9,7 +9,8 @@ merge into one K where groups stay whole (a DenseGeneral's [H, D, O] grouped alo
 where they do not, the outer ones become a batch whose products are summed. A contraction that is not along the
 grouped axis has no packed form: `NoPackedForm` says so.
 
-What a weight says of its inputs is done to them first: times `input_scale`, and rounded to few bits (jq4.activations).
+What a weight says of its inputs is done to them first: times `input_scale`, rotated (jq4.input_rotation), and rounded
+to few bits (jq4.activations).
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from jax import lax
 
 from jq4 import qarray_ops
 from jq4.activations import integers_of
+from jq4.input_rotation import rotated
 from jq4.integer_product import has_integer_product, integer_product
 from jq4.partition import Partition, sharded_product
 from jq4.qarray import NEUTRAL, QArray, is_qarray
@@ -233,10 +235,12 @@ def _accumulator(dtype: Any, summed: bool | int) -> Any:
 def _prepared_inputs(
     x: jax.Array, q: QArray, contract: tuple[list[int], list[int]], batch: tuple[list[int], list[int]]
 ) -> tuple[jax.Array, QArray, jax.Array | None]:
-    """(x times its scales and rounded, the weight without them, the step f32 that the product is to be times)."""
+    """(x times its scales, rotated, rounded; the weight without all that; the step f32 that the product is times)."""
     if q.input_scale is not None:
         factor = _beside_inputs(q.input_scale, "input_scale", x.ndim, contract, batch)
         x = (x.astype(jnp.float32) * factor.astype(jnp.float32)).astype(x.dtype)
+    if q.input_rotation:
+        x = rotated(x, q.input_rotation, contract[0][contract[1].index(q.axis % q.ndim)])
     step = None
     if q.activations:
         fixed = q.activation_scale
@@ -244,7 +248,8 @@ def _prepared_inputs(
         x, step = integers_of(x, q.activations, contract[0], placed)
         rows = [1 if axis in contract[0] else size for axis, size in enumerate(x.shape)]
         step = jnp.broadcast_to(step, rows)
-    return x, dataclasses.replace(q, input_scale=None, activation_scale=None, activations=""), step
+    plain = dataclasses.replace(q, input_scale=None, activation_scale=None, activations="", input_rotation=0)
+    return x, plain, step
 
 
 def _beside_inputs(
@@ -273,6 +278,8 @@ def _ragged_inputs(x: jax.Array, q: QArray, group_sizes: jax.Array) -> tuple[jax
 
     if q.input_scale is not None:
         x = (x.astype(jnp.float32) * of_rows(q.input_scale).astype(jnp.float32)).astype(x.dtype)
+    if q.input_rotation:
+        x = rotated(x, q.input_rotation, -1)
     if not q.activations:
         return x, None
     fixed = None if q.activation_scale is None else of_rows(q.activation_scale)

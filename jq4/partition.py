@@ -157,6 +157,11 @@ def check_grouped_axis(q: QArray, entry: Any, mesh: Any, path: str) -> None:
     length, unit = q.shape[q.axis], packing.codes_per_unit(q.bits)
     rows = length / shards
     whole = rows % unit == 0 and (q.num_groups == 1 or rows % q.group_size == 0)
+    if q.input_rotation and rows % q.input_rotation:
+        raise JQ4Error(
+            f"{path}: inputs are rotated in blocks of {q.input_rotation}, and {shards} shards over {entry!r} leave "
+            f"{rows:g} of {length} each: shard another axis, or over fewer devices"
+        )
     if not whole or q.permutation is not None or q.padding:
         raise JQ4Error(
             f"{path}: axis {q.axis} of shape {q.shape} is the grouped one, and {shards} shards over {entry!r} "

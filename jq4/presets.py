@@ -12,8 +12,8 @@
     adaround-w4g32          the same with a soft rounding that is annealed
     best-w4g32              gptq-w4g32, then scales and rounding learned end to end: the best at these bits
 
-`rotate-` before any of them is the step of that name (jq4.equalize). Presets leave norms, biases, embeddings and the
-output head dense, by their names, unless asked.
+`rotate-` before any of them is the step of that name (jq4.equalize); with `-a4` it rotates inputs behind a gate too.
+Presets leave norms, biases, embeddings and the output head dense, by their names, unless asked.
 """
 
 import dataclasses
@@ -50,6 +50,8 @@ def preset(name: str, *, embeddings: bool = False, head: bool = False) -> Recipe
     kind, _, form = weights.partition("-")
     if kind in _LEARNED:
         after, weights = tuple(Step(step) for step in _LEARNED[kind]), f"{_LEARNED_FROM}-{form}"
+    if before and weights.endswith("-a4"):
+        before = (Step("rotate", (("inner", True),)),)
     if weights in _SMOOTHQUANT:
         before = (*before, Step("smoothquant"))
         static = Activations(strategy="tensor", dynamic=False) if _SMOOTHQUANT[weights] else Activations()

@@ -31,12 +31,13 @@ import numpy as np
 
 from jq4.errors import JQ4Error
 from jq4.formats import Format, get_format
+from jq4.input_rotation import rotated
 from pallas_kernels import packing
 
 NEUTRAL = "neutral"
 
 PARTS = ("codes", "scale", "zero_point", "offset", "permutation", "input_scale", "activation_scale")
-_STATIC = ("format", "group_size", "axis", "padding", "dtype", "layout", "activations")
+_STATIC = ("format", "group_size", "axis", "padding", "dtype", "layout", "activations", "input_rotation")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=PARTS, meta_fields=_STATIC)
@@ -52,6 +53,8 @@ class QArray:
       dtype: name of the dtype that dequantizing gives.
       layout: "neutral" (what is saved and compared) or a backend's own.
       activations: what a product rounds its inputs to, a name of jq4.activations; "" leaves them as they are.
+      input_rotation: b, where a product first rotates its inputs, and codes hold the weight rotated, in blocks of b
+        along `axis` (jq4.input_rotation); 0 where not.
     """
 
     codes: Any
@@ -68,6 +71,7 @@ class QArray:
     dtype: str = "float32"
     layout: str = NEUTRAL
     activations: str = ""
+    input_rotation: int = 0
 
     @property
     def number_format(self) -> Format:
@@ -166,6 +170,8 @@ def dequantize_array(q: QArray, dtype: Any = None) -> jax.Array:
         weight = weight + spread(dense(q.offset).astype(jnp.float32))
     if q.permutation is not None:
         weight = _unpermute(weight, q.permutation, axis)
+    if q.input_rotation:
+        weight = rotated(weight, q.input_rotation, axis)
     if q.input_scale is not None:
         weight = weight * q.input_scale.astype(jnp.float32)
     return weight.astype(dtype or q.dtype)
@@ -226,6 +232,11 @@ def validate(q: QArray, path: str = "QArray") -> QArray:
 
 def _validate_inputs(q: QArray, path: str) -> None:
     """input_scale has the grouped axis whole, activation_scale has 1 there; any other axis is whole or 1."""
+    block = q.input_rotation
+    if block and (block < 2 or block & (block - 1) or q.shape[q.axis] % block):
+        raise JQ4Error(
+            f"{path}: input_rotation is {block}, wanted 0 or a power of two that divides {q.shape[q.axis]}, the inputs"
+        )
     if q.activations.endswith("-tensor") != (q.activation_scale is not None):
         found = "none" if q.activation_scale is None else f"one of shape {tuple(q.activation_scale.shape)}"
         raise JQ4Error(

@@ -174,6 +174,8 @@ def _reshape_parts(q: QArray, new_shape: tuple[int, ...], axis: int) -> QArray:
 def _regroup(q: QArray, inner: int, new_shape: tuple[int, ...], axis: int) -> QArray:
     """K rows become `inner` rows (more: merged with axes on the left; fewer: split). Groups and bytes stay whole."""
     q = plain_scales(q)
+    if q.input_rotation and min(inner, q.shape[q.axis]) % q.input_rotation:
+        raise NoPackedForm(f"reshaping {q.shape} to {new_shape} breaks blocks of {q.input_rotation} rotated inputs")
     length, shorter = q.shape[q.axis], min(inner, q.shape[q.axis])
     group = min(q.group_size, shorter)
     whole = shorter % group == 0 and max(inner, length) % shorter == 0 and shorter % packing.codes_per_unit(q.bits) == 0

@@ -28,6 +28,7 @@ from jax.core import Tracer
 from jq4.activations import rounding_inputs
 from jq4.double_quant import double_quantized
 from jq4.errors import JQ4Error
+from jq4.input_rotation import rotate_leaf, rotating_inputs
 from jq4.methods import get_method
 from jq4.paths import find_path, leaf_path
 from jq4.qarray import QArray, is_qarray
@@ -229,10 +230,14 @@ def _quantize_named(
     _check_values(entry.path, leaf, rule)
     try:
         looked_at = statistics if method.needs_statistics else None
+        block = 0
+        if rule.input_rotation:
+            block, leaf, looked_at = rotate_leaf(leaf, looked_at, axis)
         packed, findings = quantize_leaf(
             leaf, looked_at, rule.method, rule.encoding(axis), rule.method_options, release
         )
         packed = _double_quantized(packed) if rule.double_quant else packed
+        packed = rotating_inputs(packed, block)
         return _with_activations(packed, rule, statistics), findings
     except JQ4Error as error:
         raise JQ4Error(f"{entry.path}: {error}") from None

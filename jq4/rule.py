@@ -8,6 +8,7 @@ from jq4 import targets as patterns
 from jq4.activations import Activations
 from jq4.errors import JQ4Error
 from jq4.formats import get_format
+from jq4.input_rotation import HADAMARD
 from jq4.methods import get_method
 from jq4.rounding import OBSERVERS, SCALE_DTYPES, Encoding, check_encoding
 
@@ -39,6 +40,7 @@ class Rule:
       scale_dtype: dtype of scales and offsets.
       double_quant: pack the scales themselves to 8 bits (jq4.double_quant), from float32 whatever scale_dtype says.
       input_activations: what products round their inputs to, as a mapping (jq4.activations); by default nothing.
+      input_rotation: "hadamard" where products rotate their inputs as they come (jq4.input_rotation); by default no.
       axis: the contraction axis, negative; by default what the function (`axes`, `stats`) or the leaf's name says.
       options: the method's and the observer's own, as a mapping; kept as sorted pairs, so that rules can be hashed.
     """
@@ -57,6 +59,7 @@ class Rule:
     double_quant: bool = False
     axis: int | None = None
     input_activations: Activations | None = None
+    input_rotation: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -153,6 +156,7 @@ class Rule:
             ("zero_point", ("integer", "float", None)),
             ("observer", (*OBSERVERS, None)),
             ("scale_dtype", SCALE_DTYPES),
+            ("input_rotation", (HADAMARD, None)),
         ):
             if getattr(self, name) not in choices:
                 listed = ", ".join(choice for choice in choices if choice)
@@ -167,6 +171,9 @@ class Rule:
                 f"rule: input_activations with num_bits {DENSE_BITS}, which leaves the leaf to its own product: wanted "
                 "num_bits 8 or less, or no input_activations"
             )
+        if self.input_rotation and (self.is_dense or self.has_fixed_step):
+            reason = f"num_bits {DENSE_BITS}" if self.is_dense else "fixed steps of inputs, which were not seen rotated"
+            raise JQ4Error(f"rule: input_rotation with {reason}: wanted none")
         if self.axis is not None and self.axis >= 0:
             raise JQ4Error(
                 f"rule: axis is {self.axis}, wanted a negative one, so that stacked leaves keep their meaning"
@@ -215,5 +222,6 @@ def describe_format(rule: Rule) -> str:
     """A few words for reports: "int4 g32 rtn", "nf4 channel rtn"."""
     groups = f"g{rule.group_size}" if rule.strategy == "group" else str(rule.strategy)
     inputs = f" a:{rule.input_activations.name}" if rule.input_activations else ""
+    inputs += f" x:{rule.input_rotation}" if rule.input_rotation else ""
     double = " dq" if rule.double_quant else ""
     return "dense" if rule.is_dense else f"{get_format(rule.format).name} {groups}{double} {rule.method}{inputs}"

@@ -32,7 +32,7 @@ _DESCENT = (  # jq4.tuning.descent.Settings
 
 BLOCKWISE = ("adaround", "autoround")  # learn a block's outputs, jq4.tuning.block
 STEPS: dict[str, StepKind] = {
-    "rotate": StepKind(BEFORE, ("residual", "heads", "seed")),
+    "rotate": StepKind(BEFORE, ("residual", "heads", "inner", "seed")),
     "smoothquant": StepKind(BEFORE, ("alpha",)),
     "awq": StepKind(BEFORE, ("ratios", "by_weights", "finalists", "columns")),
     "adaround": StepKind(AFTER, (*_DESCENT, "held_out", "regularization", "warmup")),

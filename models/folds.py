@@ -40,7 +40,7 @@ def decoder_folds(config: DecoderConfig) -> Folds:
     scaled = (attended, values, fed, inner)
     refused = _refusal(config)
     if refused:
-        return Folds(scaled, residual_refused=refused, values=values)
+        return Folds(scaled, residual_refused=refused, values=values, inner=inner.consumers)
     residual = Residual(
         width=config.hidden_size,
         norms=(attended, fed),
@@ -48,7 +48,7 @@ def decoder_folds(config: DecoderConfig) -> Folds:
         embedding="embed/embedding",
         final_norm=Fold(("lm_head/kernel",), "final_norm/scale", "", offset),
     )
-    return Folds(scaled, residual, values=values)
+    return Folds(scaled, residual, values=values, inner=inner.consumers)
 
 
 def untied(config: DecoderConfig, params: Mapping[str, Any]) -> tuple[DecoderConfig, dict[str, Any]]:

@@ -60,6 +60,7 @@ class Writer:
                 axis=leaf.axis,
                 padding=leaf.padding,
                 activations=leaf.activations,
+                input_rotation=leaf.input_rotation,
                 parts={name: self._add((*keys, name), part) for name, part in parts.items()},
             )
         place = self._store(keys, leaf) if leaf.size else None

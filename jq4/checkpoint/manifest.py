@@ -72,6 +72,7 @@ class QArrayInfo:
     padding: int
     parts: Mapping[str, "ArrayInfo | QArrayInfo"]
     activations: str = ""
+    input_rotation: int = 0
     kind: str = "qarray"
 
     @property
@@ -148,7 +149,7 @@ def assemble(leaf: ArrayInfo | QArrayInfo, arrays: Mapping[str, Any]) -> Any:
     parts = {name: assemble(part, arrays) for name, part in leaf.parts.items()}
     return QArray(
         **parts, format=leaf.format, group_size=leaf.group_size, axis=leaf.axis, padding=leaf.padding, dtype=leaf.dtype,
-        activations=leaf.activations,
+        activations=leaf.activations, input_rotation=leaf.input_rotation,
     )  # fmt: skip
 
 
@@ -248,6 +249,7 @@ def _leaf_to_json(leaf: LeafInfo) -> dict[str, Any]:
         return {**common, "array": leaf.array}
     static = {name: getattr(leaf, name) for name in ("format", "group_size", "axis", "padding")}
     static |= {"activations": leaf.activations} if leaf.activations else {}
+    static |= {"input_rotation": leaf.input_rotation} if leaf.input_rotation else {}
     return {**common, **static, "parts": {name: _leaf_to_json(part) for name, part in leaf.parts.items()}}
 
 
@@ -291,7 +293,9 @@ def _leaf_from_json(found: dict[str, Any], where: str) -> LeafInfo:
     if not {"codes", "scale"} <= set(parts) <= set(PARTS):
         raise CheckpointError(f"{where}: leaf {path} has the parts {sorted(parts)}, wanted codes and scale at least")
     static = {name: found[name] for name in ("format", "group_size", "axis", "padding")}
-    if not all(type(static[name]) is int for name in ("group_size", "axis", "padding")) or static["group_size"] < 1:
+    static["input_rotation"] = found.get("input_rotation", 0)
+    numbers = ("group_size", "axis", "padding", "input_rotation")
+    if not all(type(static[name]) is int for name in numbers) or static["group_size"] < 1:
         raise CheckpointError(f"{where}: leaf {path} has {static}, wanted integers and a group_size of at least 1")
     activations = check_name(found.get("activations", ""), f"{where}: leaf {path}")
     leaf = QArrayInfo(path, shape, str(jnp.dtype(found["dtype"])), parts=parts, activations=activations, **static)

@@ -137,6 +137,7 @@ def _replace_parts(weight: QArray, parts: Mapping[str, Any]) -> QArray:
         dtype=weight.dtype,
         layout=weight.layout,
         activations=weight.activations,
+        input_rotation=weight.input_rotation,
     )
 
 

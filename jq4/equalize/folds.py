@@ -85,12 +85,14 @@ class Folds:
       scaled: where scales can go, in the order of the block.
       residual: None where the stream cannot be rotated, and `residual_refused` says why.
       values: the fold from v_proj to o_proj, for rotations within a head; None where there is none.
+      inner: paths of the weights behind a gate (down_proj), whose inputs no rotation can be folded into.
     """
 
     scaled: tuple[Fold, ...] = ()
     residual: Residual | None = None
     residual_refused: str = ""
     values: Fold | None = None
+    inner: tuple[str, ...] = ()
 
     @property
     def consumers(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ sum of all old ones, so that a value a hundred times the rest is spread evenly o
 
 What is traded: the head cannot share the embedding's table (the final norm's scale goes to one of them alone), models
 with norms on what is written (Gemma) take R2 alone, and what enters down_proj, behind the gate, keeps its outliers:
-those would take a rotation at run time, which this does not do.
+with `inner` its rule rotates them at run time (jq4.input_rotation), which pays where inputs are rounded to 4 bits.
 """
 
 import functools
@@ -55,13 +55,13 @@ def rotate_block(tree: Any, folds: Folds, options: Mapping[str, Any]) -> Any:
             tree = replace_leaves(tree, {path: _left(leaf_at(tree, path), rotation) for path in norm.consumers})
         for path in residual.writers:
             tree = _written(tree, path, rotation)
-    if folds.values is not None and _wanted(options, "heads"):
+    if folds.values is not None and is_wanted(options, "heads"):
         tree = _turn_heads(tree, folds.values, options)
     return tree
 
 
 def _residual(folds: Folds, options: Mapping[str, Any]) -> Residual | None:
-    if not _wanted(options, "residual"):
+    if not is_wanted(options, "residual"):
         return None
     if folds.residual is None:
         raise JQ4Error(
@@ -71,8 +71,9 @@ def _residual(folds: Folds, options: Mapping[str, Any]) -> Residual | None:
     return folds.residual
 
 
-def _wanted(options: Mapping[str, Any], name: str) -> bool:
-    value = options.get(name, True)
+def is_wanted(options: Mapping[str, Any], name: str, default: bool = True) -> bool:
+    """A yes or no among the options of the step."""
+    value = options.get(name, default)
     if not isinstance(value, bool):
         raise JQ4Error(f"step rotate: {name} is {value!r}, wanted true or false")
     return value

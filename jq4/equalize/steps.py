@@ -23,6 +23,7 @@ from jq4.equalize.awq import awq_scale
 from jq4.equalize.folds import Fold, Folds, leaf_at, scale_inputs
 from jq4.equalize.smoothquant import ALPHA, smooth_scale
 from jq4.errors import JQ4Error
+from jq4.input_rotation import HADAMARD
 from jq4.paths import find_path
 from jq4.statistics import WeightStatistics
 from jq4.steps import STEPS, Step
@@ -52,6 +53,7 @@ def for_model(recipe: "Recipe", folds: Folds | None) -> "Recipe":
         return recipe
     if _ROTATE in wanted[1:]:
         raise JQ4Error(f"the recipe's steps before its rules are {', '.join(wanted)}: wanted rotate first, and once")
+    recipe = _turned_inside(recipe, folds)
     searching = [rule for rule in recipe.rules if _searches(rule)]
     if not searching:
         return recipe
@@ -165,6 +167,20 @@ def _moved(statistics: WeightStatistics, fold: Fold, scale: jax.Array | None) ->
 
 def _rotation(recipe: "Recipe") -> dict[str, Any] | None:
     return next((dict(step.options) for step in recipe.before if step.step == _ROTATE), None)
+
+
+def _turned_inside(recipe: "Recipe", folds: Folds) -> "Recipe":
+    """The recipe with a rule for the weights behind a gate, which rotates their inputs, where a rotation says so."""
+    if not rotate.is_wanted(_rotation(recipe) or {}, "inner", False):
+        return recipe
+    if not folds.inner:
+        raise JQ4Error("step rotate: inner is true, and the model does not say which weights lie behind a gate")
+    rules: list[Rule] = []
+    for rule in recipe.rules:
+        mine = tuple(path for path in folds.inner if not rule.input_rotation and _rule_of(recipe, path) == rule)
+        turned = dataclasses.replace(rule, targets=mine, ignore=(), input_rotation=HADAMARD) if mine else None
+        rules += [rule] if turned is None else [turned, rule]
+    return dataclasses.replace(recipe, rules=tuple(rules))
 
 
 def _searches(rule: "Rule") -> bool:

@@ -33,6 +33,7 @@ import numpy as np
 
 from jq4.errors import JQ4Error
 from jq4.formats import Format
+from jq4.input_rotation import rotated
 from jq4.qarray import NEUTRAL, QArray, codes_of, dense, is_qarray, levels_of, spread_groups
 from jq4.rounding import nearest_level, storable, storable_scale
 from pallas_kernels import packing
@@ -131,6 +132,7 @@ def _parts_of(variables: Variables, q: QArray, weight: jax.Array | None) -> _Par
 def _dense_of(parts: _Parts, q: QArray) -> jax.Array:
     dense = parts.levels * _spread(parts.scale, q)
     dense = dense if parts.offset is None else dense + _spread(parts.offset, q)
+    dense = rotated(dense, q.input_rotation, q.axis) if q.input_rotation else dense
     return dense if q.input_scale is None else dense * q.input_scale.astype(jnp.float32)
 
 
@@ -157,6 +159,7 @@ def _ratio(weight: jax.Array, scale: jax.Array, offset: jax.Array | None, q: QAr
     """(w - o) / s, f32[*B, K, N]; of w over its inputs' own scale, where there is one."""
     target = weight.astype(jnp.float32)
     target = target if q.input_scale is None else target / q.input_scale.astype(jnp.float32)
+    target = rotated(target, q.input_rotation, q.axis) if q.input_rotation else target
     target = target if offset is None else target - _spread(offset, q)
     scale = jnp.where(scale == 0, 1.0, scale)  # of groups of nothing but zeros, as files and packed scales have them
     return target / _spread(scale, q)
