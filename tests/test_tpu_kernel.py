@@ -17,6 +17,7 @@ from pallas_kernels.int4_matmul.tpu import int4_matmul_tpu
 from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan, vmem_of
 from pallas_kernels.int4_matmul.tpu_chips import CHIPS, UNKNOWN, chip_named, traced_chip
 from pallas_kernels.int4_matmul.tpu_forms import magic_order
+from pallas_kernels.int4_matmul.tpu_transposed import int4_matmul_tpu_transposed
 
 FORMS = ("direct", "magic", "wscale")
 
@@ -126,6 +127,18 @@ def test_the_plan_of_each_chip_matches_float64(chip, m):
     x = rows_of_x(m, 384)
     out = int4_matmul_tpu(x, w, spec, chip=chip_named(chip), interpret=True)
     assert relative_error(out, np.asarray(x, np.float64) @ as_bf16(dense)) < 2.5e-3
+
+
+@pytest.mark.parametrize(
+    "case", ["tails of M, K, N and group", "groups longer than a block", "per channel", "few columns"]
+)
+def test_transposed_product_matches_float64(case):
+    m, k, n, group, zero_points, offsets, *_ = CASES[case]
+    w, spec, dense = weight(k, n, group, zero_points, offsets)
+    dy = rows_of_x(m, n)
+    out = int4_matmul_tpu_transposed(dy, w, spec, block=128, interpret=True)
+    assert relative_error(out, np.asarray(dy, np.float64) @ as_bf16(dense).T) < 1e-6
+    assert relative_error(out, np.asarray(dy, np.float64) @ dense.T) < 2.5e-3
 
 
 def test_one_value_for_all_columns():

@@ -18,6 +18,7 @@ from pallas_kernels.int4_matmul import gradients, tiles, xla
 from pallas_kernels.int4_matmul.registry import BACKENDS, Implementation, by_platform
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.tpu import asks_for_float32
 from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.partitioned import alone_or_partitioned
 
@@ -93,14 +94,23 @@ def _forward(x, w, spec, implementation, precision, dtype):
 
 def _backward(spec, implementation, precision, dtype, residuals, dy):
     x, w = residuals
-    flat = tiles.flat_scales(w, spec)
+    chosen = by_platform(implementation, spec)
 
-    def to_input(platform: str):
+    def by_xla(platform: str):
         compute = xla.accumulator(x.dtype) if platform == "cpu" else x.dtype
-        one = functools.partial(gradients.input_cotangent, spec=spec, dtype=compute, precision=precision)
+        one = functools.partial(gradients.of_input, spec=spec, dtype=compute, precision=precision)
         return lambda dy, w: _batched(one, platform)(dy, w).astype(x.dtype)
 
-    dx = by_lowering_platform({platform: to_input(platform) for platform in ("cpu", "tpu", "gpu")}, dy, flat)
+    def to_input(platform: str):
+        backend = BACKENDS[chosen[platform]] if platform in chosen else None
+        if backend is None or backend.transposed is None or asks_for_float32(x.dtype, precision):
+            return by_xla(platform)
+        one = functools.partial(backend.transposed, spec=spec, dtype=x.dtype)
+        alone = _batched(one, platform)
+        return alone if backend.partitions or implementation else alone_or_partitioned(alone, by_xla(platform))
+
+    dx = by_lowering_platform({platform: to_input(platform) for platform in ("cpu", "tpu", "gpu")}, dy, w)
+    flat = tiles.flat_scales(w, spec)
     batched = functools.partial(_batched, platform="cpu")
     dscale = batched(lambda both, w: gradients.scale_cotangent(both[0], both[1], w, spec))((x, dy), flat)
     doffset = None

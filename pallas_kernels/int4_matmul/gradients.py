@@ -38,6 +38,11 @@ def input_cotangent(dy: jax.Array, w: Packed, spec: PackedSpec, dtype: Any, prec
     return tiles.over_tiles(spec.length, size, one, axis=-1)
 
 
+def of_input(dy: jax.Array, w: Packed, spec: PackedSpec, dtype: Any, precision: Any = None) -> jax.Array:
+    """`input_cotangent` of a weight in its own layout, not with flat scales."""
+    return input_cotangent(dy, tiles.flat_scales(w, spec), spec, dtype, precision)
+
+
 def scale_cotangent(x: jax.Array, dy: jax.Array, w: Packed, spec: PackedSpec) -> jax.Array:
     """f32[G, N] (or [N, G]): the cotangent of a full scale, one tile of columns of x^T dy at a time."""
     n = spec.columns(w.codes.shape)

@@ -6,9 +6,10 @@
     tpu          tpu         tpu.py: one Pallas kernel, for the tpu layout; tpu_interpret runs it on a CPU, for tests
 
 A backend is a function (x[M, K], Packed, spec, *, platform, precision, dtype) -> [M, N] in f32, or in the `dtype`
-that its caller will round to in any case, and a function that says why it cannot take a spec, or None. `choose` goes
-through names in order; an implementation of None stands for PREFERRED, which ends with "xla", and "xla" takes
-everything.
+that its caller will round to in any case, and a function that says why it cannot take a spec, or None. It may have a
+transpose of its own, (dy[M, N], Packed, spec, *, dtype) -> dtype[M, K], of factors rounded to bf16 (else gradients.py).
+`choose` goes through names in order; an implementation of None stands for PREFERRED, which ends with "xla", and "xla"
+takes everything.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu import int4_matmul_tpu
 from pallas_kernels.int4_matmul.tpu import refusal as tpu_refusal
+from pallas_kernels.int4_matmul.tpu_transposed import int4_matmul_tpu_transposed
 from pallas_kernels.int4_matmul.xla import int4_matmul_xla
 
 PLATFORMS = ("cpu", "tpu", "gpu")
@@ -35,7 +37,7 @@ class UnsupportedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One implementation: its function, where it runs, and why it refuses a spec (None: it does not).
+    """One implementation: its function, where it runs, why it refuses a spec (None: it does not), and its transpose.
 
     `partitions` says whether XLA can cut it for several devices; of a kernel it cannot (pallas_kernels.partitioned).
     """
@@ -44,6 +46,7 @@ class Backend:
     platforms: tuple[str, ...] = PLATFORMS
     refusal: Callable[[PackedSpec], str | None] = lambda spec: None
     partitions: bool = True
+    transposed: Callable[..., jax.Array] | None = None
 
 
 def _reference(
@@ -61,8 +64,13 @@ def _xla(
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(_reference),
     "xla": Backend(_xla),
-    "tpu": Backend(int4_matmul_tpu, ("tpu",), tpu_refusal, partitions=False),
-    "tpu_interpret": Backend(functools.partial(int4_matmul_tpu, interpret=True), ("cpu",), tpu_refusal),
+    "tpu": Backend(int4_matmul_tpu, ("tpu",), tpu_refusal, partitions=False, transposed=int4_matmul_tpu_transposed),
+    "tpu_interpret": Backend(
+        functools.partial(int4_matmul_tpu, interpret=True),
+        ("cpu",),
+        tpu_refusal,
+        transposed=functools.partial(int4_matmul_tpu_transposed, interpret=True),
+    ),
 }
 
 PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("xla",), "tpu": ("tpu", "xla"), "gpu": ("xla",)}

@@ -78,6 +78,11 @@ def int4_matmul_tpu(
     return out if count == 1 else jnp.sum(out.reshape(count, m, n), 0)
 
 
+def asks_for_float32(dtype: Any, precision: Any) -> bool:
+    """Whether a product of `dtype` by codes is to be more exact than one bf16 pass of the MXU."""
+    return dtype != jnp.bfloat16 and _passes(precision) > 1
+
+
 def bf16_terms(x: jax.Array, precision: Any) -> jax.Array:
     """bf16[T, M, K] that sum to x[M, K]: one term, or as many as the precision asks for."""
     terms = []

@@ -103,17 +103,22 @@ def magic(block: Block, group: int) -> jax.Array:
 
 
 def wscale(block: Block, group: int) -> jax.Array:
-    rows, columns = block.x.shape[1], block.codes.shape[1]
+    return product(block.x[...], dense(block, group))
+
+
+def dense(block: Block, group: int) -> jax.Array:
+    """bf16[bk, bn]: the block's weights, rounded as a dense bf16 weight is. x is not looked at."""
+    codes = as_int4(block.codes[...])
     # one rounding: a bf16 scale times a small integer is rounded once by a bf16 product, anything else by f32's end
     exact = block.scale.dtype == jnp.bfloat16 and block.offset is None
     dtype = jnp.bfloat16 if exact else jnp.float32
-    weight = as_int4(block.codes[...]).astype(dtype).reshape(rows // group, group, columns)
+    weight = codes.astype(dtype).reshape(-1, group, codes.shape[1])
     if block.zero_point is not None:
         weight = weight - _shift(block.zero_point[...]).astype(dtype)
     weight = weight * block.scale[...].astype(dtype)
     if block.offset is not None:
         weight = weight + block.offset[...].astype(dtype)
-    return product(block.x[...], weight.reshape(rows, columns).astype(jnp.bfloat16))
+    return weight.reshape(codes.shape).astype(jnp.bfloat16)
 
 
 def magic_order(x: jax.Array, group: int) -> jax.Array:

@@ -1,0 +1,112 @@
+"""dx[M, K] = dy[M, N] @ W[K, N]^T on a TPU, from the codes as they lie: the transpose of tpu.py's product.
+
+    grid     (M / bm, K / bk, N / bn), N innermost; dx[bm, bk] is summed in f32 in VMEM and rounded once
+    a step   unpacks and scales one block of W to bf16[bk, bn] in VMEM, and contracts both operands' last axes, which
+             the MXU does without transposing anything in memory
+
+Gradients are taken over many rows, so that there is one form, that of `wscale`: the weights are rounded as a dense bf16
+weight is. Where N is no multiple of the block, dy is padded with zeros, and scales beyond the end are overwritten.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.int4_matmul import tpu_forms
+from pallas_kernels.int4_matmul.spec import PackedSpec
+from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
+from pallas_kernels.manual_axes import shape_varying_as
+
+# Rows of dy, and rows and columns of a block of W, by whether the chip multiplies bf16 vectors (others unpack in f32).
+BLOCKS = {True: 1024, False: 512}
+
+
+def int4_matmul_tpu_transposed(
+    dy: jax.Array,
+    w: Packed,
+    spec: PackedSpec,
+    *,
+    dtype: Any = None,
+    chip: Chip | None = None,
+    block: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`dtype` (f32)[M, K] = dy[M, N] @ W[K, N]^T, all but `block` as for int4_matmul_tpu; dy is rounded to bf16."""
+    block = block or BLOCKS[(chip or traced_chip()).bf16_vector]
+    (m, n), k = dy.shape, spec.length
+    group = k if spec.num_groups == 1 else spec.group_size
+    bm, bn, bk = min(m, block), min(n, block), depth_of(spec, block)
+    per_block = max(1, bk // group)
+    repeat = pl.cdiv(k, bk) if spec.num_groups == 1 else max(1, group // bk)  # blocks that share a row of scales
+    steps = pl.cdiv(n, bn)
+    dy = jnp.pad(dy.astype(jnp.bfloat16), ((0, 0), (0, steps * bn - n)))
+    by_group = pl.BlockSpec((per_block, 1, bn), lambda i, k, j: (lax.div(k, jnp.int32(repeat)), 0, j))
+    wide = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in w[1:]]
+    operands = {
+        "x": (dy, pl.BlockSpec((bm, bn), lambda i, k, j: (i, j))),
+        "codes": (w.codes, pl.BlockSpec((bk // tpu_forms.rows_of_a_code(w.codes), bn), lambda i, k, j: (k, j))),
+        **{name: (part, by_group) for name, part in zip(("scale", "zero_point", "offset"), wide, strict=True)},
+    }
+    present = {name: pair for name, pair in operands.items() if pair[0] is not None}
+    arrays = [array for array, _ in present.values()]
+    kernel = functools.partial(_kernel, names=tuple(present), group=bk // per_block, over=steps * bn - n, steps=steps)
+    return pl.pallas_call(
+        kernel,
+        name="int4_matmul_transposed",
+        grid=(pl.cdiv(m, bm), pl.cdiv(k, bk), steps),
+        in_specs=[block_spec for _, block_spec in present.values()],
+        out_specs=pl.BlockSpec((bm, bk), lambda i, k, j: (i, k)),
+        out_shape=shape_varying_as((m, k), dtype or jnp.float32, arrays),
+        scratch_shapes=[pltpu.VMEM((bm, bk), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            allow_input_fusion=tuple(name != "x" and array.dtype.itemsize == 4 for name, (array, _) in present.items()),
+        ),
+        interpret=pltpu.InterpretParams() if interpret else False,
+    )(*arrays)
+
+
+def depth_of(spec: PackedSpec, block: int) -> int:
+    """Rows of W of a block: whole groups, or an equal part of a long one; a multiple of LANES."""
+    if spec.num_groups == 1:
+        return min(block, -(-spec.length // tpu_forms.LANES) * tpu_forms.LANES)
+    unit = math.lcm(spec.group_size, tpu_forms.LANES)
+    if unit <= block:
+        return min(block // unit, -(-spec.length // unit)) * unit
+    parts = range(tpu_forms.LANES, block + 1, tpu_forms.LANES)
+    return max((size for size in parts if spec.group_size % size == 0), default=unit)
+
+
+def _kernel(*refs: Any, names: tuple[str, ...], group: int, over: int, steps: int) -> None:
+    *inputs, out, total = refs
+    block = tpu_forms.Block(**dict(zip(names, inputs, strict=True)))
+
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+
+    if over:
+        _empty_last_columns(block, over, steps)
+    weight = tpu_forms.dense(block, group)  # bf16[bk, bn]
+    total[...] += lax.dot_general(block.x[...], weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    @pl.when(pl.program_id(2) == steps - 1)
+    def _() -> None:
+        out[...] = total[...].astype(out.dtype)
+
+
+def _empty_last_columns(block: tpu_forms.Block, over: int, steps: int) -> None:
+    """Zeros for the scales and offsets of columns after the last: what memory held might be no number."""
+
+    @pl.when(pl.program_id(2) == steps - 1)
+    def _() -> None:
+        for part in (block.scale, block.offset):
+            if part is not None:
+                part[:, :, part.shape[2] - over :] = jnp.zeros((*part.shape[:2], over), part.dtype)
