@@ -15,6 +15,7 @@ as a whole.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -27,6 +28,8 @@ from pallas_kernels.int4_matmul.shapes import SHAPES
 
 TARGETS = Path(__file__).parent / "targets"
 CUDA_PLUGIN = "JQ4_CUDA_PLUGIN"
+
+LAYERS = 4  # of a stack
 
 # What jax.devices()[0].device_kind says there, by the name of the topology or target.
 DEVICE_KINDS = {
@@ -76,24 +79,33 @@ def compile_device(device: str) -> Any:
 
 
 def compile_for(device: str, function: Any, *args: Any) -> Any:
-    """The compiled executable of `function` on ShapeDtypeStructs `args`, all on one device."""
+    """The compiled executable of `function` on ShapeDtypeStructs `args`, all on one device, traced as for it."""
     import jax
 
-    sharding = jax.sharding.SingleDeviceSharding(compile_device(device))
+    target = compile_device(device)
+    sharding = jax.sharding.SingleDeviceSharding(target)
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     platform = "cuda" if is_gpu(device) else "tpu"
-    return jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,)).compile()
+    with contextlib.nullcontext() if is_gpu(device) else abstractly(target):
+        return jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,)).compile()
 
 
-def measure_matmul(
-    device: str, rows: int, k: int, n: int, group_size: int, asymmetric: bool, prepared: bool
-) -> dict[str, Any]:
-    """Compiles jq4.matmul and its gradient by x for bf16 rows; the compiler's counts of bytes."""
+def abstractly(target: Any) -> Any:
+    """The context in which kernels that ask what TPU they are traced for get `target`."""
+    import jax
+
+    described = jax.sharding.AbstractDevice(target.device_kind, target.num_cores, "tpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("chip",), auto, abstract_device=described)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def packed_weight(device: str, k: int, n: int, group_size: int, asymmetric: bool, prepared: bool) -> Any:
+    """The ShapeDtypeStructs of a QArray int4[k, n]."""
     import jax
     import jax.numpy as jnp
 
     from jq4.layouts import prepare
-    from jq4.matmul import matmul
     from jq4.qarray import QArray
 
     def weight() -> QArray:
@@ -103,7 +115,19 @@ def measure_matmul(
         q = QArray(codes, scale, zero_point, group_size=group_size, padding=k % 2, dtype="bfloat16")
         return prepare(q, DEVICE_KINDS[device.split(":")[0]]) if prepared else q
 
-    q = jax.eval_shape(weight)
+    return jax.eval_shape(weight)
+
+
+def measure_matmul(
+    device: str, rows: int, k: int, n: int, group_size: int, asymmetric: bool, prepared: bool
+) -> dict[str, Any]:
+    """Compiles jq4.matmul and its gradient by x for bf16 rows; the compiler's counts of bytes."""
+    import jax
+    import jax.numpy as jnp
+
+    from jq4.matmul import matmul
+
+    q = packed_weight(device, k, n, group_size, asymmetric, prepared)
     x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
     start = time.perf_counter()
     forward = compile_for(device, matmul, x, q)
@@ -117,6 +141,32 @@ def measure_matmul(
         "gradient_temp_bytes": back.memory_analysis().temp_size_in_bytes,
         "bytes_accessed": (forward.cost_analysis() or {}).get("bytes accessed"),  # a GPU has none
         "seconds": round(time.perf_counter() - start, 1),
+    }  # fmt: skip
+
+
+def measure_stack(device: str, rows: int, k: int, n: int, group_size: int, asymmetric: bool) -> dict[str, Any]:
+    """Compiles a `lax.scan` over LAYERS stacked weights, and its gradient: what is copied, and what kernels run."""
+    import jax
+    import jax.numpy as jnp
+
+    from jq4.matmul import matmul
+
+    layer = packed_weight(device, k, n, group_size, asymmetric, prepared=True)
+    stack = jax.tree.map(lambda part: jax.ShapeDtypeStruct((LAYERS, *part.shape), part.dtype), layer)
+    x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
+
+    def scanned(x: Any, stack: Any) -> Any:
+        return jax.lax.scan(lambda total, q: (total + jnp.sum(matmul(x, q).astype(jnp.float32)), None), 0.0, stack)[0]
+
+    forward = compile_for(device, scanned, x, stack)
+    back = compile_for(device, jax.grad(scanned), x, stack)
+    return {
+        "device": device, "jax": jax.__version__, "rows": rows, "k": k, "n": n, "group_size": group_size,
+        "asymmetric": asymmetric, "layer_codes_bytes": k * n // 2, "dense_bytes": 2 * k * n,
+        "temp_bytes": forward.memory_analysis().temp_size_in_bytes,
+        "gradient_temp_bytes": back.memory_analysis().temp_size_in_bytes,
+        "kernel": "tpu_custom_call" in forward.as_text(),
+        "gradient_kernel": "int4_matmul_transposed" in back.as_text(),
     }  # fmt: skip
 
 
@@ -141,10 +191,15 @@ def main() -> None:
     size.add_argument("--named", choices=sorted(SHAPES), help="a shape of a real model")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--stacked", action="store_true", help="a scan over a stack of layers, on a TPU")
     parser.add_argument("--neutral", action="store_true", help="do not prepare the weight for the device")
     options = parser.parse_args()
     k, n = SHAPES[options.named] if options.named else options.shape
     for rows in options.rows:
+        if options.stacked:
+            result = measure_stack(options.device, rows, k, n, options.group_size, options.asymmetric)
+            print(json.dumps(result), flush=True)
+            continue
         result = measure_matmul(options.device, rows, k, n, options.group_size, options.asymmetric, not options.neutral)
         print(json.dumps(result), flush=True)
 
