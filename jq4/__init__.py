@@ -31,6 +31,7 @@ from jq4.layouts import prepare as prepare
 from jq4.matmul import matmul as matmul
 from jq4.observe import observe as observe
 from jq4.observe_pair import observe_pair as observe_pair
+from jq4.partition import shardings_of as shardings_of
 from jq4.qarray import QArray as QArray
 from jq4.quality_report import compose_report as compose_report
 from jq4.quality_report import write_report as write_report

@@ -25,8 +25,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jq4.errors import JQ4Error
-from jq4.paths import leaf_path
-from jq4.qarray import NEUTRAL, QArray
+from jq4.paths import find_path, flatten_with_paths, leaf_path
+from jq4.qarray import NEUTRAL, QArray, is_qarray
 from pallas_kernels import packing
 from pallas_kernels.int4_matmul.spec import TPU
 
@@ -79,6 +79,23 @@ def _partition_of(sharding: Any, ndim: int) -> Partition | None:
         return None
     spec = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
     return Partition(sharding.mesh, tuple(tuple(jax.tree.leaves(entry)) for entry in spec))
+
+
+def shardings_of(tree: Any) -> Callable[[str, tuple[int, ...]], NamedSharding | None]:
+    """Where a tree's packed weights lie, as `quantized(f, shardings=...)` takes it; shapes with shardings will do."""
+    known = {path: _sharding_of(leaf) for path, leaf in flatten_with_paths(tree) if is_qarray(leaf)}
+    return lambda path, shape: find_path(known, path)
+
+
+def _sharding_of(q: QArray) -> NamedSharding | None:
+    """Of the dense weight, from that of its codes."""
+    sharding = getattr(q.codes, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    spec = [*sharding.spec, *[None] * (q.ndim - len(sharding.spec))]
+    if q.layout != NEUTRAL and q.axis != (-2 if q.layout == TPU else -1):
+        spec[-2:] = spec[:-3:-1]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def sharded_product(

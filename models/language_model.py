@@ -22,6 +22,7 @@ from jq4.checkpoint import orbax
 from jq4.checkpoint.manifest import MANIFEST
 from jq4.errors import JQ4Error
 from jq4.layouts import prepare
+from jq4.partition import shardings_of
 from jq4.record import Record
 from models.config import DecoderConfig
 from models.decoder import Decoder
@@ -51,7 +52,7 @@ class LanguageModel:
       tokenizer: only text needs one; token ids do without.
       dtype: what is computed in. None: bfloat16 for a bfloat16 checkpoint on an accelerator, else float32.
       files: the small files that `save` writes beside the weights, by name.
-      apply: `jq4.quantized(Decoder(config).apply)`.
+      apply: `jq4.quantized(Decoder(config).apply)`, told where the packed weights lie.
     """
 
     config: DecoderConfig
@@ -65,7 +66,8 @@ class LanguageModel:
         if self.dtype is None:
             narrow = self.config.dtype == "bfloat16" and jax.default_backend() != "cpu"
             object.__setattr__(self, "dtype", jnp.dtype(jnp.bfloat16 if narrow else jnp.float32))
-        object.__setattr__(self, "apply", quantized(Decoder(self.config, dtype=self.dtype).apply))
+        decoder = Decoder(self.config, dtype=self.dtype)
+        object.__setattr__(self, "apply", quantized(decoder.apply, shardings=shardings_of(self.params)))
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> "LanguageModel":

@@ -19,7 +19,7 @@ from benchmarks.provenance import ROOT
 from jq4.apply import quantized
 from jq4.errors import JQ4Error
 from jq4.layouts import prepare
-from jq4.partition import part_specs
+from jq4.partition import part_specs, shardings_of
 from pallas_kernels.partitioned import alone_or_partitioned
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
@@ -91,6 +91,19 @@ def test_shardings_are_found_by_path_like_restores():
         JQ4Error, match=r"mlp/kernel: axis -2 of shape \(16, 8\).*4 shards over.*4 rows each.*groups of 8"
     ):
         by_tree(tree, x)
+
+
+@pytest.mark.parametrize("device_kind", ["cpu", "TPU v6 lite", "NVIDIA H200"])
+@pytest.mark.parametrize("axis, spec", [(-2, ROWS), (-1, COLUMNS), (-2, COLUMNS)])
+def test_weights_tell_where_they_lie(device_kind, axis, spec):
+    q = placed(prepare(packed((64, 64), axis), device_kind), spec)
+    sharding = shardings_of({"a": {"kernel": q}, "b": jnp.ones(3)})("params/a/kernel", q.shape)
+    assert sharding is not None and sharding.is_equivalent_to(NamedSharding(MESH, spec), 2)
+    product = quantized(
+        lambda tree, x: x @ (tree["w"] if axis == -2 else tree["w"].T), shardings=shardings_of({"w": q})
+    )
+    x = inputs(4, 64)
+    close(jax.jit(product)({"w": q}, x), x @ (q.dequantize() if axis == -2 else q.dequantize().T))
 
 
 # A kernel, or what XLA can cut ----------------------------------------------------------------------------------------
