@@ -101,7 +101,7 @@ def _added(
 ) -> dict[str, WeightStatistics]:
     """The total, whose arrays are taken over, with the statistics of one more call."""
     if total is None:
-        return jax.tree.map(jnp.copy, _settled(step(arrays)))  # the program may give back an array that it was given
+        return _settled(step(arrays))
     home = device_of(total)
     is_home = home == device_of(arrays)
     if is_home and not _is_traced(total):
@@ -116,6 +116,7 @@ def _added(
 
 @jax.jit
 def _settled(found: dict[str, WeightStatistics]) -> dict[str, WeightStatistics]:
+    """Outer products summed, and copies of the rest: a program may give back an array that it was given."""
     return {path: settled(statistics) for path, statistics in found.items()}
 
 

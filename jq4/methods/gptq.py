@@ -84,10 +84,11 @@ def diagnosed(
 
 def _solved(solver: Solver, weight: jax.Array, statistics: WeightStatistics, release: Any) -> Solved:
     """Of all slices, stacked [S, ...]."""
-    counts, matrices = statistics.count, _matrices(weight, canonical=solver.canonical)
+    counts = statistics.count
     sums = (counts, statistics.outer_total, statistics.cross_total)
     if counts.ndim == 0:
-        return _stacked([solver(_only(matrices), *sums, release)])
+        return _stacked([solver(_only_matrix(weight, canonical=solver.canonical), *sums, release)])
+    matrices = _matrices(weight, canonical=solver.canonical)
     flat = (matrices, *jax.tree.map(lambda part: part.reshape(-1, *part.shape[counts.ndim :]), sums))
     if any(isinstance(part, Tracer) for part in jax.tree.leaves(flat)):
         return jax.lax.map(lambda each: solver(*each), flat)
@@ -101,12 +102,14 @@ def _stacked(slices: list[Solved]) -> Solved:
     return jax.tree.map(lambda *parts: jnp.stack(parts), *slices)
 
 
-_only = jax.jit(lambda matrices: matrices[0])
-
-
 @functools.partial(jax.jit, static_argnames="canonical")
 def _matrices(weight: jax.Array, canonical: Canonical) -> jax.Array:
     return canonical.matrices(weight)
+
+
+@functools.partial(jax.jit, static_argnames="canonical")
+def _only_matrix(weight: jax.Array, canonical: Canonical) -> jax.Array:
+    return canonical.matrices(weight)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("canonical", "encoding", "dtype"))
