@@ -11,7 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jq4
-from jq4.methods import gptq, rtn
+from jq4.methods import gptq, gptq_solver, hessian, rtn
+from jq4.methods.canonical import Canonical
+from jq4.methods.gptq_options import Options
 from jq4.qarray import codes_of
 from jq4.rounding import Encoding, codes_of_blocks, find_parameters
 from jq4.statistics import WeightStatistics, statistics_of
@@ -301,3 +303,26 @@ def test_it_traces():
     }
     q = jax.eval_shape(lambda p, s: jq4.quantize(p, rule(), s), params, stats)["w"]
     assert q.shape == (2, 64, 24) and q.dtype == "bfloat16"
+
+
+def test_no_program_holds_a_second_matrix_of_its_inputs_size():
+    """Compiled, not run: beside arguments and results, less than half a float32[K, K]."""
+    features = 8192
+    weight, square = (jax.ShapeDtypeStruct((features, size), jnp.float32) for size in (64, features))
+    encoding = Encoding(group_size=128, observer="mse", axis=-2)
+    canonical = Canonical.of(weight.shape, encoding, square.shape)
+    solver = gptq_solver.Solver(canonical, encoding, Options())
+    factor = jax.eval_shape(lambda outer: gptq_solver._factored(outer, solver), square)
+    placed = jax.eval_shape(lambda *a: gptq_solver._placed(*a, solver=solver), weight, weight, factor)
+    first = jax.eval_shape(lambda *a: gptq_solver._first(*a, solver=solver), placed, factor)
+    without = factor._replace(lower=None)
+    programs = [
+        gptq_solver._towards.lower(weight, square, square),
+        hessian._attempted.lower(square, factor.slots, factor.diagonal, jax.ShapeDtypeStruct((), jnp.float32)),
+        gptq_solver._placed.lower(weight, weight, factor, solver=solver),
+        gptq_solver._first.lower(placed, factor, solver=solver),
+        gptq_solver._refined.lower(placed, square, without, first, solver=solver),
+        gptq_solver._finished.lower(placed, square, without, first),
+    ]
+    for program in programs:
+        assert program.compile(QUICK).memory_analysis().temp_size_in_bytes < 0.5 * 4 * features**2
