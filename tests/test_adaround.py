@@ -25,7 +25,7 @@ from jq4.tuning.rectified import (
     weight_of,
 )
 
-FORMS = ("rtn-w4g32", "rtn-w3g32-asym", "hqq-w4g32-asym", "rtn-w8gc", "nf4-g32", "fp4")
+FORMS = ("rtn-w4g32", "rtn-w3g32-asym", "hqq-w4g32-asym", "nf4-g32", "fp4")
 
 
 def _weight(*shape) -> Any:
