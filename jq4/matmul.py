@@ -172,14 +172,20 @@ def ragged_dot(
     return out if step is None else (out * step.astype(out.dtype)).astype(wanted.dtype)
 
 
-def packed_matmul(x: jax.Array, q: QArray, dtype: Any, precision: Any = None, implementation: Any = None) -> jax.Array:
-    """x[*B, M, K] @ W[*B, K, N] for q of logical shape [*B, K, N] (axis -2) or [*B, N, K] (axis -1)."""
+def packed_matmul(
+    x: jax.Array, q: QArray, dtype: Any, precision: Any = None, implementation: Any = None, integers: bool = False
+) -> jax.Array:
+    """x[*B, M, K] @ W[*B, K, N] for q of logical shape [*B, K, N] (axis -2) or [*B, N, K] (axis -1).
+
+    `integers` says that x holds whole numbers of at most 127.
+    """
     q = _with_whole_batch(q)
     if q.layout == NEUTRAL and q.format == "int4" and jax.default_backend() != "cpu":
         note_relay(q, f"unpacked from neutral bytes at every call on {jax.default_backend()}: jq4.prepare does it once")
     return int4_matmul(
         x, q.codes, q.scale, q.zero_point, q.offset,
         spec=spec_of(q), preferred_element_type=dtype, precision=precision, implementation=implementation,
+        integers=integers,
     )  # fmt: skip
 
 

@@ -141,6 +141,24 @@ def test_transposed_product_matches_float64(case):
     assert relative_error(out, np.asarray(dy, np.float64) @ dense.T) < 2.5e-3
 
 
+@pytest.mark.parametrize("case", ["tails of M, K, N and group", "groups longer than a block", "many rows"])
+def test_whole_numbers_go_as_int8_and_are_summed_exactly(case):
+    m, k, n, group, zero_points, offsets, *blocks = CASES[case]
+    w, spec, dense = weight(k, n, group, zero_points, offsets, scales=jnp.float32)
+    x = jnp.round(20 * rows_of_x(m, k, jnp.float32))
+    plan = Plan("integer", *blocks, chunk=128)
+    out = int4_matmul_tpu(x, w, spec, plan=plan, integers=True, interpret=True)
+    assert relative_error(out, np.asarray(x, np.float64) @ dense) < 1e-6
+
+
+def test_whole_numbers_go_by_the_integer_mxu_where_there_is_one():
+    problem = Problem(128, 4096, 4096, 32, 128)
+    forms = {chip.name: choose_plan(problem, chip, integers=True).form for chip in CHIPS}
+    assert forms["v5e"] == forms["v5p"] == "integer"
+    assert "integer" not in (forms["v4"], forms["tpu7x"], choose_plan(problem, UNKNOWN, integers=True).form)
+    assert all(choose_plan(problem, chip).form != "integer" for chip in CHIPS)
+
+
 def test_one_value_for_all_columns():
     w, spec, dense = weight(256, 128, 128, True, True, columns=1)
     x = rows_of_x(5, 256)
@@ -161,6 +179,9 @@ def test_public_function_takes_it_stacked_scanned_and_differentiated():
     want = np.asarray(x, np.float64) @ dense
     assert relative_error(product(x, w), want) < 1e-6  # one call with batch axes: vmapped
     assert relative_error(jax.jit(scanned)(x, w), want) < 1e-6
+    whole = jnp.round(20 * x)
+    out = int4_matmul(whole, *w, spec=spec, implementation="tpu_interpret", integers=True)
+    assert relative_error(out, np.asarray(whole, np.float64) @ dense) < 2e-3
     gradient = jax.grad(lambda x: jnp.sum(product(x, w)))(x)
     assert relative_error(gradient, np.ones((2, 3, 128)) @ np.swapaxes(dense, -1, -2)) < 5e-3
 

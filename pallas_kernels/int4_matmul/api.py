@@ -34,6 +34,7 @@ def int4_matmul(
     implementation: Implementation = None,
     preferred_element_type: Any = None,
     precision: Any = None,
+    integers: bool = False,
 ) -> jax.Array:
     """x[*B, M, K] @ dequantize(codes, scale, zero_point, offset)[*B, K, N] -> [*B, M, N].
 
@@ -47,6 +48,7 @@ def int4_matmul(
         sequence of names the first that takes the weight on the platform is used.
       preferred_element_type: dtype of the result; None is x's. Sums are float32 in any case.
       precision: of the products, as lax.dot_general's.
+      integers: x holds whole numbers of at most 127, which may be multiplied as int8 where that is faster.
 
     Raises:
       UnsupportedError: no such implementation, or none of those named takes this spec.
@@ -57,23 +59,24 @@ def int4_matmul(
     names = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
     by_platform(names, spec)  # raises for unknown or unfit names, before any tracing
     dtype = jnp.dtype(preferred_element_type or x.dtype)
-    return _int4_matmul(x, w, spec, names, dtype, _hashable(precision))
+    return _int4_matmul(x, w, spec, names, dtype, _hashable(precision), integers)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _int4_matmul(x, w: Packed, spec: PackedSpec, implementation, dtype, precision) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _int4_matmul(x, w: Packed, spec: PackedSpec, implementation, dtype, precision, integers) -> jax.Array:
     batch = w.codes.shape[:-2]
     rows = x if batch else x.reshape(-1, x.shape[-1])
-    out = _product(*vary_alike((rows, w)), spec, implementation, precision, dtype)
+    out = _product(*vary_alike((rows, w)), spec, implementation, precision, dtype, integers)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _value(x, w: Packed, spec: PackedSpec, implementation, precision, dtype) -> Any:
+def _value(x, w: Packed, spec: PackedSpec, implementation, precision, dtype, integers) -> Any:
     """dtype[*B, M, N] from x[*B, M, K] and codes [*B, ...]."""
     chosen = by_platform(implementation, spec)
 
     def run_by(name: str, platform: str):
         run = functools.partial(BACKENDS[name].run, spec=spec, platform=platform, precision=precision, dtype=dtype)
+        run = functools.partial(run, integers=True) if integers and BACKENDS[name].integers else run
         return lambda x, w: _batched(run, platform)(x, w).astype(dtype)
 
     def on(platform: str):
@@ -85,14 +88,15 @@ def _value(x, w: Packed, spec: PackedSpec, implementation, precision, dtype) -> 
     return by_lowering_platform({platform: on(platform) for platform in chosen}, x, w)
 
 
-_product: Any = jax.custom_vjp(_value, nondiff_argnums=(2, 3, 4, 5))
+_product: Any = jax.custom_vjp(_value, nondiff_argnums=(2, 3, 4, 5, 6))
 
 
-def _forward(x, w, spec, implementation, precision, dtype):
-    return _product(x, w, spec, implementation, precision, dtype), (x, w)
+def _forward(x, w, spec, implementation, precision, dtype, integers):
+    return _product(x, w, spec, implementation, precision, dtype, integers), (x, w)
 
 
-def _backward(spec, implementation, precision, dtype, residuals, dy):
+def _backward(spec, implementation, precision, dtype, integers, residuals, dy):
+    del dtype, integers
     x, w = residuals
     chosen = by_platform(implementation, spec)
 

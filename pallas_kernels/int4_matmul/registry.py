@@ -39,13 +39,15 @@ class UnsupportedError(ValueError):
 class Backend:
     """One implementation: its function, where it runs, why it refuses a spec (None: it does not), and its transpose.
 
-    `partitions` says whether XLA can cut it for several devices; of a kernel it cannot (pallas_kernels.partitioned).
+    `integers` says whether `run` takes that word, for an x of whole numbers of at most 127; `partitions`, whether XLA
+    can cut it for several devices: of a kernel it cannot (pallas_kernels.partitioned).
     """
 
     run: Callable[..., jax.Array]
     platforms: tuple[str, ...] = PLATFORMS
     refusal: Callable[[PackedSpec], str | None] = lambda spec: None
     partitions: bool = True
+    integers: bool = False
     transposed: Callable[..., jax.Array] | None = None
 
 
@@ -69,6 +71,7 @@ BACKENDS: dict[str, Backend] = {
         functools.partial(int4_matmul_tpu, interpret=True),
         ("cpu",),
         tpu_refusal,
+        integers=True,
         transposed=functools.partial(int4_matmul_tpu_transposed, interpret=True),
     ),
 }

@@ -54,6 +54,7 @@ def int4_matmul_tpu(
     dtype: Any = None,
     chip: Chip | None = None,
     plan: Plan | None = None,
+    integers: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """`dtype` (f32)[M, N] = x[M, K] @ W[K, N].
@@ -67,14 +68,16 @@ def int4_matmul_tpu(
       dtype: of the result.
       chip: None is the one of the trace.
       plan: None is chosen for the chip and the sizes.
+      integers: x holds whole numbers of at most 127: they may be multiplied as int8.
       interpret: run on a CPU, by Pallas' interpreter of TPU kernels.
     """
-    terms = bf16_terms(x, precision)  # bf16[T, M, K]
+    terms = bf16_terms(x, lax.Precision.DEFAULT if integers else precision)  # bf16[T, M, K]
     count, m, k = terms.shape
     n = w.codes.shape[1]
     problem = Problem(count * m, k, n, spec.num_groups, spec.group_size, w.zero_point is not None, w.offset is not None)
-    plan = plan or choose_plan(problem, chip or traced_chip(), exact=count > 1)
-    out = _call(terms.reshape(count * m, k), w, plan, spec, jnp.float32 if count > 1 else dtype, interpret)
+    plan = plan or choose_plan(problem, chip or traced_chip(), count > 1, integers)
+    rows = terms.reshape(count * m, k).astype(jnp.int8 if plan.form == "integer" else jnp.bfloat16)
+    out = _call(rows, w, plan, spec, jnp.float32 if count > 1 else dtype, interpret)
     return out if count == 1 else jnp.sum(out.reshape(count, m, n), 0)
 
 
@@ -101,7 +104,7 @@ def _passes(precision: Any) -> int:
 
 
 def _call(x: jax.Array, w: Packed, plan: Plan, spec: PackedSpec, dtype: Any, interpret: bool) -> jax.Array:
-    """[M, N] from bf16 x[M, K]."""
+    """[M, N] from bf16 or int8 x[M, K]."""
     (m, k), n = x.shape, w.codes.shape[1]
     bm, bk, bn = plan.block_m, plan.block_k, plan.block_n
     steps = pl.cdiv(k, bk)

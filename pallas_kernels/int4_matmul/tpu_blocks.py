@@ -19,6 +19,7 @@ What follows from it, chip by chip (see tpu_forms.py for the forms):
     v6e     decode: direct, one unpacking instruction and no slack, or wscale for groups of 32 and 64; prefill: wscale
     tpu7x   the same; bound by the vector unit at decode, as 3.7 TB/s a core outrun it
 
+Whole numbers (rounded activations) go by int8 on v5e, v5p and v6e where groups are long enough for it to be faster.
 Where forms are within a twentieth of each other, an exact one (direct, magic) goes before wscale, which rounds weights.
 """
 
@@ -56,7 +57,7 @@ class Plan:
     """How a product is cut.
 
     Attributes:
-      form: "direct", "magic" or "wscale" of tpu_forms.py.
+      form: "direct", "magic", "integer" or "wscale" of tpu_forms.py.
       block_m, block_k, block_n: of a grid step. block_k is a multiple of LANES and of whole groups, or of a group an
         equal part.
       resident: whether the rows of x stay in VMEM over the whole of K.
@@ -77,7 +78,7 @@ class Plan:
         return self.chunk < self.block_k
 
 
-EXACT = ("direct", "magic")
+EXACT = ("direct", "magic", "integer")
 COUNTED_ROWS = (16, 64, 128, 512)
 # Bundles of a step of 1024 x 1024 codes at COUNTED_ROWS: (groups of 32, groups of 128).
 COUNTED = {
@@ -88,10 +89,12 @@ COUNTED = {
     "v5e": {
         "direct": ((1287, 860), (4048, 1389), (8097, 2435), (33298, 8854)),
         "magic": ((1680, 738), (4603, 1508), (8866, 2565), (34689, 9178)),
+        "integer": ((1217, 514), (2368, 834), (4492, 1434), (17500, 5431)),
         "wscale": ((2243, 2035), (2639, 2438), (3336, 3054), (8700, 8300)),
     },
     "v6e": {
         "direct": ((864, 623), (2359, 902), (4485, 1414), (17500, 4800)),
+        "integer": ((855, 517), (2221, 832), (4317, 1363), (16500, 4527)),
         "wscale": ((727, 659), (868, 824), (1057, 1027), (2889, 2859)),
     },
     "tpu7x": {
@@ -99,9 +102,12 @@ COUNTED = {
         "wscale": ((698, 631), (764, 715), (871, 840), (2250, 2200)),
     },
 }
-COUNTED |= {"v5p": COUNTED["v5e"], "unknown": COUNTED["v6e"]}
+COUNTED |= {
+    "v5p": COUNTED["v5e"],
+    "unknown": {form: counted for form, counted in COUNTED["v6e"].items() if form != "integer"},
+}
 # What zero points or offsets multiply it by: (groups below 128, groups from 128 on).
-CORRECTION = {"direct": (1.8, 1.2), "magic": (1.4, 1.15), "wscale": (1.05, 1.05)}
+CORRECTION = {"direct": (1.8, 1.2), "magic": (1.4, 1.15), "integer": (1.8, 1.2), "wscale": (1.05, 1.05)}
 STEP_BUNDLES = 110  # of a step, whatever its size
 LOOP_BUNDLES = 100  # of a turn of the loop over chunks, which drains the MXU
 
@@ -114,9 +120,12 @@ MANY_ROWS = 128  # from which partial sums fill the registers
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_plan(problem: Problem, chip: Chip, exact: bool = False) -> Plan:
-    """The plan of the shortest modelled time that fits the chip's memory; `exact` leaves out forms that round."""
-    plans = [plan for plan in candidates(problem, chip, exact) if vmem_of(problem, plan) <= chip.vmem]
+def choose_plan(problem: Problem, chip: Chip, exact: bool = False, integers: bool = False) -> Plan:
+    """The plan of the shortest modelled time that fits the chip's memory.
+
+    `exact` leaves out the form that rounds weights; `integers` lets in the one for whole numbers.
+    """
+    plans = [plan for plan in candidates(problem, chip, exact, integers) if vmem_of(problem, plan) <= chip.vmem]
     if not plans:
         raise ValueError(f"no block of {problem} fits the {chip.vmem >> 20} MiB of a {chip.name}: {problem.unit=}")
     if problem.m <= DECODE_ROWS:
@@ -124,8 +133,8 @@ def choose_plan(problem: Problem, chip: Chip, exact: bool = False) -> Plan:
     return min(plans, key=lambda plan: seconds(problem, plan, chip) * (1.0 if plan.form in EXACT else 1.05))
 
 
-def candidates(problem: Problem, chip: Chip, exact: bool) -> Iterator[Plan]:
-    forms = [form for form in COUNTED[chip.name] if form in EXACT or not exact]
+def candidates(problem: Problem, chip: Chip, exact: bool, integers: bool) -> Iterator[Plan]:
+    forms = [form for form in COUNTED[chip.name] if (form in EXACT or not exact) and (form != "integer" or integers)]
     rows = sorted({problem.m, 256, 512, 1024}) if problem.m > 256 else [problem.m]
     for form in forms:
         for block_m in (m for m in rows if m <= min(problem.m, 1024)):

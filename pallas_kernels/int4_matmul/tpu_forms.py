@@ -17,6 +17,8 @@ a total by `accumulate`):
              (0x4300 is 128 with the code's bits at its end; ^ 8 turns the sign bit into + 8), so that no conversion is
              needed at all, and 136 * sums_i is taken off the product. Words run down K and the halves of a word become
              neighbouring rows: x must come with its columns in `magic_order`.
+    integer  direct with x as int8, whole numbers: int8 by int8 into exact int32 sums, twice bf16's rate on v5 and v6e
+             (v4 and TPU7x have no integer MXU; there, whole numbers go through the others as bf16, which holds them).
     wscale   one dot with bf16(weight) of the whole block. Costs bk * bn scalings, whatever bm is, and rounds the
              weights as a dense bf16 weight is; the MXU sees one deep product, which v6e and TPU7x (256 deep) need at
              prefill: groups of 128 fill half of it.
@@ -42,8 +44,8 @@ class Block(NamedTuple):
     """One grid step's operands: refs or values, of blocks in VMEM.
 
     Attributes:
-      x: bf16[bm, bk]. Columns after the end of K are zeros: codes there are what memory held, so that a form may
-        multiply them by x and nothing else.
+      x: bf16[bm, bk], or int8 for `integer`. Columns after the end of K are zeros: codes there are what memory held,
+        so that a form may multiply them by x and nothing else.
       codes: int4[bk, bn], of which the level is the code itself, or the same as words, i32[bk / 8, bn].
       scale: [bk / group, 1, bn], bf16 or f32, finite everywhere. `group` divides bk: where a real group is longer
         than the block, the index map repeats its row and `group` is bk.
@@ -98,6 +100,10 @@ def direct(block: Block, group: int, *, upcast: bool = False) -> jax.Array:
     return _by_groups(block, group, weight, center=0.0)
 
 
+def integer(block: Block, group: int) -> jax.Array:
+    return _by_groups(block, group, lambda codes: as_int4(codes).astype(jnp.int8), center=0.0)
+
+
 def magic(block: Block, group: int) -> jax.Array:
     return _by_groups(block, group, _magic_weight, center=136.0)
 
@@ -135,8 +141,9 @@ def magic_order(x: jax.Array, group: int) -> jax.Array:
 
 
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """f32[bm, bn] = x[bm, k] @ weight[k, bn]."""
-    return lax.dot_general(x, weight, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    """f32[bm, bn] = x[bm, k] @ weight[k, bn]; of int8 by int8 the sums are int32 until they are whole."""
+    sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    return lax.dot_general(x, weight, (((1,), (0,)), ((), ())), preferred_element_type=sums).astype(jnp.float32)
 
 
 def _by_groups(block: Block, group: int, weight: Any, center: float) -> jax.Array:
@@ -159,7 +166,8 @@ def _by_groups(block: Block, group: int, weight: Any, center: float) -> jax.Arra
 
 def _row_sums(x: jax.Array) -> jax.Array:
     """f32[bm, 1]."""
-    return jnp.sum(x.astype(jnp.float32), axis=1, keepdims=True)
+    wide = x.astype(jnp.int32) if x.dtype == jnp.int8 else x  # from int8 by way of i32, which every chip converts
+    return jnp.sum(wide.astype(jnp.float32), axis=1, keepdims=True)
 
 
 def _shift(zero_point: jax.Array) -> jax.Array:
