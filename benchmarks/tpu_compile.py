@@ -3,6 +3,7 @@
     python -m benchmarks.tpu_compile --chip v5e v6e --rows 16 512 --json FILE --plot FILE.png
     python -m benchmarks.tpu_compile --matrix --cells CELLS.jsonl --json FILE
     python -m benchmarks.tpu_compile --matrix --sample
+    python -m benchmarks.tpu_compile --told benchmarks/results/tpu-{decode,prefill}.json --plot FILE.png
 
 The first compiles our kernel, plain bf16 ones and XLA's forms (benchmarks/tpu_lab/contenders.py) for the same product,
 counts the bundles of the compiler's schedule, and models the time: the slowest of bundles / clock, MACs / MXU rate and
@@ -94,6 +95,11 @@ def run_matrix(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return cells.summary(row for place, row in done.items() if place in wanted)
 
 
+def told_before(files: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of published results."""
+    return [row for file in files for row in json.loads(Path(file).read_text())["rows"]]
+
+
 def main() -> int:
     options = arguments()
     console = Console(stderr=True)
@@ -105,7 +111,7 @@ def main() -> int:
         console.print_json(json.dumps(found | {"not_compiled": found["not_compiled"][:20]}))
         failed = sum(row["status"] == "failed" for row in found["not_compiled"])
     else:
-        rows = list(shown(side_by_side(options), console, dump=True))
+        rows = told_before(options.told) if options.told else list(shown(side_by_side(options), console, dump=True))
         Console(width=None if console.is_terminal else 220).print(table_of(rows))
         found = {"rows": [{name: row[name] for name in PUBLISHED if name in row} for row in with_speedups(rows)]}
         if options.plot:
@@ -132,6 +138,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--matrix", action="store_true", help="ask of every cell whether it compiles")
     parser.add_argument("--sample", action="store_true", help="of the matrix, a few cells of every chip")
     parser.add_argument("--cells", type=Path, help="JSON lines of the matrix's cells: what is there is not done again")
+    parser.add_argument("--told", nargs="+", metavar="FILE", help="show and draw what was published, compile nothing")
     parser.add_argument("--json", help="where to write the figures")
     parser.add_argument("--plot", help="where to draw them")
     options = parser.parse_args()

@@ -65,7 +65,7 @@ SLICES = {  # chip, topology, data x model
     "v6e-8": ("v6e", "v6e:2x4", (1, 8)),
 }
 PRODUCTS_OF_A_LAYER = 7
-BATCH, CONTEXT, PROMPT = 16, 8192, 512
+BATCH, CONTEXT, PROMPT = 16, 8192, 384  # 16 x 384 rows are no length of any weight's part
 
 
 @dataclasses.dataclass(frozen=True)
