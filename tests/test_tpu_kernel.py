@@ -205,6 +205,7 @@ def test_what_it_does_not_take_is_said_and_left_to_xla():
     assert choose(None, "tpu", PackedSpec(128, layout="tpu")) == "tpu"
     assert choose(None, "tpu", neutral) == choose(None, "tpu", odd) == "xla"
     assert choose(None, "cpu", PackedSpec(128, layout="tpu")) == "xla"
+    assert choose(None, "tpu", PackedSpec(8192, group_size=1056, layout="tpu")) == "xla"
     w, _, _ = weight(128, 128, 24)
     with pytest.raises(UnsupportedError, match="groups of a multiple of 32 rows, not of 24"):
         int4_matmul(rows_of_x(2, 128), *w, spec=odd, implementation="tpu")

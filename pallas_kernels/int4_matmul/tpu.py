@@ -4,6 +4,20 @@
     in HBM   x, codes, scales, zero points, offsets: nothing of the dense weight, ever
     x        stays in VMEM over the whole sweep of N where it is small (decode), so that each step reads only weights
 
+What becomes of the codes between VMEM and the MXU, chip by chip, as the compiler's schedules show it (the forms are in
+tpu_forms.py, which of them is taken when in tpu_blocks.py):
+
+    v6e     direct     vunpack.s4.bf16, one instruction for 2048 codes, and push; partial sums are scaled
+            wscale     the same and one vmul.bf16 for 2048 weights, hidden by the MXU where rows are many
+    tpu7x   direct     vunpack.s4.s8, vcvt to fp8 (e4m3 holds -8..7 exactly), pushed as fp8 beside x in bf16
+            wscale     as on v6e
+    v5e/p   magic      vshrl, vand, vxor on words: bf16 136 + code with no conversion, three for 2048 codes
+            direct     vunpack.s4.s8, vunpack.s8.s32, vcvt.s32.f32 and a push that rounds: nine for 2048 codes, but no
+                       sums of x; both are hidden by HBM at decode
+            wscale     the same, vmul.f32 and a pack, for many rows; there are no bf16 vectors to scale in
+    v4      magic      as on v5; its compiler's own unpacking goes through memory and takes 3 to 6 times as long
+    v5, v6e integer    vunpack.s4.s8 and an s8 push, for whole numbers
+
 Of a stack of layers in a `lax.scan` each layer is a dynamic slice of the stack. XLA writes a kernel's operand to memory
 first, which would move every weight three times, unless it may fuse the slice into the kernel's own reading, which its
 TPU compiler does for 32-bit types alone, in kernels without loops that are content with the default share of VMEM:
@@ -17,6 +31,7 @@ bf16 terms (more rows of x, by the same kernel) for Precision.HIGH and HIGHEST.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -30,9 +45,11 @@ from pallas_kernels.int4_matmul.spec import TPU, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan
 from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
+from pallas_kernels.int4_matmul.tpu_forms import LANES
 from pallas_kernels.manual_axes import shape_varying_as
 
 GROUP_MULTIPLE = 32  # rows of int4 that every chip slices without shuffling
+MOST_DEPTH = 2048  # rows of a block of codes that are both whole groups and a multiple of LANES
 
 
 def refusal(spec: PackedSpec) -> str | None:
@@ -41,6 +58,9 @@ def refusal(spec: PackedSpec) -> str | None:
         return f"tpu reads the tpu layout, not the {spec.layout} one (jq4.prepare re-lays a tree once)"
     if spec.num_groups > 1 and spec.group_size % GROUP_MULTIPLE:
         return f"tpu reads groups of a multiple of {GROUP_MULTIPLE} rows, not of {spec.group_size}"
+    if spec.num_groups > 1 and spec.group_size % LANES and math.lcm(spec.group_size, LANES) > MOST_DEPTH:
+        common = math.lcm(spec.group_size, LANES)
+        return f"tpu reads whole groups and multiples of {LANES} rows, at most {MOST_DEPTH} of them, not {common}"
     return None
 
 
@@ -118,11 +138,11 @@ def _call(x: jax.Array, w: Packed, plan: Plan, spec: PackedSpec, dtype: Any, int
         x = tpu_forms.magic_order(x, group)
     by_group = pl.BlockSpec((per_block, 1, bn), lambda i, j, k: (lax.div(k, jnp.int32(repeat)), 0, j))
     x_columns = steps * bk if plan.resident else bk
-    wide = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in w[1:]]
+    full = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in w[1:]]
     operands = {
         "x": (x, pl.BlockSpec((bm, x_columns), lambda i, j, k: (i, 0 if plan.resident else k))),
         "codes": (w.codes, pl.BlockSpec((bk // tpu_forms.rows_of_a_code(w.codes), bn), lambda i, j, k: (k, j))),
-        **{name: (part, by_group) for name, part in zip(("scale", "zero_point", "offset"), wide, strict=True)},
+        **{name: (part, by_group) for name, part in zip(("scale", "zero_point", "offset"), full, strict=True)},
     }
     present = {name: pair for name, pair in operands.items() if pair[0] is not None}
     kernel = functools.partial(
@@ -153,7 +173,7 @@ def _kernel(*refs: Any, names: tuple[str, ...], plan: Plan, group: int, over: in
     block = _block_of(dict(zip(names, inputs, strict=True)), plan.block_k)
     if over:
         _empty_last_groups(block, over, steps)
-    options = {"upcast": True} if interpret and plan.form == "direct" else {}
+    options = {"direct": {"upcast": interpret}, "wscale": {"wide": plan.wide}}.get(plan.form, {})
     form = functools.partial(getattr(tpu_forms, plan.form), **options)
     if steps == 1 and plan.chunk >= plan.block_k:
         out[...] = form(block, group).astype(out.dtype)

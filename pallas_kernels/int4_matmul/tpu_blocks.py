@@ -62,6 +62,7 @@ class Plan:
         equal part.
       resident: whether the rows of x stay in VMEM over the whole of K.
       chunk: rows of codes that are unpacked at a time.
+      wide: whether wscale computes in f32, for want of bf16 vectors.
       vmem_limit: bytes that the compiler may use; None is its default, which the choice of blocks keeps to.
     """
 
@@ -72,6 +73,7 @@ class Plan:
     resident: bool = False
     chunk: int = 2**30
     vmem_limit: int | None = None
+    wide: bool = False
 
     @property
     def loops(self) -> bool:
@@ -84,13 +86,13 @@ COUNTED_ROWS = (16, 64, 128, 512)
 COUNTED = {
     "v4": {
         "magic": ((4015, 1397), (6974, 2355), (11517, 3406), (44000, 11184)),
-        "wscale": ((7918, 7362), (8375, 7816), (8992, 8477), (15000, 14368)),
+        "wscale": ((6628, 6617), (7069, 7050), (7716, 7718), (14361, 14427)),
     },
     "v5e": {
         "direct": ((1287, 860), (4048, 1389), (8097, 2435), (33298, 8854)),
         "magic": ((1680, 738), (4603, 1508), (8866, 2565), (34689, 9178)),
         "integer": ((1217, 514), (2368, 834), (4492, 1434), (17500, 5431)),
-        "wscale": ((2243, 2035), (2639, 2438), (3336, 3054), (8700, 8300)),
+        "wscale": ((1290, 1206), (1545, 1452), (2531, 2439), (8745, 8300)),
     },
     "v6e": {
         "direct": ((864, 623), (2359, 902), (4485, 1414), (17500, 4800)),
@@ -143,7 +145,8 @@ def candidates(problem: Problem, chip: Chip, exact: bool, integers: bool) -> Ite
                 for block_n in widths(problem):
                     if block_k * block_n <= MOST_CODES[chip.cores] or block_k == min(depths(problem)):
                         for resident in (True, False):
-                            yield Plan(form, block_m, block_k, block_n, resident, chunk)
+                            wide = form == "wscale" and not chip.bf16_vector
+                            yield Plan(form, block_m, block_k, block_n, resident, chunk, wide=wide)
 
 
 def depths(problem: Problem) -> list[int]:

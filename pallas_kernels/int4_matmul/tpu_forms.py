@@ -108,15 +108,18 @@ def magic(block: Block, group: int) -> jax.Array:
     return _by_groups(block, group, _magic_weight, center=136.0)
 
 
-def wscale(block: Block, group: int) -> jax.Array:
-    return product(block.x[...], dense(block, group))
+def wscale(block: Block, group: int, *, wide: bool = False) -> jax.Array:
+    return product(block.x[...], dense(block, group, wide=wide))
 
 
-def dense(block: Block, group: int) -> jax.Array:
-    """bf16[bk, bn]: the block's weights, rounded as a dense bf16 weight is. x is not looked at."""
+def dense(block: Block, group: int, *, wide: bool = False) -> jax.Array:
+    """bf16[bk, bn]: the block's weights, rounded as a dense bf16 weight is. x is not looked at.
+
+    `wide` computes in f32, with the same result, for chips that have no bf16 vectors and would convert back and forth.
+    """
     codes = as_int4(block.codes[...])
     # one rounding: a bf16 scale times a small integer is rounded once by a bf16 product, anything else by f32's end
-    exact = block.scale.dtype == jnp.bfloat16 and block.offset is None
+    exact = block.scale.dtype == jnp.bfloat16 and block.offset is None and not wide
     dtype = jnp.bfloat16 if exact else jnp.float32
     weight = codes.astype(dtype).reshape(-1, group, codes.shape[1])
     if block.zero_point is not None:

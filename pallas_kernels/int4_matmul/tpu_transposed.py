@@ -39,24 +39,29 @@ def int4_matmul_tpu_transposed(
     interpret: bool = False,
 ) -> jax.Array:
     """`dtype` (f32)[M, K] = dy[M, N] @ W[K, N]^T, all but `block` as for int4_matmul_tpu; dy is rounded to bf16."""
-    block = block or BLOCKS[(chip or traced_chip()).bf16_vector]
+    bf16_vector = (chip or traced_chip()).bf16_vector
+    block = block or BLOCKS[bf16_vector]
     (m, n), k = dy.shape, spec.length
     group = k if spec.num_groups == 1 else spec.group_size
-    bm, bn, bk = min(m, block), min(n, block), depth_of(spec, block)
+    bk = depth_of(spec, block)
+    rest = max(block * block // max(bk, block), tpu_forms.LANES)  # `block`, or less beside a deeper block of W
+    bm, bn = min(m, rest // 16 * 16), min(n, rest // tpu_forms.LANES * tpu_forms.LANES)
     per_block = max(1, bk // group)
     repeat = pl.cdiv(k, bk) if spec.num_groups == 1 else max(1, group // bk)  # blocks that share a row of scales
     steps = pl.cdiv(n, bn)
     dy = jnp.pad(dy.astype(jnp.bfloat16), ((0, 0), (0, steps * bn - n)))
     by_group = pl.BlockSpec((per_block, 1, bn), lambda i, k, j: (lax.div(k, jnp.int32(repeat)), 0, j))
-    wide = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in w[1:]]
+    full = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in w[1:]]
     operands = {
         "x": (dy, pl.BlockSpec((bm, bn), lambda i, k, j: (i, j))),
         "codes": (w.codes, pl.BlockSpec((bk // tpu_forms.rows_of_a_code(w.codes), bn), lambda i, k, j: (k, j))),
-        **{name: (part, by_group) for name, part in zip(("scale", "zero_point", "offset"), wide, strict=True)},
+        **{name: (part, by_group) for name, part in zip(("scale", "zero_point", "offset"), full, strict=True)},
     }
     present = {name: pair for name, pair in operands.items() if pair[0] is not None}
     arrays = [array for array, _ in present.values()]
-    kernel = functools.partial(_kernel, names=tuple(present), group=bk // per_block, over=steps * bn - n, steps=steps)
+    kernel = functools.partial(
+        _kernel, names=tuple(present), group=bk // per_block, wide=not bf16_vector, over=steps * bn - n, steps=steps
+    )
     return pl.pallas_call(
         kernel,
         name="int4_matmul_transposed",
@@ -84,7 +89,7 @@ def depth_of(spec: PackedSpec, block: int) -> int:
     return max((size for size in parts if spec.group_size % size == 0), default=unit)
 
 
-def _kernel(*refs: Any, names: tuple[str, ...], group: int, over: int, steps: int) -> None:
+def _kernel(*refs: Any, names: tuple[str, ...], group: int, wide: bool, over: int, steps: int) -> None:
     *inputs, out, total = refs
     block = tpu_forms.Block(**dict(zip(names, inputs, strict=True)))
 
@@ -94,7 +99,7 @@ def _kernel(*refs: Any, names: tuple[str, ...], group: int, over: int, steps: in
 
     if over:
         _empty_last_columns(block, over, steps)
-    weight = tpu_forms.dense(block, group)  # bf16[bk, bn]
+    weight = tpu_forms.dense(block, group, wide=wide)  # bf16[bk, bn]
     total[...] += lax.dot_general(block.x[...], weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
     @pl.when(pl.program_id(2) == steps - 1)
