@@ -43,4 +43,9 @@ def told(words: Sequence[str]) -> Iterator[str]:
             next(rest, None)
         elif not word.startswith("--json="):
             name, equals, value = word.rpartition("=")
-            yield name + equals + (Path(value).name if "/" in value else value)
+            yield name + equals + (Path(value).name if _is_path(value) else value)
+
+
+def _is_path(word: str) -> bool:
+    """Whether a word with a slash names a place here, rather than a product ("llama-3-8b/qkv_proj")."""
+    return "/" in word and (Path(word).is_absolute() or word.startswith((".", "~")) or Path(word).exists())
