@@ -231,7 +231,8 @@ def vmem_of(problem: Problem, plan: Plan) -> int:
     x = 2 * bm * (-(-problem.k // bk) * bk if plan.resident else bk)
     chunk = min(plan.chunk, bk)
     if plan.form == "wscale":
-        stack = (5 if plan.block_m > MANY_ROWS else 2) * chunk * bn
+        many = plan.block_m > MANY_ROWS or (problem.groups > 1 and problem.group_size < LANES)
+        stack = (5 if many else 2) * chunk * bn
     else:
         stack = 4 * bm * bn * (max(1, groups * chunk // bk) if plan.block_m > 16 else 1)
     codes = bk * bn // 2 * (1 if plan.loops else 2)  # and as much for a slice that is read in place
