@@ -4,7 +4,8 @@
 
 One weight [size, size] at W4 g128, symmetric, and the Hessian of `tokens` rows whose features depend on each other.
 `paper` is GPTQ as its paper has it (ranges of the extremes, natural order, no refinement), which is what the peer does;
-`default` is what the presets do besides: a searched range for each group, important inputs first, two refinements.
+`sweep` searches the range of each group and takes important inputs first; `default`, what the presets do, then refines
+twice.
 The peer (llm-compressor's `quantize_weight`) runs in a Python of its own, by `benchmarks.peer_gptq`, before and after
 ours, and the faster of its runs counts, as of ours; so that a machine that is busy is busy for both. `error` is
 E|x^T Q - x^T W|^2 / E|x^T W|^2 over those rows, measured the same way for both.
@@ -32,6 +33,7 @@ from jq4.statistics import WeightStatistics
 GROUP = 128
 WAYS = {
     "paper": (Encoding(group_size=GROUP), {"refinements": 0, "actorder": "none"}),
+    "sweep": (Encoding(group_size=GROUP, observer="mse"), {"refinements": 0}),
     "default": (Encoding(group_size=GROUP, observer="mse"), {}),
 }
 
