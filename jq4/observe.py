@@ -1,7 +1,7 @@
 """`observe`: streaming statistics of the inputs of every weight that a function multiplies by.
 
 The function is run as it is, one batch after another, and the sums of each are added to the total in the order of the
-batches: memory is the function's own and the sums', and that of a batch's sums where it has more rows than features
+batches: memory is the function's own and the sums', and that of a batch's sums where its rows would take more
 (jq4.outer_rows). A batch is computed on the device where it lies, by the same program on each, and the total is on the
 first one's: so that the sums are the same bytes however many devices share the batches. They are in float32, per weight
 and per stacked slice (a scanned layer, an expert); see jq4.statistics for their shapes. Another batch size changes them

@@ -8,9 +8,10 @@ A method that minimises E|y^T W' - x^T W|^2 undoes some of the damage that the p
 E[x y^T], the cross-correlation. So both models must run at once, row for row.
 
 They do in one jitted program, one after the other, and the rows of both are kept until they are multiplied. Where rows
-cannot be kept, in loops and in conditionals, the function is vmapped over an axis of two instead, on which every weight
-and every input has its dense and its quantized self, and `jq4.observe`'s interpreter watches the product. What is
-traded there: the weights of both models are copied side by side, and convolutions, which vmap rewrites, are not seen.
+cannot be kept, in loops and for layers picked out of a stack, the function is vmapped over an axis of two instead, on
+which every weight and every input has its dense and its quantized self, and `jq4.observe`'s interpreter watches the
+product. What is traded there: the weights of both models are copied side by side, convolutions, which vmap rewrites,
+are not seen, and the function is traced once more for each side.
 Experts that rows are routed to (ragged_dot) get the statistics of y alone, since the two routers may send them other
 rows.
 """
@@ -65,10 +66,12 @@ def observe_pair(
 
     def gather(arguments: Any) -> Watcher:
         (dense, quantized), (x, y) = arguments
-        apart = _one_after_the_other(function, collects, (dense, x), (_dequantized_like(dense, quantized), y))
+        plain = _dequantized_like(dense, quantized)
+        _check_alike((dense, as_arguments(x)), (plain, as_arguments(y)))
+        apart = _one_after_the_other(function, collects, (dense, x), (plain, y))
         if apart is not None:
             return apart
-        stacked = _side_by_side((dense, as_arguments(x)), (_dequantized_like(dense, quantized), as_arguments(y)))
+        stacked = _side_by_side((dense, as_arguments(x)), (plain, as_arguments(y)))
         tree, args = stacked
         weights = flatten_with_paths(tree)
         watcher = Watcher(collects, {path: -leaf.ndim for path, leaf in weights if is_array(leaf)})
@@ -118,20 +121,24 @@ def _dequantized_like(dense: Any, quantized: Any) -> Any:
     return jax.tree.map(lambda mine, like: mine.astype(like.dtype) if is_array(like) else mine, plain, dense)
 
 
-def _side_by_side(dense: Any, quantized: Any) -> Any:
-    """The tree with each array [2, ...]: the dense one's first; other leaves as the dense tree has them."""
+def _check_alike(dense: Any, quantized: Any) -> None:
+    """Raises JQ4Error where the two sides' trees and batches are not of one structure, shapes and dtypes."""
+    if jax.tree.structure(dense) != jax.tree.structure(quantized):
+        raise JQ4Error("observe_pair: the dense and the quantized side differ in structure: wanted the same leaves")
 
-    def stack(path: Any, x: Any, y: Any) -> Any:
-        if not is_array(x):
-            return x
-        if x.shape != y.shape or x.dtype != y.dtype:
+    def check(path: Any, x: Any, y: Any) -> None:
+        if is_array(x) and (x.shape != y.shape or x.dtype != y.dtype):
             raise JQ4Error(
                 f"observe_pair: {jax.tree_util.keystr(path)} is {x.dtype}{list(x.shape)} on the dense side and "
                 f"{y.dtype}{list(y.shape)} on the quantized one, wanted the same"
             )
-        return jnp.stack([x, y])
 
-    return jax.tree_util.tree_map_with_path(stack, dense, quantized)
+    jax.tree_util.tree_map_with_path(check, dense, quantized)
+
+
+def _side_by_side(dense: Any, quantized: Any) -> Any:
+    """The tree with each array [2, ...]: the dense one's first; other leaves as the dense tree has them."""
+    return jax.tree.map(lambda x, y: jnp.stack([x, y]) if is_array(x) else x, dense, quantized)
 
 
 def _over_pairs(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """A sum of outer products that is not summed yet: its rows, which are added to a total where that lies.
 
-A batch's sum of x x^T takes 4*K*K bytes beside the total that it is added to; its rows take 4*M*K. So where M is less
-than K the rows are kept, and the total takes up a strip of their product at a time.
+A batch's sum of x x^T takes 4*K*K bytes beside the total that it is added to; its rows take 4*M*K. So where they take
+less the rows are kept, and the total takes up a strip of their product at a time.
 """
 
 import dataclasses
@@ -9,6 +9,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
+from jq4 import jax_compat
 
 _STRIP = 512
 
@@ -21,10 +23,19 @@ class OuterRows:
     x: jax.Array
     y: jax.Array | None = None
 
+    @property
+    def are_less(self) -> bool:
+        """Whether the rows take less memory than their sum."""
+        rows, features = self.x.shape[-2:]
+        return (rows if self.y is None else 2 * rows) < features
+
     def total(self) -> jax.Array:
-        """The sum, f32[*B, K, K]."""
-        *batch, _, features = self.x.shape
-        return self.added_to(jnp.zeros((*batch, features, features), jnp.float32))
+        """The sum, f32[*B, K, K], by one product."""
+        return self._product(self.x)
+
+    def total_by_strips(self) -> jax.Array:
+        """The sum, f32[*B, K, K], in the bytes that `added_to` would add to a total."""
+        return self.added_to(jax_compat.zeros(jax.eval_shape(lambda rows: rows.total(), self)))
 
     def added_to(self, total: jax.Array) -> jax.Array:
         """f32[*B, K, K], a total and the sum; in the total's own memory under `jit` that takes it over."""
@@ -36,13 +47,14 @@ class OuterRows:
 
     def beside(self, other: "OuterRows") -> "OuterRows":
         """Both sums together."""
-        y = None if self.y is None or other.y is None else jnp.concatenate([self.y, other.y], axis=-2)
-        return OuterRows(jnp.concatenate([self.x, other.x], axis=-2), y)
+        return jax.tree.map(lambda mine, theirs: jnp.concatenate([mine, theirs], axis=-2), self, other)
+
+    def _product(self, x: jax.Array) -> jax.Array:
+        """x^T y, f32[*B, k, K], of some columns of x."""
+        return jnp.einsum("...mk,...ml->...kl", x, self.x if self.y is None else self.y, precision="highest")
 
     def _add_strip(self, total: jax.Array, start: jax.Array | int, width: int) -> jax.Array:
-        y = self.x if self.y is None else self.y
         mine = jax.lax.dynamic_slice_in_dim(self.x, start, width, self.x.ndim - 1)
-        product = jnp.einsum("...mk,...ml->...kl", mine, y, precision="highest")
-        product = jax.lax.optimization_barrier(product)  # one rounding, wherever it is added
+        product = jax.lax.optimization_barrier(self._product(mine))  # one rounding, wherever it is added
         held = jax.lax.dynamic_slice_in_dim(total, start, width, total.ndim - 2)
         return jax.lax.dynamic_update_slice_in_dim(total, held + product, start, total.ndim - 2)

@@ -72,7 +72,7 @@ def quantize(
       progress: called with the LeafReport of each leaf, packed or not, as soon as it is done.
       donate: delete each dense jax.Array once its QArray exists; `params` must not be used afterwards.
       donate_stats: delete each cross-correlation of `stats` (jq4.observe_pair) once the last leaf that it serves has
-        been corrected by it.
+        been corrected by it; `stats` must not quantize again afterwards.
 
     Raises:
       JQ4Error: for a NaN, an Inf, an empty leaf, one packed already in another way, or an impossible rule; it names
@@ -209,8 +209,9 @@ def _releases(plan: QuantizeReport, stats: Any) -> dict[str, Callable[[], None]]
     """For the last of the leaves that a cross-correlation serves: its path, and what deletes that."""
     last: dict[int, tuple[str, jax.Array]] = {}
     for entry in plan.leaves:
-        cross = getattr(find_path(stats or {}, entry.path), "cross_total", None)
-        if entry.is_planned and isinstance(cross, jax.Array) and not _is_traced(cross):
+        known = find_path(stats or {}, entry.path)
+        cross, outer = getattr(known, "cross_total", None), getattr(known, "outer_total", None)
+        if entry.is_planned and isinstance(cross, jax.Array) and not _is_traced(cross) and cross is not outer:
             last[id(cross)] = entry.path, cross
     return {path: cross.delete for path, cross in last.values()}
 

@@ -180,7 +180,7 @@ def ragged_statistics_of(x: jax.Array, group_sizes: jax.Array, collect: frozense
 
 
 def merge(a: WeightStatistics, b: WeightStatistics) -> WeightStatistics:
-    """Statistics of both streams together; sums of `a` that are summed take up the rows of `b`."""
+    """Statistics of both streams together; a total takes up rows where it lies, and rows are kept beside rows."""
     summed = jax.tree.map(_sum, a, b, is_leaf=_is_rows)
     if a.absmax is None:
         return summed
@@ -189,22 +189,27 @@ def merge(a: WeightStatistics, b: WeightStatistics) -> WeightStatistics:
 
 def settled(statistics: WeightStatistics) -> WeightStatistics:
     """The statistics with outer products summed, in arrays of their own."""
-    return jax.tree.map(lambda part: part.total() if _is_rows(part) else jnp.copy(part), statistics, is_leaf=_is_rows)
+    return jax.tree.map(
+        lambda part: part.total_by_strips() if _is_rows(part) else jnp.copy(part), statistics, is_leaf=_is_rows
+    )
 
 
 def condensed(statistics: WeightStatistics) -> WeightStatistics:
     """The statistics with outer products summed where their rows would take more memory."""
 
     def smaller(part: Any) -> Any:
-        return part.total() if _is_rows(part) and part.x.shape[-2] >= part.x.shape[-1] else part
+        return part.total() if _is_rows(part) and not part.are_less else part
 
     return jax.tree.map(smaller, statistics, is_leaf=_is_rows)
 
 
 def _sum(a: Any, b: Any) -> Any:
-    if _is_rows(a):
-        return a.beside(b) if _is_rows(b) else a.added_to(b)
-    return b.added_to(a) if _is_rows(b) else a + b
+    if not _is_rows(a):
+        return b.added_to(a) if _is_rows(b) else a + b
+    if not _is_rows(b):
+        return a.added_to(b)
+    together = a.beside(b)
+    return together if together.are_less else together.total()
 
 
 def _is_rows(part: Any) -> bool:

@@ -129,12 +129,13 @@ def _summarize(
     watcher: Any, weight: Watched, x: jax.Array, batch: list[Atom], features: list[Atom], collect: frozenset[str]
 ) -> None:
     """Adds the statistics of rows x[*batch, M, K]."""
+    rows_only = watcher.is_at_top and not weight.indices
     if weight.path not in watcher.pair_axes:
-        watcher.add(weight, batch, features, statistics_of(x, collect, watcher.is_at_top))
+        watcher.add(weight, batch, features, statistics_of(x, collect, rows_only))
         return
     pair = next((i for i, atom in enumerate(batch) if atom.axis == watcher.pair_axes[weight.path]), None)
     rest = [atom for i, atom in enumerate(batch) if i != pair]
-    watcher.add(weight, rest, features, pair_statistics_of(x, pair, collect, watcher.is_at_top))
+    watcher.add(weight, rest, features, pair_statistics_of(x, pair, collect, rows_only))
 
 
 def _drop_ones(x: jax.Array, batched: list[Any]) -> jax.Array:
@@ -196,7 +197,7 @@ def convolution(watcher: Any, eqn: Any, values: Values) -> Values:
     order = sorted(range(len(kernel_axes)), key=lambda i: kernel_axes[i])
     rows = lax.transpose(patches, (0, *(1 + i for i in order))).reshape(patches.shape[0], -1)  # [M, K]
     features = [atom for i in order for atom in kernel.axes[kernel_axes[i]]]
-    watcher.add(kernel, [], features, statistics_of(rows, collect, watcher.is_at_top))
+    watcher.add(kernel, [], features, statistics_of(rows, collect, watcher.is_at_top and not kernel.indices))
     return outputs
 
 

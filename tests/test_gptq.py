@@ -208,6 +208,20 @@ def test_a_cross_correlation_is_deleted_when_its_last_leaf_has_used_it():
     assert seen == [False, True, True] and not pair.outer_total.is_deleted()
     for name in params:
         np.testing.assert_array_equal(codes_of(freed[name]), codes_of(kept[name]))
+    one_array = WeightStatistics(known.count, outer_total=known.outer_total, cross_total=known.outer_total)
+    few = WeightStatistics(jnp.int32(3), outer_total=known.outer_total, cross_total=known.outer_total + 0)
+    with pytest.warns(jq4.CalibrationWarning, match="b: 1 of 1 slices saw fewer"):
+        jq4.quantize({"a": params["a"], "b": params["b"]}, every, {"a": one_array, "b": few}, donate_stats=True)
+    assert not known.outer_total.is_deleted() and few.cross_total.is_deleted()
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e9])
+def test_the_unit_of_the_inputs_does_not_matter(size):
+    encoding = Encoding(format="int3", group_size=None, observer="mse", symmetric=False, zero_point="float")
+    weight, x = normal(96, 24), inputs(300, 96)
+    plain = hessian_error(quantize(weight, statistics(x), encoding), weight, x)
+    scaled = hessian_error(quantize(weight, statistics(np.float32(size) * x), encoding), weight, x)
+    assert scaled == pytest.approx(plain, rel=0.01)
 
 
 def test_dead_inputs_get_weights_of_zero_and_are_counted():

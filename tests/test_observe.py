@@ -241,3 +241,33 @@ def test_nnx_and_equinox():
     stats = observe(lambda s, x: nnx.merge(graph, s)(x), state, [x], collect=ALL)
     assert stats.axes == {"kernel": -2}
     check(stats["kernel"], x)
+
+
+def test_wide_inputs_under_shard_map_are_summed_over_devices():
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("d",))
+    x, w = np.random.default_rng(0).normal(size=(16, 600)).astype(np.float32), jnp.ones((600, 4))
+
+    def sharded(tree, x):
+        return jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))(tree["w"], x)
+
+    found = jq4.observe(sharded, {"w": w}, [jnp.asarray(x)], collect=("hessian",))["w"]
+    np.testing.assert_allclose(found.outer_total, x.T.astype(np.float64) @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_kept_only_where_they_are_less_than_their_product():
+    """Layers picked out of a stack, and a weight used often, are summed as they come."""
+
+    def unrolled(tree, x):
+        for layer in range(8):
+            x = jnp.tanh(x @ tree["stack"][layer]) @ tree["tied"]
+        return x
+
+    tree = {"stack": jnp.full((8, 128, 128), 0.01), "tied": jnp.full((128, 128), 0.01)}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 128)), jnp.float32)
+    step = jax.jit(lambda tree, x: jq4.observe(unrolled, tree, [x], collect=("hessian",)))
+    sums = 4 * (8 + 1) * 128 * 128
+    assert step.lower(tree, x).compile().memory_analysis().temp_size_in_bytes < 4 * sums
+    found = jq4.observe(unrolled, tree, [x, x], collect=("hessian",))
+    rows = np.asarray(x, np.float64)
+    np.testing.assert_allclose(found["stack"].outer_total[0], 2 * rows.T @ rows, rtol=1e-4, atol=1e-3)
+    assert int(found["tied"].count) == 2 * 8 * 64

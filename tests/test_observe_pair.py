@@ -124,5 +124,9 @@ def test_what_does_not_pair_is_refused():
         observe_pair(two_layers, tree, {"a": tree["a"]}, [(x, x)])
     with pytest.raises(jq4.JQ4Error, match=r"float32\[3, 8\] on the dense side and float32\[2, 8\]"):
         observe_pair(two_layers, tree, tree, [(x, x[:2])])
+    with pytest.raises(jq4.JQ4Error, match=r"float32\[2, 6, 8\] on the dense side and float32\[3, 4, 8\]"):
+        observe_pair(two_layers, tree, tree, [(normal(2, 6, 8), normal(3, 4, 8))])
+    with pytest.raises(jq4.JQ4Error, match=r"\['b'\] is float32\[4, 6\] on the dense side and float32\[5, 6\]"):
+        observe_pair(two_layers, tree, tree | {"b": normal(5, 6)}, [(x, x)])
     with pytest.raises(jq4.JQ4Error, match="wanted a pair"):
         observe_pair(two_layers, tree, tree, [x])  # pyright: ignore[reportArgumentType]

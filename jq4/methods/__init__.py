@@ -28,7 +28,8 @@ class Method:
       words: those of them that are words, each with the words it may be.
       asymmetric_zero_point: what a rule means by `symmetric: false` that does not say.
       observer: what a rule means that names no observer; None for "absmax" or, asymmetric, "minmax".
-      diagnosed: `quantize`, returning (QArray, a NamedTuple of findings about each slice); None where there are none.
+      diagnosed: `quantize`, returning (QArray, a NamedTuple of findings about each slice), and calling its further
+        argument `release` once the cross-correlation has been used; None where there are no findings.
     """
 
     quantize: Callable[..., QArray]

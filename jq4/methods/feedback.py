@@ -15,10 +15,11 @@ H = L L^T the error is |L^T E|^2, whose row k is L_kk (e_k + sum_{j>k} L_jk / L_
 own term as small as the grid allows. That term holds the rows after it: so the last row goes first, and H's own
 Cholesky factor serves as it comes.
 
-Rows go by spans within spans (all, section, group, block, row): on entering a span, a product takes up the errors of
+Rows go by spans within spans (all, section, group, piece, row): on entering a span, a product takes up the errors of
 everything outside it, and inside only the span's own remain. These are GPTQ's lazy batch updates, at every level. A
 group's scales are found on entering it, so they see the updated weights. Every level is one `lax.scan`: what is
-compiled is one product a level, whatever K. `pull` is asked for square by square, and never exists as a whole.
+compiled is one product a level, whatever K. `pull` is asked for square by square, a section's rows and columns at a
+time: at least 512 of them, or a whole group.
 """
 
 import dataclasses
@@ -72,7 +73,7 @@ Pull = Callable[[jax.Array, jax.Array], jax.Array]  # numbers of two sections ->
 
 
 class Solution(NamedTuple):
-    """Codes u8[K, N], parameters f32[G, 1, N] and errors f32[K, N]."""
+    """Codes u8[P, N], parameters f32[P / g, 1, N] and errors f32[P, N] of P rows."""
 
     codes: jax.Array
     parameters: Parameters
@@ -85,7 +86,7 @@ class Sweep:
 
     Attributes:
       form: the number format.
-      group: rows that share parameters; divides K.
+      group: rows that share parameters; divides P.
       enter: the parameters of a group and the errors its rows begin with, on entering it.
       causal: whether rows are pulled by the rows after them alone.
     """
@@ -96,7 +97,7 @@ class Sweep:
     causal: bool
 
     def __call__(self, weight: jax.Array, importance: jax.Array, pull: Pull, start: Solution) -> Solution:
-        """weight f32[K, N], importance f32[K, 1]."""
+        """weight f32[P, N], importance f32[P, 1]."""
         size = section_of(len(weight), self.group)
         count = len(weight) // size
 

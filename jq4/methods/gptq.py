@@ -23,9 +23,9 @@ What differs from the paper, each measured to help at equal bits on calibration 
 Dead inputs and damping: jq4.methods.hessian. A slice (an expert) whose statistics count fewer than `min_rows` rows is
 not fitted to them: it is quantized by `fallback`, which looks at no data. (Of rows that are independent, 16 do better
 than none at K of 128 and of 512; those of one text are not independent, hence 32.) Slices go one after another, each in
-a few programs (jq4.methods.gptq_solver), so that the work space is that of one: besides the statistics one f32[K, K]
-and about five f32[K, N]. What is traded for time: a refinement takes 2 K^2 N flops where the first sweep takes K^2 N,
-and the factor K^3 / 3.
+a few programs (jq4.methods.gptq_solver), so that the work space is that of one: besides the statistics (of a stack, a
+copy of one slice's) one f32[K, K] and about five f32[K, N], more where groups are longer than 512. What is traded for
+time: a refinement takes 2 K^2 N flops where the first sweep takes K^2 N, and the factor K^3 / 3.
 """
 
 import dataclasses

@@ -8,7 +8,9 @@
     refined         W, H, a solution            one of less error                        H
     finished        W, H, a solution            natural codes, parameters and findings   H
 
-Each is compiled once for a shape. In a trace they are inlined.
+Each is compiled once for a shape. In a trace they are inlined. What a program holds besides is small where groups are
+short; a group of more than 512 rows is one square of the matrix, so that for one scale a channel (g = K) `refined` has
+four f32[K, K] more, and the others one.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ from jq4.methods.feedback import Entry, Pull, Solution, Sweep
 from jq4.methods.gptq_findings import Findings
 from jq4.methods.gptq_options import FALLBACKS, Options
 from jq4.methods.grid import dequantized, refit, search
-from jq4.methods.hessian import damped_factor, mended_diagonal, towards_dense
+from jq4.methods.hessian import damped_factor, mean_of_rows, mended_diagonal, towards_dense
 from jq4.methods.slots import Slots, slots_of
 from jq4.methods.triangular import solved
 from jq4.qarray import codes_of
@@ -77,6 +79,8 @@ class Solver:
             found = jax.lax.cond(starved, lambda: _fallen_back(weight, self), by_rows)
         else:
             found = _fallen_back(weight, self) if bool(starved) else by_rows()
+            if release is not None and bool(starved):
+                release()
         return found._replace(findings=found.findings._replace(starved=starved))
 
     def _by_rows(self, weight: jax.Array, outer: jax.Array, cross: Any, release: Callable[[], None] | None) -> Solved:
@@ -165,7 +169,7 @@ def _first(weight: jax.Array, factor: _Factor, solver: Solver) -> Solution:
 def _refined(weight: jax.Array, outer: jax.Array, factor: _Factor, solution: Solution, solver: Solver) -> Solution:
     """Rounds of refitted parameters and coordinate descent."""
     encoding, slots = solver.encoding, factor.slots
-    diagonal = factor.diagonal[:, None]
+    diagonal = factor.diagonal[:, None] / mean_of_rows(slots, factor.diagonal)  # in a unit whose square f32 holds
 
     def enter(entry: Entry) -> tuple[Parameters, jax.Array]:
         pulled = entry.target - entry.rows.weight + jnp.matmul(entry.pull, entry.error, precision="highest")
@@ -186,6 +190,7 @@ def _refined(weight: jax.Array, outer: jax.Array, factor: _Factor, solution: Sol
 
 @jax.jit
 def _finished(weight: jax.Array, outer: jax.Array, factor: _Factor, solution: Solution) -> Solved:
+    """The solution in the rows' natural order, and its error."""
     stride = -(-weight.shape[1] // _MEASURED_COLUMNS)
     mine, whole = (jnp.take(part[:, ::stride], factor.slots.slot, axis=0) for part in (solution.error, weight))
     error = _ratio(_energy(mine, outer), _energy(whole, outer))

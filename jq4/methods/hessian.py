@@ -44,27 +44,36 @@ def damped_factor(hessian: jax.Array, slots: Slots, diagonal: jax.Array, damping
     def failed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
         return ~jnp.all(jnp.isfinite(jnp.diagonal(state[0]))) & (state[1] < _LAST)
 
+    def raised(damping: jax.Array) -> jax.Array:
+        return jnp.maximum(damping * _RAISED, _FIRST_RAISED)
+
     def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        raised = jnp.maximum(state[1] * _RAISED, _FIRST_RAISED)
-        return _attempted(hessian, slots, diagonal, raised), raised
+        return _attempted(hessian, slots, diagonal, raised(state[1])), raised(state[1])
 
     start = jnp.asarray(damping, jnp.float32)
-    state = _attempted(hessian, slots, diagonal, start), start
-    if isinstance(state[0], Tracer):
-        return jax.lax.while_loop(failed, again, state)
-    while bool(failed(state)):
-        state = again(state)
-    return state
+    lower = _attempted(hessian, slots, diagonal, start)
+    if isinstance(lower, Tracer):
+        return jax.lax.while_loop(failed, again, (lower, start))
+    while bool(failed((lower, start))):
+        del lower  # before the next one is made
+        start = raised(start)
+        lower = _attempted(hessian, slots, diagonal, start)
+    return lower, start
 
 
 @jax.jit
 def _attempted(hessian: jax.Array, slots: Slots, diagonal: jax.Array, damping: jax.Array) -> jax.Array:
     """L of H damped by so much, NaN where there is none."""
-    unit = jnp.sum(jnp.where(slots.holds[:, 0], diagonal, 0.0)) / slots.slot.shape[0]
+    unit = mean_of_rows(slots, diagonal)
     place = jnp.arange(len(slots.row))
     reordered = slots.square(hessian, slots.row, slots.row)
     damped = jnp.where(place[:, None] == place[None, :], (diagonal + damping * unit)[:, None], reordered)
     return factored(damped, slots.section)
+
+
+def mean_of_rows(slots: Slots, diagonal: jax.Array) -> jax.Array:
+    """f32[], the mean of f32[P] over the slots that hold a row."""
+    return jnp.sum(jnp.where(slots.holds[:, 0], diagonal, 0.0)) / slots.slot.shape[0]
 
 
 def towards_dense(weight: jax.Array, hessian: jax.Array, cross: jax.Array) -> jax.Array:
