@@ -120,7 +120,7 @@ def dot_general(
         out = integer_product(rows, weight)
     else:
         product = functools.partial(
-            packed_matmul, dtype=accumulator, precision=precision, implementation=implementation
+            packed_matmul, dtype=accumulator, precision=precision, implementation=implementation, integers=rounded
         )
         out = sharded_product(product, rows, weight, partition if q.ndim == 2 else None, path)
     if summed:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.extend
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 _either = jax.extend.core.Primitive("alone_or_partitioned")
 _either.multiple_results = True
@@ -74,7 +74,16 @@ def _batch(
     return out, [0] * len(out)
 
 
+def _differentiate(
+    primals: Sequence[Any], tangents: Sequence[Any], *, alone: _Form, partitioned: _Form
+) -> tuple[list[Any], list[Any]]:
+    """By XLA's form: a kernel has no derivative but the one that its own caller gives it."""
+    del alone
+    return jax.jvp(partitioned, list(primals), [ad.instantiate_zeros(tangent) for tangent in tangents])
+
+
 _either.def_impl(_run)
 _either.def_abstract_eval(lambda *_, alone, partitioned: list(alone.jaxpr.out_avals))
 mlir.register_lowering(_either, _lower)
 batching.primitive_batchers[_either] = _batch
+ad.primitive_jvps[_either] = _differentiate

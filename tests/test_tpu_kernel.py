@@ -1,5 +1,6 @@
 """Oracle: numpy in float64. The kernel runs in Pallas' interpreter of TPU kernels (memory it never wrote is NaN)."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
+import jq4
 from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, int4_matmul
-from pallas_kernels.int4_matmul.registry import choose
+from pallas_kernels.int4_matmul.registry import BACKENDS, choose
 from pallas_kernels.int4_matmul.shapes import SHAPES
 from pallas_kernels.int4_matmul.tiles import Packed, int4_to_words, words_to_int4
 from pallas_kernels.int4_matmul.tpu import int4_matmul_tpu
@@ -238,3 +240,35 @@ def test_the_chip_is_that_of_the_trace():
         device = jax.sharding.AbstractDevice(chip, cores, "tpu")
         with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
             assert chip in traced_chip().kinds
+
+
+def test_float16_is_computed_in_float32():
+    packed, spec, dense = weight(256, 128, 64, True, True, scales=jnp.float16)
+    x = rows_of_x(5, 256, jnp.float16)
+    out = int4_matmul(x, *packed, spec=spec, implementation="tpu_interpret")
+    assert out.dtype == jnp.float16
+    assert relative_error(out, np.asarray(x, np.float64) @ dense) < 3e-3
+
+
+def test_products_of_whole_numbers_say_so_to_the_kernel(monkeypatch):
+    """jq4.matmul with rounded inputs, traced for a TPU with an integer MXU."""
+    seen = []
+    run = BACKENDS["tpu"].run
+    spy = dataclasses.replace(BACKENDS["tpu"], run=lambda *args, **words: seen.append(words) or run(*args, **words))
+    monkeypatch.setitem(BACKENDS, "tpu", spy)
+    rule = jq4.Rule(("w",), group_size=64, axis=-2, input_activations={"num_bits": 8})
+    tree = jq4.prepare(jq4.quantize({"w": jnp.ones((192, 128), jnp.bfloat16)}, rule), "TPU v5 lite")
+    jax.eval_shape(jq4.matmul, jnp.ones((7, 192), jnp.bfloat16), tree["w"])
+    assert seen and all(words.get("integers") for words in seen)
+
+
+def test_second_derivatives_and_named_algorithms_have_a_form():
+    packed, spec, dense = weight(128, 128, 64)
+    x = rows_of_x(4, 128, jnp.float32)
+
+    def loss(x):
+        return jnp.sum(int4_matmul(x, *packed, spec=spec, precision="F32_F32_F32") ** 2)
+
+    found = jax.grad(lambda x: jnp.vdot(jax.grad(loss)(x), x))(x)
+    wanted = 4 * (np.asarray(x, np.float64) @ dense) @ dense.T
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())

@@ -30,7 +30,7 @@ from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu import bf16_terms
 from pallas_kernels.int4_matmul.tpu import refusal as refusal
-from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan
+from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan, fitting
 from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
 from pallas_kernels.manual_axes import shape_varying_as
 
@@ -75,8 +75,11 @@ def grouped_int4_matmul_tpu(
     flags = (w.zero_point is not None, w.offset is not None)
     problem = Problem(bm, spec.length, columns, spec.num_groups, spec.group_size, *flags)
     terms = bf16_terms(x, precision)
-    chip = chip or traced_chip()
-    plan = dataclasses.replace(choose_plan(problem, chip, exact=terms.shape[0] > 1), vmem_limit=chip.vmem)
+    chip, exact = chip or traced_chip(), terms.shape[0] > 1
+    while problem.m > SMALLEST_TILE and not fitting(problem, chip, exact, integers=False, resident=True):
+        problem = dataclasses.replace(problem, m=max(SMALLEST_TILE, problem.m // 2 // SMALLEST_TILE * SMALLEST_TILE))
+    bm = problem.m
+    plan = dataclasses.replace(choose_plan(problem, chip, exact, resident=True), vmem_limit=chip.vmem)
     items = work_items(group_sizes.astype(jnp.int32), rows, bm)
     out = [_call(term, w, items, bm, plan, spec, interpret) for term in terms]
     return functools.reduce(jnp.add, out)
@@ -161,7 +164,7 @@ def _rows_of(items: Items, bm: int) -> jax.Array:
 
 def _by_blocks(part: jax.Array, n: int, missing: int) -> jax.Array:
     """[E, G, 1, N] of [E, G, 1, N or 1], and rows of zeros for the groups that the last block of K has too many."""
-    wide = jnp.broadcast_to(part, (*part.shape[:-1], n))
+    wide = jnp.broadcast_to(tpu_forms.without_float16(part), (*part.shape[:-1], n))
     return jnp.pad(wide, ((0, 0), (0, missing), (0, 0), (0, 0)))
 
 
@@ -176,7 +179,7 @@ def _kernel(
     if steps > 1:
         x = x.at[:, pl.ds(pl.multiple_of(step * plan.block_k, plan.block_k), plan.block_k)]
     rest = [operands.get(name) for name in ("scale", "zero_point", "offset")]
-    options = {"upcast": True} if interpret and plan.form == "direct" else {}
+    options = {"direct": {"upcast": interpret}, "wscale": {"wide": plan.wide}}.get(plan.form, {})
 
     @pl.when(item < used[0])
     def _() -> None:
@@ -185,8 +188,7 @@ def _kernel(
             total[...] = jnp.zeros_like(total)
 
         form = functools.partial(getattr(tpu_forms, plan.form), **options)
-        chunk = plan.chunk if plan.chunk % group == 0 else plan.block_k
-        tpu_forms.accumulate(form, tpu_forms.Block(x, operands["codes"], *rest), group, chunk, total)
+        tpu_forms.accumulate(form, tpu_forms.Block(x, operands["codes"], *rest), group, plan.chunk, total)
 
         @pl.when(step == steps - 1)
         def _() -> None:

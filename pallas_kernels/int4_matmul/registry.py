@@ -66,7 +66,14 @@ def _xla(
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(_reference),
     "xla": Backend(_xla),
-    "tpu": Backend(int4_matmul_tpu, ("tpu",), tpu_refusal, partitions=False, transposed=int4_matmul_tpu_transposed),
+    "tpu": Backend(
+        int4_matmul_tpu,
+        ("tpu",),
+        tpu_refusal,
+        partitions=False,
+        integers=True,
+        transposed=int4_matmul_tpu_transposed,
+    ),
     "tpu_interpret": Backend(
         functools.partial(int4_matmul_tpu, interpret=True),
         ("cpu",),

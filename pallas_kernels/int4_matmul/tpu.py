@@ -96,6 +96,7 @@ def int4_matmul_tpu(
     n = w.codes.shape[1]
     problem = Problem(count * m, k, n, spec.num_groups, spec.group_size, w.zero_point is not None, w.offset is not None)
     plan = plan or choose_plan(problem, chip or traced_chip(), count > 1, integers)
+    dtype = jnp.float32 if dtype == jnp.float16 else dtype  # the caller's own rounding
     rows = terms.reshape(count * m, k).astype(jnp.int8 if plan.form == "integer" else jnp.bfloat16)
     out = _call(rows, w, plan, spec, jnp.float32 if count > 1 else dtype, interpret)
     return out if count == 1 else jnp.sum(out.reshape(count, m, n), 0)
@@ -115,8 +116,13 @@ def bf16_terms(x: jax.Array, precision: Any) -> jax.Array:
     return jnp.stack(terms)
 
 
+_ALGORITHMS = {preset.name for preset in lax.DotAlgorithmPreset}
+
+
 def _passes(precision: Any) -> int:
     wanted = precision if isinstance(precision, tuple) else (precision,)
+    if any(isinstance(p, lax.DotAlgorithm | lax.DotAlgorithmPreset) or str(p) in _ALGORITHMS for p in wanted):
+        return 3  # an algorithm that another product of floats names: the most exact there is
     named = [lax.Precision(p) if p is not None else lax.Precision.DEFAULT for p in wanted]
     return {lax.Precision.DEFAULT: 1, lax.Precision.HIGH: 2, lax.Precision.HIGHEST: 3}[
         max(named, key=lambda p: p.value)
@@ -138,7 +144,8 @@ def _call(x: jax.Array, w: Packed, plan: Plan, spec: PackedSpec, dtype: Any, int
         x = tpu_forms.magic_order(x, group)
     by_group = pl.BlockSpec((per_block, 1, bn), lambda i, j, k: (lax.div(k, jnp.int32(repeat)), 0, j))
     x_columns = steps * bk if plan.resident else bk
-    full = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in w[1:]]
+    parts = map(tpu_forms.without_float16, w[1:])
+    full = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in parts]
     operands = {
         "x": (x, pl.BlockSpec((bm, x_columns), lambda i, j, k: (i, 0 if plan.resident else k))),
         "codes": (w.codes, pl.BlockSpec((bk // tpu_forms.rows_of_a_code(w.codes), bn), lambda i, j, k: (k, j))),

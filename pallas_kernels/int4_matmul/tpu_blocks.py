@@ -122,17 +122,26 @@ MANY_ROWS = 128  # from which partial sums fill the registers
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_plan(problem: Problem, chip: Chip, exact: bool = False, integers: bool = False) -> Plan:
+def choose_plan(
+    problem: Problem, chip: Chip, exact: bool = False, integers: bool = False, resident: bool = False
+) -> Plan:
     """The plan of the shortest modelled time that fits the chip's memory.
 
-    `exact` leaves out the form that rounds weights; `integers` lets in the one for whole numbers.
+    `exact` leaves out the form that rounds weights; `integers` lets in the one for whole numbers;
+    `resident` asks for plans that keep the rows of x.
     """
-    plans = [plan for plan in candidates(problem, chip, exact, integers) if vmem_of(problem, plan) <= chip.vmem]
+    plans = fitting(problem, chip, exact, integers, resident)
     if not plans:
         raise ValueError(f"no block of {problem} fits the {chip.vmem >> 20} MiB of a {chip.name}: {problem.unit=}")
     if problem.m <= DECODE_ROWS:
         plans = [plan for plan in plans if plan.block_k * plan.block_n >= LEAST_CODES] or plans
     return min(plans, key=lambda plan: seconds(problem, plan, chip) * (1.0 if plan.form in EXACT else 1.05))
+
+
+def fitting(problem: Problem, chip: Chip, exact: bool, integers: bool, resident: bool) -> list[Plan]:
+    """The plans that fit the chip's memory."""
+    plans = (plan for plan in candidates(problem, chip, exact, integers) if plan.resident or not resident)
+    return [plan for plan in plans if vmem_of(problem, plan) <= chip.vmem]
 
 
 def candidates(problem: Problem, chip: Chip, exact: bool, integers: bool) -> Iterator[Plan]:

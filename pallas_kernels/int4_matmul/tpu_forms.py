@@ -81,6 +81,11 @@ def accumulate(form: Any, block: Block, group: int, chunk: int, total: Any) -> N
         total[...] += form(Block(x, codes, *groups), inner)
 
 
+def without_float16(part: Any) -> Any:
+    """Scales or offsets (or None) as f32 where they are f16, which the kernels' compiler does not have."""
+    return part.astype(jnp.float32) if part is not None and part.dtype == jnp.float16 else part
+
+
 def rows_of_a_code(codes: Any) -> int:
     """Rows of W that one row of the array of codes holds: 8 in words."""
     return 8 if codes.dtype == jnp.int32 else 1

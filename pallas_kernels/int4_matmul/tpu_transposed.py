@@ -51,7 +51,8 @@ def int4_matmul_tpu_transposed(
     steps = pl.cdiv(n, bn)
     dy = jnp.pad(dy.astype(jnp.bfloat16), ((0, 0), (0, steps * bn - n)))
     by_group = pl.BlockSpec((per_block, 1, bn), lambda i, k, j: (lax.div(k, jnp.int32(repeat)), 0, j))
-    full = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in w[1:]]
+    parts = map(tpu_forms.without_float16, w[1:])
+    full = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in parts]
     operands = {
         "x": (dy, pl.BlockSpec((bm, bn), lambda i, k, j: (i, j))),
         "codes": (w.codes, pl.BlockSpec((bk // tpu_forms.rows_of_a_code(w.codes), bn), lambda i, k, j: (k, j))),
@@ -62,20 +63,21 @@ def int4_matmul_tpu_transposed(
     kernel = functools.partial(
         _kernel, names=tuple(present), group=bk // per_block, wide=not bf16_vector, over=steps * bn - n, steps=steps
     )
+    written = jnp.float32 if dtype is None or dtype == jnp.float16 else dtype
     return pl.pallas_call(
         kernel,
         name="int4_matmul_transposed",
         grid=(pl.cdiv(m, bm), pl.cdiv(k, bk), steps),
         in_specs=[block_spec for _, block_spec in present.values()],
         out_specs=pl.BlockSpec((bm, bk), lambda i, k, j: (i, k)),
-        out_shape=shape_varying_as((m, k), dtype or jnp.float32, arrays),
+        out_shape=shape_varying_as((m, k), written, arrays),
         scratch_shapes=[pltpu.VMEM((bm, bk), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             allow_input_fusion=tuple(name != "x" and array.dtype.itemsize == 4 for name, (array, _) in present.items()),
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
-    )(*arrays)
+    )(*arrays).astype(dtype or jnp.float32)
 
 
 def depth_of(spec: PackedSpec, block: int) -> int:
