@@ -9,8 +9,8 @@ Words hold eight codes, row 8r + j in bits 4j to 4j + 3 of word r, which is how 
 its compiler reads 32-bit words in place, and copies the layer where they are int4. What no TPU kernel takes (groups of
 other than multiples of 32 rows) is int4[*B, K, N] there, for XLA. int4 elements, in words or not, hold code - 8; zero
 points stay u8, counted in unsigned codes. `axis` of a prepared QArray tells which of its two last logical axes is K: -2
-for [..., K, N], -1 for [..., N, K]. The order in memory is the layout's, so that
-transposing a prepared weight moves nothing.
+for [..., K, N], -1 for [..., N, K]. The order in memory is the layout's, so that transposing a prepared weight moves
+nothing.
 
 A CPU reads neutral bytes as fast as any other order (benchmarks/cpu_matmul.py: even and odd codes are multiplied by
 the even and odd columns of x), so "cpu" leaves them alone. What a backend has no layout for stays neutral: other bits,

@@ -1,13 +1,12 @@
 """AdaRound. Oracles: torch's autograd of the paper's formulas, all roundings tried, dequantizing, and the start."""
 
 import dataclasses
-import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from linear_block import error_of, heavy_tailed, linear, problem, small_layer
 
 import jq4
 from jq4.qarray import codes_of
@@ -26,10 +25,6 @@ from jq4.tuning.rectified import (
 )
 
 FORMS = ("rtn-w4g32", "rtn-w3g32-asym", "hqq-w4g32-asym", "nf4-g32", "fp4")
-
-
-def _weight(*shape) -> Any:
-    return np.random.default_rng(0).standard_t(4, shape).astype(np.float32) * np.float32(0.05)
 
 
 def test_soft_rounding_and_its_penalty_are_the_papers():
@@ -57,7 +52,7 @@ def test_beta_anneals_after_the_warm_up():
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("drawn", [False, True])
 def test_a_start_is_its_packed_leaf_whatever_its_codes(name, drawn):
-    weight = _weight(2, 72, 24)
+    weight = heavy_tailed(2, 72, 24)
     q = jq4.quantize({"kernel": weight}, name)["kernel"]
     if drawn:
         codes = jnp.asarray(np.random.default_rng(2).integers(0, 256, q.codes.shape), jnp.uint8)
@@ -72,7 +67,7 @@ def test_a_start_is_its_packed_leaf_whatever_its_codes(name, drawn):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_soft_weights_begin_near_the_dense_ones_and_end_as_what_is_stored(name):
-    weight = _weight(2, 72, 24)
+    weight = heavy_tailed(2, 72, 24)
     q = jq4.quantize({"kernel": weight}, name)["kernel"]
     start = begin(q, weight)
     away = np.abs(np.asarray(soft_weight_of(start, q, weight)) - weight)
@@ -95,38 +90,26 @@ def test_soft_weights_begin_near_the_dense_ones_and_end_as_what_is_stored(name):
 @pytest.mark.parametrize("seed", [5, 6, 7])
 def test_the_best_rounding_of_a_small_layer_is_nearly_found(seed):
     """Of all 2**8 roundings up or down of 8 weights: among the best three, where the nearest is far behind."""
-    random = np.random.default_rng(seed)
-    inputs = (random.standard_normal((16, 16, 1)) @ random.standard_normal((1, 8))).astype(np.float32)
-    inputs += 0.3 * random.standard_normal(inputs.shape).astype(np.float32)
-    weight = random.uniform(-0.9, 0.9, (8, 1)).astype(np.float32)
-    dense, packed = _layer(weight), _layer(jq4.quantize({"kernel": weight}, "rtn-w4gc")["kernel"])
-    scale = np.asarray(packed["layers"]["kernel"].scale, np.float32)
-
-    def error(kernel):
-        return np.square(inputs @ (kernel - weight)).mean()
-
-    low = np.floor(weight / scale)
-    rounded = [low + np.asarray(up, np.float32)[:, None] for up in itertools.product((0, 1), repeat=8)]
-    errors = sorted(error(np.clip(codes, -8, 7) * scale) for codes in rounded)
+    layer = small_layer(seed)
     options = {"iterations": 400, "batch_size": 16, "rate": 0.05, "scale_rate": 0.0, "held_out": 0.0}
-    tuned = tune_block(_linear, dense, packed, inputs, inputs @ weight, index=0, step="adaround", options=options)
-    found = error(np.asarray(tuned["layers"]["kernel"].dequantize()))
-    start = error(np.asarray(packed["layers"]["kernel"].dequantize()))
-    assert found <= errors[2] * 1.001 and errors[2] < 0.8 * start
+    tuned = tune_block(linear, *layer[:4], index=0, step="adaround", options=options)
+    found = layer.error(tuned)
+    start = layer.error(layer.packed)
+    assert found <= layer.errors[2] * 1.001 and layer.errors[2] < 0.8 * start
 
 
 @pytest.mark.parametrize("name", ["hqq-w3g32-asym", "nf4-g32-dq"])
 def test_a_block_is_better_than_its_start(name):
-    dense, packed, inputs, targets = _problem(name)
-    before = _error(packed, inputs, targets)
+    dense, packed, inputs, targets = problem(name)
+    before = error_of(packed, inputs, targets)
     options = {"iterations": 150, "batch_size": 4, "held_out": 0.0}
-    tuned = tune_block(_linear, dense, packed, inputs, targets, index=0, step="adaround", options=options)
-    assert _error(tuned, inputs, targets) < 0.7 * before
+    tuned = tune_block(linear, dense, packed, inputs, targets, index=0, step="adaround", options=options)
+    assert error_of(tuned, inputs, targets) < 0.7 * before
     assert jax.tree.structure(tuned) == jax.tree.structure(packed)
 
 
 def test_a_block_is_never_worse_than_its_start_on_the_rows_held_out():
-    dense, packed, inputs, targets = _problem("rtn-w4g32")
+    dense, packed, inputs, targets = problem("rtn-w4g32")
     noisy = targets + np.random.default_rng(8).normal(size=targets.shape).astype(np.float32)
     noisy[0] = targets[0]  # the row that is held out, of 12 rows a twelfth
     for options in (
@@ -134,18 +117,18 @@ def test_a_block_is_never_worse_than_its_start_on_the_rows_held_out():
         {"iterations": 3, "rate": 50.0, "held_out": 1 / 12},  # flings every code about
         {"iterations": 0},
     ):
-        tuned = tune_block(_linear, dense, packed, inputs, noisy, index=0, step="adaround", options=options)
-        assert _error(tuned, inputs[:1], targets[:1]) <= _error(packed, inputs[:1], targets[:1])
+        tuned = tune_block(linear, dense, packed, inputs, noisy, index=0, step="adaround", options=options)
+        assert error_of(tuned, inputs[:1], targets[:1]) <= error_of(packed, inputs[:1], targets[:1])
 
 
 def test_scales_are_learned_with_it_or_alone():
-    dense, packed, inputs, targets = _problem("rtn-w4g32")
+    dense, packed, inputs, targets = problem("rtn-w4g32")
     for options, same_codes in (({"rate": 0.0, "scale_rate": 0.002}, True), ({"scale_rate": 0.002}, False)):
         more = {"iterations": 60, "batch_size": 4, "held_out": 0.0}
-        tuned = tune_block(_linear, dense, packed, inputs, targets, index=0, step="adaround", options=options | more)
+        tuned = tune_block(linear, dense, packed, inputs, targets, index=0, step="adaround", options=options | more)
         new, old = tuned["layers"]["kernel"], packed["layers"]["kernel"]
         assert bool(jnp.array_equal(new.codes, old.codes)) == same_codes
-        assert bool(jnp.any(new.scale != old.scale)) and _error(tuned, inputs, targets) < _error(
+        assert bool(jnp.any(new.scale != old.scale)) and error_of(tuned, inputs, targets) < error_of(
             packed, inputs, targets
         )
 
@@ -160,31 +143,12 @@ def test_scales_are_learned_with_it_or_alone():
     ],
 )
 def test_bad_options_are_told(options, text):
-    dense, packed, inputs, targets = _problem("rtn-w4g32")
+    dense, packed, inputs, targets = problem("rtn-w4g32")
     with pytest.raises(jq4.JQ4Error, match=text):
-        tune_block(_linear, dense, packed, inputs, targets, index=3, step="adaround", options=options)
+        tune_block(linear, dense, packed, inputs, targets, index=3, step="adaround", options=options)
 
 
 def test_the_preset_starts_from_the_closed_form():
     recipe = jq4.Recipe.preset("adaround-w3g128-asym")
     assert [step.step for step in recipe.after] == ["adaround"]
     assert recipe.rules == jq4.Recipe.preset("gptq-w3g128-asym").rules
-
-
-def _layer(kernel) -> Any:
-    return {"layers": {"kernel": jnp.asarray(kernel) if isinstance(kernel, np.ndarray) else kernel}}
-
-
-def _linear(tree, index, x):
-    return x @ tree["layers"]["kernel"]
-
-
-def _problem(name) -> Any:
-    random = np.random.default_rng(5)
-    inputs = (random.standard_normal((12, 16, 6)) @ random.standard_normal((6, 64))).astype(np.float32)
-    weight = _weight(64, 24)
-    return _layer(weight), _layer(jq4.quantize({"kernel": weight}, name)["kernel"]), inputs, inputs @ weight
-
-
-def _error(packed, inputs, targets):
-    return np.square(inputs @ np.asarray(packed["layers"]["kernel"].dequantize()) - targets).mean(dtype=np.float64)

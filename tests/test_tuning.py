@@ -1,13 +1,12 @@
 """Learned rounding. Oracles: brute force over all roundings, finite differences, dequantizing, and the start."""
 
 import dataclasses
-import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from linear_block import as_block, error_of, heavy_tailed, linear, problem, small_layer
 
 import jq4
 from jq4.chain import Chain
@@ -20,10 +19,6 @@ from jq4.tuning.learned_tree import begin_tree
 FORMS = ("rtn-w4g32", "rtn-w3g32-asym", "hqq-w4g32-asym", "rtn-w8gc", "nf4-g32", "fp4")
 
 
-def _weight(*shape) -> Any:
-    return np.random.default_rng(0).standard_t(4, shape).astype(np.float32) * np.float32(0.05)
-
-
 def _moved(variables, size):
     """The variables, each moved by random amounts."""
     random = np.random.default_rng(1)
@@ -32,7 +27,7 @@ def _moved(variables, size):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_start_is_its_packed_leaf_to_the_code_and_scale(name):
-    weight = _weight(2, 72, 24)
+    weight = heavy_tailed(2, 72, 24)
     q = jq4.quantize({"kernel": weight}, name)["kernel"]
     again = harden(begin(q, weight), q, weight)
     for wanted, found in zip(jax.tree.leaves(q), jax.tree.leaves(again), strict=True):
@@ -41,7 +36,7 @@ def test_a_start_is_its_packed_leaf_to_the_code_and_scale(name):
 
 
 def test_a_start_may_have_any_codes():
-    weight = _weight(64, 16)
+    weight = heavy_tailed(64, 16)
     q = jq4.quantize({"kernel": weight}, "rtn-w4g32")["kernel"]
     codes = jnp.asarray(np.random.default_rng(2).integers(0, 256, q.codes.shape), jnp.uint8)
     other = dataclasses.replace(q, codes=codes)
@@ -52,7 +47,7 @@ def test_a_start_may_have_any_codes():
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("rounding", [True, False])
 def test_hardening_gives_what_the_forward_pass_used(name, rounding):
-    weight = _weight(2, 72, 24)
+    weight = heavy_tailed(2, 72, 24)
     q = jq4.quantize({"kernel": weight}, name)["kernel"]
     variables = _moved(begin(q, weight, rounding=rounding), 0.3)
     learned = weight_of(variables, q, weight)
@@ -66,7 +61,7 @@ def test_hardening_gives_what_the_forward_pass_used(name, rounding):
 
 
 def test_a_scale_of_inputs_is_kept_and_made_use_of():
-    weight, scale = _weight(64, 16), np.geomspace(0.2, 5, 64, dtype=np.float32)[:, None]
+    weight, scale = heavy_tailed(64, 16), np.geomspace(0.2, 5, 64, dtype=np.float32)[:, None]
     q = jq4.quantize({"kernel": weight / scale}, "rtn-w4g32")["kernel"]
     q = dataclasses.replace(q, input_scale=jnp.asarray(scale))
     variables = begin(q, weight)
@@ -76,7 +71,7 @@ def test_a_scale_of_inputs_is_kept_and_made_use_of():
 
 def test_gradients_are_those_of_the_soft_form():
     """Inside their cells codes are flat; straight through, d weight is what (w/s + V) * s would give at fixed codes."""
-    weight = _weight(32, 4)
+    weight = heavy_tailed(32, 4)
     q = jq4.quantize({"kernel": weight}, "rtn-w4g32")["kernel"]
     start = begin(q, weight)
     probe = np.random.default_rng(3).standard_normal(weight.shape).astype(np.float32)
@@ -102,29 +97,17 @@ def test_gradients_are_those_of_the_soft_form():
 @pytest.mark.parametrize("seed", [5, 6, 7])
 def test_the_best_rounding_of_a_small_layer_is_found(seed):
     """All 2**8 roundings up or down of 8 weights, on inputs so correlated that to round to nearest is far from best."""
-    random = np.random.default_rng(seed)
-    inputs = (random.standard_normal((16, 16, 1)) @ random.standard_normal((1, 8))).astype(np.float32)
-    inputs += 0.3 * random.standard_normal(inputs.shape).astype(np.float32)
-    weight = random.uniform(-0.9, 0.9, (8, 1)).astype(np.float32)
-    dense, packed = _layer(weight), _layer(jq4.quantize({"kernel": weight}, "rtn-w4gc")["kernel"])
-    scale = np.asarray(packed["layers"]["kernel"].scale, np.float32)
-
-    def error(kernel):
-        return np.square(inputs @ (kernel - weight)).mean()
-
-    low = np.floor(weight / scale)
-    rounded = [low + np.asarray(up, np.float32)[:, None] for up in itertools.product((0, 1), repeat=8)]
-    errors = [error(np.clip(codes, -8, 7) * scale) for codes in rounded]
+    layer = small_layer(seed)
     options = {"iterations": 300, "batch_size": 1, "rate": 0.03, "scale_rate": 0.0, "checks": 30}
-    tuned = tune_block(_linear, dense, packed, inputs, inputs @ weight, index=0, options=options)
-    found = error(np.asarray(tuned["layers"]["kernel"].dequantize()))
-    assert min(errors) < 0.6 * error(np.asarray(packed["layers"]["kernel"].dequantize()))
-    np.testing.assert_allclose(found, min(errors), rtol=1e-4)
+    tuned = tune_block(linear, *layer[:4], index=0, options=options)
+    found = layer.error(tuned)
+    assert layer.errors[0] < 0.6 * layer.error(layer.packed)
+    np.testing.assert_allclose(found, layer.errors[0], rtol=1e-4)
 
 
 def test_a_block_is_never_worse_than_its_start_and_better_by_scales_alone():
-    dense, packed, inputs, targets = _problem()
-    before = _error(packed, inputs, targets)
+    dense, packed, inputs, targets = problem()
+    before = error_of(packed, inputs, targets)
     for options, factor in (
         ({"iterations": 60, "rate": 0.005, "scale_rate": 0.002}, 0.8),
         ({"iterations": 60, "rate": 0.0, "scale_rate": 0.002}, 0.99),
@@ -132,8 +115,8 @@ def test_a_block_is_never_worse_than_its_start_and_better_by_scales_alone():
         ({"iterations": 60, "rate": 50.0}, 1.0),  # flings every code about, so that the start is the best
         ({"iterations": 0}, 1.0),
     ):
-        tuned = tune_block(_linear, dense, packed, inputs, targets, index=0, options=options)
-        assert _error(tuned, inputs, targets) <= factor * before, options
+        tuned = tune_block(linear, dense, packed, inputs, targets, index=0, options=options)
+        assert error_of(tuned, inputs, targets) <= factor * before, options
         assert jax.tree.structure(tuned) == jax.tree.structure(packed)
         if factor == 1.0:
             _assert_same(tuned, packed)
@@ -141,28 +124,28 @@ def test_a_block_is_never_worse_than_its_start_and_better_by_scales_alone():
 
 @pytest.mark.parametrize("name", ["rtn-w3g32-asym", "hqq-w3g32-asym", "nf4-g32-dq"])
 def test_zero_points_offsets_and_packed_scales_are_tuned(name):
-    dense, _, inputs, targets = _problem()
+    dense, _, inputs, targets = problem()
     dense["layers"]["kernel"] = dense["layers"]["kernel"].at[:32, 1].set(0)
-    packed = _layer(jq4.quantize(dense, dataclasses.replace(jq4.Recipe.preset(name), name=None))["layers"]["kernel"])
-    tuned = tune_block(_linear, dense, packed, inputs, targets, index=0, options={"iterations": 30, "batch_size": 4})
-    assert _error(tuned, inputs, targets) < 0.9 * _error(packed, inputs, targets)
+    packed = as_block(jq4.quantize(dense, dataclasses.replace(jq4.Recipe.preset(name), name=None))["layers"]["kernel"])
+    tuned = tune_block(linear, dense, packed, inputs, targets, index=0, options={"iterations": 30, "batch_size": 4})
+    assert error_of(tuned, inputs, targets) < 0.9 * error_of(packed, inputs, targets)
     assert jax.tree.structure(tuned) == jax.tree.structure(packed)
 
 
 def test_a_group_with_a_scale_of_zero_stays_zero():
-    dense, packed, inputs, targets = _problem()
+    dense, packed, inputs, targets = problem()
     q = packed["layers"]["kernel"]
-    dense = _layer(dense["layers"]["kernel"].at[:32, 1].set(0))
-    packed = _layer(dataclasses.replace(q, scale=q.scale.at[0, 1].set(0)))
-    tuned = tune_block(_linear, dense, packed, inputs, targets, index=0, options={"iterations": 4})
+    dense = as_block(dense["layers"]["kernel"].at[:32, 1].set(0))
+    packed = as_block(dataclasses.replace(q, scale=q.scale.at[0, 1].set(0)))
+    tuned = tune_block(linear, dense, packed, inputs, targets, index=0, options={"iterations": 4})
     kernel = np.asarray(tuned["layers"]["kernel"].dequantize())
     assert np.isfinite(kernel).all() and not kernel[:32, 1].any()
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others():
-    dense, packed, inputs, targets = _problem()
+    dense, packed, inputs, targets = problem()
     make = [
-        tune_block(_linear, dense, packed, inputs, targets, index=0, options={"iterations": 20, "checks": 1}, seed=seed)
+        tune_block(linear, dense, packed, inputs, targets, index=0, options={"iterations": 20, "checks": 1}, seed=seed)
         for seed in (0, 0, 1)
     ]
     _assert_same(make[0], make[1])
@@ -237,43 +220,24 @@ def test_an_effort_fills_in_what_a_step_leaves_open():
     ],
 )
 def test_bad_options_are_told(options, text):
-    dense, packed, inputs, targets = _problem()
+    dense, packed, inputs, targets = problem()
     with pytest.raises(jq4.JQ4Error, match=text):
-        tune_block(_linear, dense, packed, inputs, targets, index=3, options=options)
+        tune_block(linear, dense, packed, inputs, targets, index=3, options=options)
 
 
 def test_poisoned_inputs_permuted_leaves_and_other_weights_are_refused():
-    dense, packed, inputs, targets = _problem()
+    dense, packed, inputs, targets = problem()
     poisoned = np.where(np.arange(inputs.size).reshape(inputs.shape) == 5, np.nan, inputs).astype(np.float32)
     with pytest.raises(jq4.JQ4Error, match="block 0: the loss at the start is nan: wanted finite"):
-        tune_block(_linear, dense, packed, poisoned, targets, index=0)
+        tune_block(linear, dense, packed, poisoned, targets, index=0)
     q = packed["layers"]["kernel"]
-    permuted = _layer(dataclasses.replace(q, permutation=jnp.arange(q.shape[0])))
+    permuted = as_block(dataclasses.replace(q, permutation=jnp.arange(q.shape[0])))
     with pytest.raises(jq4.JQ4Error, match="layers/kernel: its rows are permuted"):
-        tune_block(_linear, dense, permuted, inputs, targets, index=0)
+        tune_block(linear, dense, permuted, inputs, targets, index=0)
     with pytest.raises(jq4.JQ4Error, match="layers/kernel: the dense weight has shape"):
-        begin_tree(packed, _layer(dense["layers"]["kernel"][:8]))
+        begin_tree(packed, as_block(dense["layers"]["kernel"][:8]))
     with pytest.raises(jq4.JQ4Error, match="no packed leaf"):
         begin_tree(dense, dense)
-
-
-def _layer(kernel) -> Any:
-    return {"layers": {"kernel": jnp.asarray(kernel) if isinstance(kernel, np.ndarray) else kernel}}
-
-
-def _linear(tree, index, x):
-    return x @ tree["layers"]["kernel"]
-
-
-def _problem():
-    random = np.random.default_rng(5)
-    inputs = (random.standard_normal((12, 16, 6)) @ random.standard_normal((6, 64))).astype(np.float32)
-    weight = _weight(64, 24)
-    return _layer(weight), _layer(jq4.quantize({"kernel": weight}, "rtn-w4g32")["kernel"]), inputs, inputs @ weight
-
-
-def _error(packed, inputs, targets):
-    return np.square(inputs @ np.asarray(packed["layers"]["kernel"].dequantize()) - targets).mean(dtype=np.float64)
 
 
 def _assert_same(left, right):

@@ -74,29 +74,32 @@ class Solver:
     ) -> Solved:
         """Of W float[K, N] and sums f32[K, K] over `count` rows; `release` is called once `cross` has been used."""
         starved = count < self.options.rows_wanted
-        by_rows = functools.partial(self._by_rows, weight, outer, cross, release)
+        by_rows = functools.partial(self._by_rows, weight, outer, cross, release or _keep)
         if isinstance(starved, Tracer):
             found = jax.lax.cond(starved, lambda: _fallen_back(weight, self), by_rows)
+        elif bool(starved):
+            found = _fallen_back(weight, self)
+            (release or _keep)()
         else:
-            found = _fallen_back(weight, self) if bool(starved) else by_rows()
-            if release is not None and bool(starved):
-                release()
+            found = by_rows()
         return found._replace(findings=found.findings._replace(starved=starved))
 
-    def _by_rows(self, weight: jax.Array, outer: jax.Array, cross: Any, release: Callable[[], None] | None) -> Solved:
+    def _by_rows(self, weight: jax.Array, outer: jax.Array, cross: Any, release: Callable[[], None]) -> Solved:
         corrects = cross is not None and self.options.correction > 0
         way = _towards(weight, outer, cross) if corrects else None
-        del cross
-        if release is not None:
-            release()
+        release()
         factor = _factored(outer, self)
         placed = _placed(weight, way, factor, self)
-        del weight, way
+        del way
         solution = _first(placed, factor, self)
         factor = factor._replace(lower=None)
         if self.options.refinements:
             solution = _refined(placed, outer, factor, solution, self)
         return _finished(placed, outer, factor, solution)
+
+
+def _keep() -> None:
+    """The cross-correlation is not given up."""
 
 
 _program = functools.partial(jax.jit, static_argnames="solver")

@@ -179,7 +179,7 @@ def _kernel(*refs: Any, names: tuple[str, ...], plan: Plan, group: int, over: in
     *inputs, out, total = refs
     block = _block_of(dict(zip(names, inputs, strict=True)), plan.block_k)
     if over:
-        _empty_last_groups(block, over, steps)
+        tpu_forms.empty_the_end(block, axis=0, over=over, steps=steps)
     options = {"direct": {"upcast": interpret}, "wscale": {"wide": plan.wide}}.get(plan.form, {})
     form = functools.partial(getattr(tpu_forms, plan.form), **options)
     if steps == 1 and plan.chunk >= plan.block_k:
@@ -195,16 +195,6 @@ def _kernel(*refs: Any, names: tuple[str, ...], plan: Plan, group: int, over: in
     @pl.when(pl.program_id(2) == steps - 1)
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
-
-
-def _empty_last_groups(block: tpu_forms.Block, over: int, steps: int) -> None:
-    """Zeros for the scales and offsets that lie after the end of theirs: what memory held might be no number."""
-
-    @pl.when(pl.program_id(2) == steps - 1)
-    def _() -> None:
-        for part in (block.scale, block.offset):
-            if part is not None:
-                part[part.shape[0] - over :] = jnp.zeros((over, *part.shape[1:]), part.dtype)
 
 
 def _block_of(refs: dict[str, Any], block_k: int) -> tpu_forms.Block:

@@ -81,6 +81,18 @@ def accumulate(form: Any, block: Block, group: int, chunk: int, total: Any) -> N
         total[...] += form(Block(x, codes, *groups), inner)
 
 
+def empty_the_end(block: Block, *, axis: int, over: int, steps: int) -> None:
+    """In the last step, zeros for the last `over` scales and offsets: what memory holds after their end may be NaN."""
+
+    @pl.when(pl.program_id(2) == steps - 1)
+    def _() -> None:
+        for part in (block.scale, block.offset):
+            if part is not None:
+                kept, rest = part.shape[:axis], part.shape[axis + 1 :]
+                end = (*[slice(None)] * axis, slice(part.shape[axis] - over, None))
+                part[end] = jnp.zeros((*kept, over, *rest), part.dtype)
+
+
 def without_float16(part: Any) -> Any:
     """Scales or offsets (or None) as f32 where they are f16, which the kernels' compiler does not have."""
     return part.astype(jnp.float32) if part is not None and part.dtype == jnp.float16 else part

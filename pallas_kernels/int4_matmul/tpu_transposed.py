@@ -100,20 +100,10 @@ def _kernel(*refs: Any, names: tuple[str, ...], group: int, wide: bool, over: in
         total[...] = jnp.zeros_like(total)
 
     if over:
-        _empty_last_columns(block, over, steps)
+        tpu_forms.empty_the_end(block, axis=2, over=over, steps=steps)
     weight = tpu_forms.dense(block, group, wide=wide)  # bf16[bk, bn]
     total[...] += lax.dot_general(block.x[...], weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
     @pl.when(pl.program_id(2) == steps - 1)
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
-
-
-def _empty_last_columns(block: tpu_forms.Block, over: int, steps: int) -> None:
-    """Zeros for the scales and offsets of columns after the last: what memory held might be no number."""
-
-    @pl.when(pl.program_id(2) == steps - 1)
-    def _() -> None:
-        for part in (block.scale, block.offset):
-            if part is not None:
-                part[:, :, part.shape[2] - over :] = jnp.zeros((*part.shape[:2], over), part.dtype)
