@@ -4,6 +4,7 @@
     neutral   u8 bytes along `axis`   the weight's own axes       what is saved and compared; also the CPU's own
     tpu       i32[*B, ceil(K/8), N]   [*B, G, 1, N]               rows of scales that a kernel can address one by one
     gpu       int4[*B, N, K]          [*B, N, G]                  K contiguous, as the tensor cores read it
+    hopper    i32[*B, N/64, 8*Kp]     [*B, G, N]                  the order in which wgmma takes its left operand
 
 Words hold eight codes, row 8r + j in bits 4j to 4j + 3 of word r, which is how a TPU holds int4: from a stack of layers
 its compiler reads 32-bit words in place, and copies the layer where they are int4. What no TPU kernel takes (groups of
@@ -11,6 +12,10 @@ other than multiples of 32 rows) is int4[*B, K, N] there, for XLA. int4 elements
 points stay u8, counted in unsigned codes. `axis` of a prepared QArray tells which of its two last logical axes is K: -2
 for [..., K, N], -1 for [..., N, K]. The order in memory is the layout's, so that transposing a prepared weight moves
 nothing.
+
+The hopper layout (pallas_kernels/int4_matmul/gpu_fragments.py; Kp is K filled up to a multiple of 128) is made only
+where `prepare` is told so, as its kernel has not run on a GPU; a weight that it does not take (64 must divide N, one
+scale for each column and group) gets the gpu layout.
 
 A CPU reads neutral bytes as fast as any other order (benchmarks/cpu_matmul.py: even and odd codes are multiplied by
 the even and odd columns of x), so "cpu" leaves them alone. What a backend has no layout for stays neutral: other bits,
@@ -29,7 +34,10 @@ from jq4.errors import JQ4Error
 from jq4.qarray import NEUTRAL, QArray, is_qarray
 from jq4.qarray_ops import plain_scales
 from pallas_kernels import packing
-from pallas_kernels.int4_matmul.spec import GPU, TPU, PackedSpec
+from pallas_kernels.int4_matmul.gpu_chips import gpu_named
+from pallas_kernels.int4_matmul.gpu_fragments import STRIP, of_fragments, padded_length, to_fragments
+from pallas_kernels.int4_matmul.mosaic_gpu import layout_refusal
+from pallas_kernels.int4_matmul.spec import GPU, HOPPER, TPU, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed, int4_to_words, words_to_int4
 from pallas_kernels.int4_matmul.tpu import GROUP_MULTIPLE
 from pallas_kernels.int4_matmul.xla import as_int4
@@ -57,23 +65,31 @@ def layout_of_device(device_kind: str) -> str:
     )
 
 
-def prepare(tree: Any, device_kind: str) -> Any:
+def prepare(tree: Any, device_kind: str, *, layout: str | None = None) -> Any:
     """The tree with every QArray in the layout that the kernels of `device_kind` read; nothing is rounded.
 
     Args:
       tree: any pytree; leaves that are not QArrays are returned as they are.
       device_kind: "cpu", "TPU v6 lite", "NVIDIA H200", ...: what `jax.devices()[0].device_kind` says.
+      layout: "hopper" for the Mosaic GPU kernel of Hopper GPUs; None is the device's own.
 
     Raises:
-      JQ4Error: an unknown device kind; the message lists the known ones.
+      JQ4Error: an unknown device kind, or a layout that is not for it; the message lists the known ones.
     """
-    layout = layout_of_device(device_kind)
+    own = layout_of_device(device_kind)
+    if layout not in (None, own) and (layout != HOPPER or gpu_named(device_kind) is None):
+        raise JQ4Error(
+            f"layout {layout!r} is not for {device_kind!r}: wanted None, {own!r}, or 'hopper' on a Hopper GPU"
+        )
+    layout = layout or own
 
     def one(path: Any, leaf: Any) -> Any:
         if not is_qarray(leaf) or leaf.layout == layout:
             return leaf
         neutral = to_neutral(leaf)
-        return _relaid(neutral, layout) if layout != NEUTRAL and _has_layout(neutral, path) else neutral
+        if layout == NEUTRAL or not _has_layout(neutral, path):
+            return neutral
+        return _in_fragments(neutral) if layout == HOPPER and _has_fragments(neutral) else _relaid(neutral, own)
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_qarray)
 
@@ -86,6 +102,8 @@ def to_neutral(q: QArray) -> QArray:
 def logical_shape(q: QArray) -> tuple[int, ...]:
     """The shape of the dense weight of a prepared QArray."""
     *batch, rows, columns = q.codes.shape
+    if q.layout == HOPPER:
+        rows, columns = STRIP * rows, columns // 8 - q.padding
     if _in_words(q):
         rows = 8 * rows - q.padding
     stored_axis = -2 if q.layout == TPU else -1
@@ -108,15 +126,41 @@ def _relaid(q: QArray, layout: str) -> QArray:
     return dataclasses.replace(q, **packed._asdict(), padding=padding, layout=layout)
 
 
+def _has_fragments(q: QArray) -> bool:
+    """Whether a weight with int4 codes has the hopper layout as well."""
+    columns = q.shape[-3 - q.axis]
+    return (
+        columns % STRIP == 0
+        and all(part is None or part.shape[-3 - q.axis] == columns for part in (q.scale, q.zero_point, q.offset))
+        and layout_refusal(PackedSpec(q.shape[q.axis], group_size=q.group_size)) is None
+    )
+
+
+@jax.jit
+def _in_fragments(q: QArray) -> QArray:
+    q = plain_scales(q)
+    length = q.shape[q.axis]
+    codes = packing.unpack(q.codes, q.bits, q.axis, length)
+    parts = {"scale": q.scale, "zero_point": q.zero_point, "offset": q.offset}
+    if q.axis == -1:
+        codes = codes.swapaxes(-1, -2)
+        parts = {name: None if part is None else part.swapaxes(-1, -2) for name, part in parts.items()}
+    padding = padded_length(length) - length
+    return dataclasses.replace(q, codes=to_fragments(codes), padding=padding, layout=HOPPER, **parts)
+
+
 def _in_words(q: QArray) -> bool:
     return q.layout == TPU and jnp.dtype(q.codes.dtype) == jnp.int32
 
 
 @jax.jit
 def _neutral(q: QArray) -> QArray:
-    stored_axis = -2 if q.layout == TPU else -1
-    codes = words_to_int4(q.codes, q.shape[q.axis]) if _in_words(q) else q.codes
-    codes = (codes.astype("int8") + 8).astype("uint8")
+    stored_axis = -1 if q.layout == GPU else -2
+    if q.layout == HOPPER:
+        codes = of_fragments(q.codes, q.shape[q.axis])
+    else:
+        codes = words_to_int4(q.codes, q.shape[q.axis]) if _in_words(q) else q.codes
+        codes = (codes.astype("int8") + 8).astype("uint8")
     parts = {"scale": q.scale, "zero_point": q.zero_point, "offset": q.offset}
     if q.layout == TPU:
         parts = {name: None if part is None else part.squeeze(-2) for name, part in parts.items()}

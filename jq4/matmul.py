@@ -191,7 +191,7 @@ def packed_matmul(
 
 def spec_of(q: QArray) -> PackedSpec:
     """The static half of a weight [*B, K, N] or [*B, N, K], as floor 1 wants it."""
-    orientation = {"tpu": "kn", "gpu": "nk"}.get(q.layout, "kn" if q.axis == -2 else "nk")
+    orientation = {"tpu": "kn", "gpu": "nk", "hopper": "kn"}.get(q.layout, "kn" if q.axis == -2 else "nk")
     return PackedSpec(
         length=q.shape[q.axis], bits=q.bits, levels=q.number_format.levels, group_size=q.group_size,
         orientation=orientation, layout=q.layout,

@@ -28,7 +28,8 @@ from jq4.errors import JQ4Error
 from jq4.paths import find_path, flatten_with_paths, leaf_path
 from jq4.qarray import NEUTRAL, QArray, is_qarray
 from pallas_kernels import packing
-from pallas_kernels.int4_matmul.spec import TPU
+from pallas_kernels.int4_matmul.gpu_fragments import MULTIPLE_K
+from pallas_kernels.int4_matmul.spec import HOPPER, TPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +164,8 @@ def _entries_of_layout(q: QArray, entries: Sequence[Any]) -> tuple[Sequence[Any]
     lead, k, n = entries[:-2], entries[q.axis], entries[-3 - q.axis]
     if q.layout == TPU:
         return [*lead, k, n], [*lead, k, None, n]
+    if q.layout == HOPPER:
+        return [*lead, n, k], [*lead, k, n]
     return [*lead, n, k], [*lead, n, k]
 
 
@@ -171,7 +174,7 @@ def check_grouped_axis(q: QArray, entry: Any, mesh: Any, path: str) -> None:
     shards = math.prod(mesh.shape[name] for name in jax.tree.leaves(entry))
     if shards == 1:
         return
-    length, unit = q.shape[q.axis], packing.codes_per_unit(q.bits)
+    length, unit = q.shape[q.axis], MULTIPLE_K if q.layout == HOPPER else packing.codes_per_unit(q.bits)
     rows = length / shards
     whole = rows % unit == 0 and (q.num_groups == 1 or rows % q.group_size == 0)
     if q.input_rotation and rows % q.input_rotation:

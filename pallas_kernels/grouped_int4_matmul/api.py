@@ -20,7 +20,7 @@ from pallas_kernels.grouped_int4_matmul.reference import grouped_int4_matmul_ref
 from pallas_kernels.grouped_int4_matmul.xla import grouped_input_cotangent, grouped_xla, rows_of_expert
 from pallas_kernels.int4_matmul import gradients, tiles, xla
 from pallas_kernels.int4_matmul.api import by_lowering_platform, no_cotangent
-from pallas_kernels.int4_matmul.registry import UnsupportedError
+from pallas_kernels.int4_matmul.registry import UnsupportedError, in_rows
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.manual_axes import vary_alike
@@ -57,7 +57,8 @@ def grouped_int4_matmul(
       UnsupportedError: no such implementation, or it does not take the weight.
       ValueError: shapes that do not fit the spec.
     """
-    w = Packed(codes, scale, zero_point, offset)
+    w, spec = in_rows(Packed(codes, scale, zero_point, offset), spec)
+    codes = w.codes
     if implementation not in (None, *IMPLEMENTATIONS):
         raise UnsupportedError(
             f"unknown implementation {implementation!r} of grouped_int4_matmul: "

@@ -15,8 +15,9 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.int4_matmul import gradients, tiles, xla
-from pallas_kernels.int4_matmul.registry import BACKENDS, Implementation, by_platform
-from pallas_kernels.int4_matmul.spec import PackedSpec
+from pallas_kernels.int4_matmul.gpu_fragments import padded_length
+from pallas_kernels.int4_matmul.registry import BACKENDS, Implementation, by_platform, in_rows
+from pallas_kernels.int4_matmul.spec import HOPPER, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu import asks_for_float32
 from pallas_kernels.manual_axes import vary_alike
@@ -97,8 +98,9 @@ def _forward(x, w, spec, implementation, precision, dtype, integers):
 
 def _backward(spec, implementation, precision, dtype, integers, residuals, dy):
     del dtype, integers
-    x, w = residuals
+    x, own = residuals
     chosen = by_platform(implementation, spec)
+    w, spec = in_rows(own, spec)
 
     def by_xla(platform: str):
         compute = xla.accumulator(x.dtype) if platform == "cpu" else x.dtype
@@ -120,8 +122,8 @@ def _backward(spec, implementation, precision, dtype, integers, residuals, dy):
     doffset = None
     if w.offset is not None:
         doffset = batched(lambda both, w: gradients.offset_cotangent(both[0], both[1], spec))((x, dy), flat)
-        doffset = gradients.like(doffset, w.offset)
-    return dx, Packed(no_cotangent(w.codes), gradients.like(dscale, w.scale), no_cotangent(w.zero_point), doffset)
+        doffset = gradients.like(doffset, own.offset)
+    return dx, Packed(no_cotangent(own.codes), gradients.like(dscale, own.scale), no_cotangent(own.zero_point), doffset)
 
 
 _product.defvjp(_forward, _backward)
@@ -169,6 +171,8 @@ def _hashable(precision: Any) -> Any:
 def _check(x: jax.Array, w: Packed, spec: PackedSpec) -> None:
     words = spec.layout == "tpu" and w.codes.dtype == jnp.int32
     have, want = w.codes.shape[spec.k_axis], -(-spec.length // 8) if words else spec.packed_length
+    if spec.layout == HOPPER:
+        have, want = w.codes.shape[-1], 8 * padded_length(spec.length)
     if have != want:
         raise ValueError(f"codes of shape {w.codes.shape} hold {have} along K, wanted {want} for {spec}")
     if x.shape[-1] != spec.length:

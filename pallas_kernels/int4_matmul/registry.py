@@ -4,6 +4,7 @@
     reference    all         the oracle of reference.py: the dense weight appears
     xla          all         xla.py: a form for each platform
     tpu          tpu         tpu.py: one Pallas kernel, for the tpu layout; tpu_interpret runs it on a CPU, for tests
+    mosaic_gpu   gpu         mosaic_gpu.py: one Pallas kernel, for the hopper layout, which who asks gets
 
 A backend is a function (x[M, K], Packed, spec, *, platform, precision, dtype) -> [M, N] in f32, or in the `dtype`
 that its caller will round to in any case, and a function that says why it cannot take a spec, or None. It may have a
@@ -19,8 +20,11 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.int4_matmul.gpu_fragments import rows_of
+from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu
+from pallas_kernels.int4_matmul.mosaic_gpu import refusal as mosaic_gpu_refusal
 from pallas_kernels.int4_matmul.reference import int4_matmul_reference
-from pallas_kernels.int4_matmul.spec import PackedSpec
+from pallas_kernels.int4_matmul.spec import HOPPER, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu import int4_matmul_tpu
 from pallas_kernels.int4_matmul.tpu import refusal as tpu_refusal
@@ -51,16 +55,22 @@ class Backend:
     transposed: Callable[..., jax.Array] | None = None
 
 
+def in_rows(w: Packed, spec: PackedSpec) -> tuple[Packed, PackedSpec]:
+    """What XLA's operations read: the hopper layout is undone, others stay."""
+    return rows_of(w, spec) if spec.layout == HOPPER else (w, spec)
+
+
 def _reference(
     x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str, precision: Any = None, dtype: Any = None
 ) -> jax.Array:
+    w, spec = in_rows(w, spec)
     return int4_matmul_reference(x, *w, spec=spec, precision=precision)
 
 
 def _xla(
     x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str, precision: Any = None, dtype: Any = None
 ) -> jax.Array:
-    return int4_matmul_xla(x, w, spec, platform=platform, precision=precision)
+    return int4_matmul_xla(x, *in_rows(w, spec), platform=platform, precision=precision)
 
 
 BACKENDS: dict[str, Backend] = {
@@ -81,9 +91,10 @@ BACKENDS: dict[str, Backend] = {
         integers=True,
         transposed=functools.partial(int4_matmul_tpu_transposed, interpret=True),
     ),
+    "mosaic_gpu": Backend(int4_matmul_mosaic_gpu, ("gpu",), mosaic_gpu_refusal, partitions=False),
 }
 
-PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("xla",), "tpu": ("tpu", "xla"), "gpu": ("xla",)}
+PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("xla",), "tpu": ("tpu", "xla"), "gpu": ("mosaic_gpu", "xla")}
 
 
 def choose(implementation: Implementation, platform: str, spec: PackedSpec) -> str | None:

@@ -7,6 +7,7 @@ A packed weight W[K, N] is a tuple of arrays and a `PackedSpec`. With G = ceil(K
     neutral nk  u8[N, bytes(K)]          [N, G]
     tpu     kn  i32[ceil(K / 8), N]      [G, 1, N]   4-bit integers, code - 8 of row 8r + j in bits 4j.. of word r
             or  int4[K, N] = code - 8                (the dtype of the codes tells; int4 is what words are in a TPU)
+    hopper  kn  i32[N / 64, 8 * ceil128(K)]  [G, N]  unsigned codes in the order of gpu_fragments.py, 64 divides N
     gpu     nk  int4[N, K] = code - 8    [N, G]      4-bit integers, K a multiple of the group
 
 N may be 1 in scale, zero_point and offset (one value for all columns). level is `code - zero_point` (zero_point u8,
@@ -17,7 +18,7 @@ import dataclasses
 
 from pallas_kernels import packing
 
-NEUTRAL, TPU, GPU = "neutral", "tpu", "gpu"
+NEUTRAL, TPU, GPU, HOPPER = "neutral", "tpu", "gpu", "hopper"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PackedSpec:
       levels: the level of each code for a codebook; None for integers.
       group_size: rows that share a scale; more than K means one group.
       orientation: "kn" or "nk", the order of the axes of codes and scales.
-      layout: "neutral", "tpu" or "gpu".
+      layout: "neutral", "tpu", "gpu" or "hopper".
     """
 
     length: int
@@ -61,4 +62,6 @@ class PackedSpec:
 
     def columns(self, codes_shape: tuple[int, ...]) -> int:
         """N."""
+        if self.layout == HOPPER:
+            return 64 * codes_shape[-2]
         return codes_shape[-1] if self.orientation == "kn" else codes_shape[-2]

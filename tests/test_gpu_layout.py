@@ -1,0 +1,157 @@
+"""Oracle: the register fragments of wgmma as NVIDIA's PTX ISA draws them, gathered in numpy, thread by thread."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from packed_oracle import pack_bits
+
+import jq4
+from jq4.errors import JQ4Error
+from jq4.layouts import prepare, to_neutral
+from jq4.qarray import QArray
+from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, int4_matmul
+from pallas_kernels.int4_matmul.gpu_blocks import GpuProblem, choose_plan, shared_bytes
+from pallas_kernels.int4_matmul.gpu_chips import HOPPER, gpu_named
+from pallas_kernels.int4_matmul.gpu_fragments import EMPTY, of_fragments, rows_of, to_fragments
+from pallas_kernels.int4_matmul.registry import choose
+from pallas_kernels.int4_matmul.tiles import Packed
+
+
+def hopper(shape, axis=-2, group_size=128, zero_points=False, offsets=False, seed=0) -> QArray:
+    rng = np.random.default_rng(seed)
+    groups = list(shape)
+    groups[axis] = -(-shape[axis] // group_size)
+    packed = pack_bits(rng.integers(0, 16, shape).astype(np.uint8), 4, axis)
+    return QArray(
+        jnp.asarray(packed),
+        jnp.asarray(rng.uniform(0.5, 1.5, groups), jnp.bfloat16),
+        jnp.asarray(rng.integers(0, 16, groups), jnp.uint8) if zero_points else None,
+        jnp.asarray(rng.normal(size=groups), jnp.bfloat16) if offsets else None,
+        group_size=group_size,
+        axis=axis,
+        padding=shape[axis] % 2,
+    )
+
+
+def fragment(thread: int, register: int, half: int) -> tuple[int, int]:
+    """(row, column) of wgmma's A operand m64k16 that a half of a thread's register holds (PTX ISA, .bf16 fragments)."""
+    warp, lane = divmod(thread, 32)
+    row = 16 * warp + lane // 4 + (8 if register in (1, 3) else 0)
+    column = 2 * (lane % 4) + half + (8 if register >= 2 else 0)
+    return row, column
+
+
+def test_shifted_words_are_the_fragments_of_wgmma():
+    codes = np.random.default_rng(0).integers(0, 16, (128, 192)).astype(np.uint8)  # [K, N]
+    words = np.asarray(to_fragments(jnp.asarray(codes))).view(np.uint32)
+    tiles = words.reshape(3, 2, 128, 4)  # [N / 64, K / 64, thread, step of 16]
+    for strip, tile, thread, step, register, half in np.ndindex(3, 2, 128, 4, 4, 2):
+        held = (tiles[strip, tile, thread, step] >> (4 * register) & 0x000F000F) >> (16 * half) & 0xFFFF
+        row, column = fragment(thread, register, half)
+        assert held == codes[64 * tile + 16 * step + column, 64 * strip + row]
+
+
+@pytest.mark.parametrize("shape", [(128, 64), (2, 200, 128), (3, 2, 5, 64)])
+def test_fragments_are_lossless_and_filled_with_level_zero(shape):
+    codes = jnp.asarray(np.random.default_rng(1).integers(0, 16, shape), jnp.uint8)
+    words = to_fragments(codes)
+    assert words.dtype == jnp.int32
+    np.testing.assert_array_equal(of_fragments(words, shape[-2]), codes)
+    filled = of_fragments(words, words.shape[-1] // 8)
+    assert filled.shape[-2] % 128 == 0 and (np.asarray(filled)[..., shape[-2] :, :] == EMPTY).all()
+
+
+@pytest.mark.parametrize(
+    "shape, axis, group_size", [((256, 128), -2, 128), ((64, 300), -1, 32), ((3, 128, 64), -2, 64)]
+)
+def test_prepare_for_hopper_is_lossless_and_keeps_products(shape, axis, group_size):
+    q = hopper(shape, axis, group_size, zero_points=True, offsets=axis == -1)
+    prepared = prepare(q, "NVIDIA H200", layout="hopper")
+    assert (prepared.layout, prepared.shape, prepared.num_groups) == ("hopper", q.shape, q.num_groups)
+    back = to_neutral(prepared)
+    assert jax.tree.structure(back) == jax.tree.structure(q)
+    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(q), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(prepared.dequantize(), q.dequantize())
+    if axis == -2:
+        x = jnp.asarray(np.random.default_rng(2).normal(size=(*shape[:-2], 5, shape[-2])), jnp.float32)
+        np.testing.assert_allclose(jq4.matmul(x, prepared), x @ q.dequantize(), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_a_hopper_weight_are_those_of_the_dense_one():
+    q = hopper((200, 64), group_size=64, zero_points=True)
+    prepared = prepare(q, "NVIDIA H200", layout="hopper")
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(3, 200)), jnp.float32)
+
+    def loss(x, scale, q):
+        part = q.__class__(**{**q.__dict__, "scale": scale})
+        return jnp.sum(jnp.sin(jq4.matmul(x, part).astype(jnp.float32)))
+
+    wanted = jax.grad(loss, (0, 1))(x, q.scale, q)
+    for one, other in zip(jax.grad(loss, (0, 1))(x, prepared.scale, prepared), wanted, strict=True):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_what_has_no_fragments_gets_the_gpu_layout():
+    uneven = prepare(hopper((128, 72)), "NVIDIA H200", layout="hopper")
+    groups = prepare(hopper((128, 64), group_size=16), "NVIDIA H200", layout="hopper")
+    assert (uneven.layout, groups.layout) == ("gpu", "gpu")
+    assert prepare(hopper((128, 64)), "NVIDIA H200").layout == "gpu"
+    with pytest.raises(JQ4Error, match="layout 'hopper' is not for 'NVIDIA B200': wanted None, 'gpu'"):
+        prepare(hopper((128, 64)), "NVIDIA B200", layout="hopper")
+    with pytest.raises(JQ4Error, match="layout 'gpu' is not for 'cpu'"):
+        prepare(hopper((128, 64)), "cpu", layout="gpu")
+
+
+def traced_for(kind):
+    described = jax.sharding.AbstractDevice(kind, 132, "gpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("chip",), auto, abstract_device=described)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def test_the_kernel_is_for_hopper_alone_and_says_so():
+    spec = PackedSpec(256, layout="hopper")
+    for kind, name in {"NVIDIA H200": "mosaic_gpu", "NVIDIA H100 80GB HBM3": "mosaic_gpu"}.items():
+        with traced_for(kind):
+            assert choose(None, "gpu", spec) == name
+            assert choose(None, "gpu", PackedSpec(256, layout="gpu", orientation="nk")) == "xla"
+    for kind in ("NVIDIA B200", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S"):
+        with traced_for(kind):
+            assert choose(None, "gpu", spec) == "xla"
+    w = Packed(to_fragments(jnp.zeros((256, 64), jnp.uint8)), jnp.ones((2, 64), jnp.bfloat16))
+    with pytest.raises(
+        UnsupportedError, match=r"runs on Hopper GPUs \(compute capability 9.0\), and this is traced for"
+    ):
+        int4_matmul(jnp.ones((1, 256), jnp.bfloat16), *w, spec=spec, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match=r"codes of shape \(1, 2048\) hold 2048 along K, wanted 3072"):
+        int4_matmul(jnp.ones((1, 300), jnp.bfloat16), *w, spec=PackedSpec(300, layout="hopper"))
+
+
+def test_rows_of_a_hopper_weight_are_int4():
+    codes = np.random.default_rng(0).integers(0, 16, (130, 64)).astype(np.uint8)
+    w = Packed(to_fragments(jnp.asarray(codes)), jnp.ones((2, 64), jnp.bfloat16))
+    rows, spec = rows_of(w, PackedSpec(130, layout="hopper"))
+    np.testing.assert_array_equal(np.asarray(rows.codes, np.int32), codes.astype(np.int32) - 8)
+    assert (rows.scale.shape, spec.layout) == ((2, 1, 64), "tpu")
+
+
+@pytest.mark.parametrize("gpu", HOPPER, ids=lambda gpu: gpu.kind)
+def test_every_plan_fits_its_gpu(gpu):
+    for m, k, n, group in [(1, 4096, 4096, 128), (16, 8192, 28672, 128), (64, 28672, 8192, 64), (700, 4096, 14336, 32)]:
+        for size in (group, k):
+            problem = GpuProblem(m, k, n, -(-k // size), size)
+            plan = choose_plan(problem, gpu)
+            assert shared_bytes(problem, plan) <= gpu.shared_memory
+            assert plan.tile_m % 8 == 0 and plan.tile_m <= 256 and plan.tile_k % 64 == 0
+            assert plan.tile_k % min(size, plan.tile_k) == 0 or size % plan.tile_k == 0
+
+
+def test_few_columns_are_split_along_k():
+    h200 = gpu_named("NVIDIA H200")
+    assert h200 is not None
+    assert choose_plan(GpuProblem(1, 14336, 4096, 112, 128), h200).splits > 1
+    assert choose_plan(GpuProblem(16, 8192, 28672, 64, 128), h200).splits == 1
