@@ -38,8 +38,9 @@ from pallas_kernels.int4_matmul.gpu_chips import gpu_named
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, of_fragments, padded_length, to_fragments
 from pallas_kernels.int4_matmul.mosaic_gpu import layout_refusal
 from pallas_kernels.int4_matmul.spec import GPU, HOPPER, TPU, PackedSpec
-from pallas_kernels.int4_matmul.tiles import Packed, int4_to_words, words_to_int4
+from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu import GROUP_MULTIPLE
+from pallas_kernels.int4_matmul.words import int4_to_words, words_to_int4
 from pallas_kernels.int4_matmul.xla import as_int4
 
 _GPUS = ("H200", "H100", "H20", "H800", "GH200", "A100", "A800", "A30", "A10", "L40", "L4", "B200", "B300", "GB200")

@@ -16,8 +16,9 @@ from jq4.qarray import QArray
 from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
 from pallas_kernels.grouped_int4_matmul.tpu import grouped_int4_matmul_tpu, work_items
 from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError
-from pallas_kernels.int4_matmul.tiles import Packed, int4_to_words, words_to_int4
+from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu_chips import chip_named
+from pallas_kernels.int4_matmul.words import int4_to_words, words_to_int4
 
 # rows of each expert, K, N, group, zero points, offsets
 CASES = {

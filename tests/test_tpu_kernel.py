@@ -14,12 +14,13 @@ import jq4
 from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, int4_matmul
 from pallas_kernels.int4_matmul.registry import BACKENDS, choose
 from pallas_kernels.int4_matmul.shapes import SHAPES
-from pallas_kernels.int4_matmul.tiles import Packed, int4_to_words, words_to_int4
+from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu import int4_matmul_tpu
 from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan, vmem_of
 from pallas_kernels.int4_matmul.tpu_chips import CHIPS, UNKNOWN, chip_named, traced_chip
 from pallas_kernels.int4_matmul.tpu_forms import magic_order
 from pallas_kernels.int4_matmul.tpu_transposed import int4_matmul_tpu_transposed
+from pallas_kernels.int4_matmul.words import int4_to_words, words_to_int4
 
 FORMS = ("direct", "magic", "wscale")
 

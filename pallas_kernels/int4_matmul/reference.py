@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import packing
 from pallas_kernels.int4_matmul.spec import NEUTRAL, PackedSpec
-from pallas_kernels.int4_matmul.tiles import words_to_int4
+from pallas_kernels.int4_matmul.words import words_to_int4
 
 
 def dequantize(codes, scale, zero_point, offset, spec: PackedSpec) -> jax.Array:

@@ -13,7 +13,6 @@ A field's floats are exactly what dequantizing gives: (code - zero_point) * scal
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from jax import lax
 
 from pallas_kernels import packing
 from pallas_kernels.int4_matmul.spec import NEUTRAL, TPU, PackedSpec
+from pallas_kernels.int4_matmul.words import words_to_int4
 
 # Floats of one tile: they stay in a CPU's cache, yet are enough for a product to run at full speed. One row of x is
 # bound by the unpacking, and gains from fewer, larger steps.
@@ -53,25 +53,19 @@ def unit_of(spec: PackedSpec) -> int:
 
 def flat_scales(w: Packed, spec: PackedSpec) -> Packed:
     """Scales [G, 1, N] of the tpu layout as [G, N], and its words as int4; others as they are."""
+    w = squeezed_scales(w, spec)
+    return w._replace(codes=words_to_int4(w.codes, spec.length)) if holds_words(w, spec) else w
+
+
+def holds_words(w: Packed, spec: PackedSpec) -> bool:
+    return spec.layout == TPU and w.codes.dtype == jnp.int32
+
+
+def squeezed_scales(w: Packed, spec: PackedSpec) -> Packed:
+    """Scales [G, 1, N] of the tpu layout as [G, N]; others as they are."""
     if spec.layout != TPU:
         return w
-    codes = words_to_int4(w.codes, spec.length) if w.codes.dtype == jnp.int32 else w.codes
-    return Packed(codes, *(None if part is None else jnp.squeeze(part, -2) for part in w[1:]))
-
-
-def int4_to_words(codes: jax.Array) -> jax.Array:
-    """i32[*B, ceil(K / 8), N] of int4[*B, K, N]: row 8r + j in bits 4j to 4j + 3 of word r, zeros after the last."""
-    codes = jnp.pad(codes.astype(jnp.int8), [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % 8), (0, 0)])
-    rows = codes.reshape(*codes.shape[:-2], -1, 8, codes.shape[-1])
-    fields = [(rows[..., j, :].astype(jnp.int32) & 15) << (4 * j) for j in range(8)]
-    return functools.reduce(jnp.bitwise_or, fields)
-
-
-def words_to_int4(words: jax.Array, length: int) -> jax.Array:
-    """Undoes `int4_to_words`: int4[*B, length, N]."""
-    fields = [((words << (28 - 4 * j)) >> 28).astype(jnp.int8) for j in range(8)]
-    codes = jnp.stack(fields, -2).reshape(*words.shape[:-2], -1, words.shape[-1])
-    return lax.slice_in_dim(codes, 0, length, axis=-2).astype(jnp.int4)
+    return Packed(w.codes, *(None if part is None else jnp.squeeze(part, -2) for part in w[1:]))
 
 
 # --- cutting ---------------------------------------------------------------------------------------------------

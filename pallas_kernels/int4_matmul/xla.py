@@ -8,8 +8,10 @@ ten times slower than a float product, on a TPU it doubles the bytes of the bf16
           with an eighth of its memory (benchmarks/cpu_matmul.py).
     tpu   int4 [K, N]. Few rows: one dot a group, whose convert the compiler fuses, and the partial sums scaled.
           Many rows: N tiles of scaled bf16 weights, so that each is one deep dot.
-    gpu   int4 [N, K], by the same two forms. (One scaled product of the whole is fused by JAX 0.12's Triton, but
-          JAX 0.10.2 writes its dense weight to memory.)
+          Words of eight codes, whatever the rows: one dot a group. Nothing is cut along N, so that a program that XLA
+          partitions along it gathers no weights; this form serves where the kernel cannot (partitioned.py).
+    gpu   int4 [N, K], by the same two forms as int4 on a TPU. (One scaled product of the whole is fused by JAX 0.12's
+          Triton, but JAX 0.10.2 writes its dense weight to memory.)
 
 Neutral bytes on a TPU or GPU, and what has no int4 form (other bits, codebooks), go by N tiles everywhere: slower, as
 the bytes are unpacked by vector operations at every call, but in bounded memory (re-laying the whole weight inside the
@@ -27,6 +29,7 @@ from pallas_kernels import packing
 from pallas_kernels.int4_matmul import tiles
 from pallas_kernels.int4_matmul.spec import NEUTRAL, TPU, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.words import words_to_integers
 
 # Up to so many rows the partial sums of the groups are scaled; above, the weights are. KERNELS: the crossing lies
 # between 16 and 64 on the TPUs whose schedules were counted; one f32 sum a group and row must stay below the weight.
@@ -45,6 +48,8 @@ def int4_matmul_xla(x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str,
         x, w = x.astype(accumulator(x.dtype)), tiles.flat_scales(w, spec)
         few = x.shape[0] <= ROW_BLOCK_ROWS and spec.orientation == "kn"
         return (by_row_blocks if few else by_column_tiles)(x, w, spec, precision)
+    if tiles.holds_words(w, spec) and (spec.num_groups == 1 or spec.group_size % 8 == 0):
+        return by_groups(x, tiles.squeezed_scales(w, spec), spec, precision)
     w = tiles.flat_scales(w, spec)
     if spec.layout != NEUTRAL and x.shape[0] <= DECODE_ROWS:
         return by_groups(x, w, spec, precision)
@@ -119,7 +124,10 @@ def by_row_blocks(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = No
 
 
 def by_groups(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) -> jax.Array:
-    """Int4 codes go into one dot a group as they are; partial sums [G, M, N] are scaled and added. Scales are flat."""
+    """Codes, int4 or words, go into one dot a group as they are; partial sums [G, M, N] are scaled and added.
+
+    Scales are flat.
+    """
     k, group = spec.length, min(spec.group_size, spec.length)
     whole = k // group * group
     kn = spec.orientation == "kn"
@@ -129,14 +137,8 @@ def by_groups(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) 
 
     def partial(first: int, last: int, groups: int) -> jax.Array:
         rows = x[:, first:last].reshape(x.shape[0], groups, -1)  # [M, G, g]
-        axis = 0 if kn else 1
-        codes = lax.slice_in_dim(w.codes, first, last, axis=axis).astype(x.dtype)
-        if kn:
-            codes = codes.reshape(groups, -1, codes.shape[-1])
-            equation = "mgk,gkn->gmn"
-        else:
-            codes = codes.reshape(codes.shape[0], groups, -1)
-            equation = "mgk,ngk->gmn"
+        codes = _codes_of_groups(w.codes, spec, first, last, groups).astype(x.dtype)
+        equation = "mgk,gkn->gmn" if kn else "mgk,ngk->gmn"
         return jnp.einsum(equation, rows, codes, preferred_element_type=accumulator(x.dtype), precision=precision)
 
     sums = partial(0, whole, whole // group) * scale[: whole // group, None, :]
@@ -147,6 +149,16 @@ def by_groups(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) 
         sums_of_x = tiles.sum_over_groups(x.astype(jnp.float32), dataclasses.replace(spec, orientation="nk"), 0)
         out = out + jnp.matmul(sums_of_x, constant, precision=lax.Precision.HIGHEST)
     return out
+
+
+def _codes_of_groups(codes: jax.Array, spec: PackedSpec, first: int, last: int, groups: int) -> jax.Array:
+    """Codes [first, last) along K as [groups, g, N], or [N, groups, g]; words start with a group and end with one."""
+    if codes.dtype == jnp.int32:
+        held = lax.slice_in_dim(codes, first // 8, -(-last // 8), axis=0)
+        return words_to_integers(held.reshape(groups, -1, held.shape[-1]), (last - first) // groups)
+    axis = 0 if spec.orientation == "kn" else 1
+    codes = lax.slice_in_dim(codes, first, last, axis=axis)
+    return codes.reshape(*codes.shape[:axis], groups, -1, *codes.shape[axis + 1 :])
 
 
 def _constant(scales: list[Any], spec: PackedSpec) -> Any:
