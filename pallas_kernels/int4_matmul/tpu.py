@@ -40,7 +40,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.int4_matmul import tpu_forms
+from pallas_kernels.int4_matmul import tpu_forms, tpu_tables
 from pallas_kernels.int4_matmul.spec import TPU, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan
@@ -94,12 +94,21 @@ def int4_matmul_tpu(
     terms = bf16_terms(x, lax.Precision.DEFAULT if integers else precision)  # bf16[T, M, K]
     count, m, k = terms.shape
     n = w.codes.shape[1]
-    problem = Problem(count * m, k, n, spec.num_groups, spec.group_size, w.zero_point is not None, w.offset is not None)
-    plan = plan or choose_plan(problem, chip or traced_chip(), count > 1, integers)
+    flags = (w.zero_point is not None, w.offset is not None)
+    problem = Problem(count * m, k, n, spec.num_groups, spec.group_size, *flags, number=number_of(spec))
+    chip = chip or traced_chip()
+    plan = plan or choose_plan(problem, chip, count > 1, integers)
     dtype = jnp.float32 if dtype == jnp.float16 else dtype  # the caller's own rounding
     rows = terms.reshape(count * m, k).astype(jnp.int8 if plan.form == "integer" else jnp.bfloat16)
-    out = _call(rows, w, plan, spec, jnp.float32 if count > 1 else dtype, interpret)
+    written = jnp.float32 if count > 1 else dtype
+    tables = tpu_tables.tables_for(spec.levels, chip.name, count)
+    out = functools.reduce(jnp.add, [_call(rows, w, table, plan, spec, written, interpret) for table in tables])
     return out if count == 1 else jnp.sum(out.reshape(count, m, n), 0)
+
+
+def number_of(spec: PackedSpec) -> str:
+    """What kind of codes a weight has, for Problem."""
+    return "table" if spec.levels is not None else f"int{spec.bits}"
 
 
 def asks_for_float32(dtype: Any, precision: Any) -> bool:
@@ -129,7 +138,7 @@ def _passes(precision: Any) -> int:
     ]
 
 
-def _call(x: jax.Array, w: Packed, plan: Plan, spec: PackedSpec, dtype: Any, interpret: bool) -> jax.Array:
+def _call(x: jax.Array, w: Packed, table: Any, plan: Plan, spec: PackedSpec, dtype: Any, interpret: bool) -> jax.Array:
     """[M, N] from bf16 or int8 x[M, K]."""
     (m, k), n = x.shape, w.codes.shape[1]
     bm, bk, bn = plan.block_m, plan.block_k, plan.block_n
@@ -140,16 +149,18 @@ def _call(x: jax.Array, w: Packed, plan: Plan, spec: PackedSpec, dtype: Any, int
     per_block = bk // group
     over = 0 if repeat > 1 else steps * per_block - spec.num_groups  # groups that the last block has too many
     x = jnp.pad(x, ((0, 0), (0, steps * bk - k)))
-    if plan.form == "magic":
+    if plan.form == "magic" or table is not None:
         x = tpu_forms.magic_order(x, group)
     by_group = pl.BlockSpec((per_block, 1, bn), lambda i, j, k: (lax.div(k, jnp.int32(repeat)), 0, j))
     x_columns = steps * bk if plan.resident else bk
+    stored = tpu_forms.rows_of_a_code(w.codes, spec.bits)
     parts = map(tpu_forms.without_float16, w[1:])
     full = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in parts]
     operands = {
         "x": (x, pl.BlockSpec((bm, x_columns), lambda i, j, k: (i, 0 if plan.resident else k))),
-        "codes": (w.codes, pl.BlockSpec((bk // tpu_forms.rows_of_a_code(w.codes), bn), lambda i, j, k: (k, j))),
+        "codes": (w.codes, pl.BlockSpec((bk // stored, bn), lambda i, j, k: (k, j))),
         **{name: (part, by_group) for name, part in zip(("scale", "zero_point", "offset"), full, strict=True)},
+        "table": tpu_tables.operand(table),
     }
     present = {name: pair for name, pair in operands.items() if pair[0] is not None}
     kernel = functools.partial(
@@ -168,7 +179,8 @@ def _call(x: jax.Array, w: Packed, plan: Plan, spec: PackedSpec, dtype: Any, int
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=plan.vmem_limit,
             allow_input_fusion=tuple(
-                not plan.loops and name != "x" and array.dtype.itemsize == 4 for name, (array, _) in present.items()
+                not plan.loops and name not in ("x", "table") and array.dtype.itemsize == 4
+                for name, (array, _) in present.items()
             ),
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
@@ -202,4 +214,4 @@ def _block_of(refs: dict[str, Any], block_k: int) -> tpu_forms.Block:
     x = refs["x"]
     if x.shape[1] != block_k:
         x = x.at[:, pl.ds(pl.multiple_of(pl.program_id(2) * block_k, block_k), block_k)]
-    return tpu_forms.Block(x, refs["codes"], refs["scale"], refs.get("zero_point"), refs.get("offset"))
+    return tpu_forms.Block(**{**refs, "x": x})

@@ -27,16 +27,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from pallas_kernels.int4_matmul import tpu_counted
 from pallas_kernels.int4_matmul.tpu_chips import Chip
 from pallas_kernels.int4_matmul.tpu_forms import LANES
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One product: x[m, k] by codes [k, n] in `groups` groups of `group_size`."""
+    """One product: x[m, k] by codes [k, n] in `groups` groups of `group_size`; `number` is int4, int8 or table."""
 
     m: int
     k: int
@@ -45,6 +47,11 @@ class Problem:
     group_size: int
     zero_points: bool = False
     offsets: bool = False
+    number: str = "int4"
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.number == "int8" else 4
 
     @property
     def unit(self) -> int:
@@ -113,6 +120,11 @@ CORRECTION = {"direct": (1.8, 1.2), "magic": (1.4, 1.15), "integer": (1.8, 1.2),
 STEP_BUNDLES = 110  # of a step, whatever its size
 LOOP_BUNDLES = 100  # of a turn of the loop over chunks, which drains the MXU
 
+
+def counted(chip: str, number: str) -> dict[str, Any]:
+    return COUNTED[chip] if number == "int4" else tpu_counted.OTHERS[number][chip]
+
+
 BLOCKS_N = (2048, 1024, 512, 256, 128)
 MOST_CODES = {1: 2**22, 2: 2**21}  # of a block, by the cores of a device: 2 and 1 MiB
 LEAST_CODES = 2**21  # of a block at decode, where there are so many: 1 MiB
@@ -134,7 +146,8 @@ def choose_plan(
     if not plans:
         raise ValueError(f"no block of {problem} fits the {chip.vmem >> 20} MiB of a {chip.name}: {problem.unit=}")
     if problem.m <= DECODE_ROWS:
-        plans = [plan for plan in plans if plan.block_k * plan.block_n >= LEAST_CODES] or plans
+        least = LEAST_CODES * 4 // problem.bits
+        plans = [plan for plan in plans if plan.block_k * plan.block_n >= least] or plans
     return min(plans, key=lambda plan: seconds(problem, plan, chip) * (1.0 if plan.form in EXACT else 1.05))
 
 
@@ -145,14 +158,16 @@ def fitting(problem: Problem, chip: Chip, exact: bool, integers: bool, resident:
 
 
 def candidates(problem: Problem, chip: Chip, exact: bool, integers: bool) -> Iterator[Plan]:
-    forms = [form for form in COUNTED[chip.name] if (form in EXACT or not exact) and (form != "integer" or integers)]
+    known = counted(chip.name, problem.number)
+    forms = [form for form in known if (form in EXACT or not exact) and (form != "integer" or integers)]
     rows = sorted({problem.m, 256, 512, 1024}) if problem.m > 256 else [problem.m]
+    most = MOST_CODES[chip.cores] * 4 // problem.bits
     for form in forms:
         for block_m in (m for m in rows if m <= min(problem.m, 1024)):
             for block_k in depths(problem):
                 chunk = chunk_of(problem, form, block_m, block_k, chip)
                 for block_n in widths(problem):
-                    if block_k * block_n <= MOST_CODES[chip.cores] or block_k == min(depths(problem)):
+                    if block_k * block_n <= most or block_k == min(depths(problem)):
                         for resident in (True, False):
                             wide = form == "wscale" and not chip.bf16_vector
                             yield Plan(form, block_m, block_k, block_n, resident, chunk, wide=wide)
@@ -197,14 +212,15 @@ def seconds(problem: Problem, plan: Plan, chip: Chip) -> float:
     bundles = bundles_of_step(problem, plan, chip) / chip.clock
     transfer = bytes_of_step(problem, plan, steps_n, steps_k) / chip.bandwidth
     step = max(bundles, transfer) + STEP_BUNDLES / chip.clock
-    copied = problem.k * problem.n / chip.cores if plan.loops else 0  # half a byte a code, read and written
+    copied = problem.k * problem.n * problem.bits / 4 / chip.cores if plan.loops else 0  # codes, read and written
     return -(-steps_m * steps_n // chip.cores) * steps_k * step + transfer + copied / chip.bandwidth
 
 
 def bundles_of_step(problem: Problem, plan: Plan, chip: Chip) -> float:
     """Without STEP_BUNDLES."""
     group = plan.block_k if problem.groups == 1 else problem.group_size
-    count = bundles_of_tile(chip.name, plan.form, plan.block_m, group) * plan.block_k * plan.block_n / 2**20
+    area = plan.block_k * plan.block_n / 2**20
+    count = bundles_of_tile(chip.name, problem.number, plan.form, plan.block_m, group) * area
     if problem.zero_points or problem.offsets:
         count *= CORRECTION[plan.form][group >= 128]
     if plan.block_n < chip.mxu_depth:  # half of a wide MXU
@@ -214,11 +230,11 @@ def bundles_of_step(problem: Problem, plan: Plan, chip: Chip) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def bundles_of_tile(chip: str, form: str, rows: int, group: int) -> float:
+def bundles_of_tile(chip: str, number: str, form: str, rows: int, group: int) -> float:
     """Of 1024 x 1024 codes, without STEP_BUNDLES: COUNTED, linear in the rows and in the number of groups between."""
-    counted = np.asarray(COUNTED[chip][form], float) - STEP_BUNDLES  # [rows, group]
+    bundles = np.asarray(counted(chip, number)[form], float) - STEP_BUNDLES  # [rows, group]
     within = min(rows, COUNTED_ROWS[-1])
-    short, long = (float(np.interp(within, COUNTED_ROWS, counted[:, i])) * rows / within for i in (0, 1))
+    short, long = (float(np.interp(within, COUNTED_ROWS, bundles[:, i])) * rows / within for i in (0, 1))
     share = (1 / group - 1 / 128) / (1 / 32 - 1 / 128)
     return max(long + (short - long) * share, 0.6 * long)
 
@@ -227,7 +243,7 @@ def bytes_of_step(problem: Problem, plan: Plan, steps_n: int, steps_k: int) -> f
     """HBM bytes: codes, scales and their kin, x where it is read again, and the result."""
     a_column = 2 + problem.zero_points + 2 * problem.offsets
     groups = plan.block_k / (problem.k if problem.groups == 1 else problem.group_size)
-    weights = plan.block_n * (plan.block_k / 2 + groups * a_column)
+    weights = plan.block_n * (plan.block_k * problem.bits / 8 + groups * a_column)
     x = 2 * plan.block_m * plan.block_k / (steps_n if plan.resident or steps_k == 1 else 1)
     return weights + x + 2 * plan.block_m * plan.block_n / steps_k
 
@@ -244,5 +260,5 @@ def vmem_of(problem: Problem, plan: Plan) -> int:
         stack = (5 if many else 2) * chunk * bn
     else:
         stack = 4 * bm * bn * (max(1, groups * chunk // bk) if plan.block_m > 16 else 1)
-    codes = bk * bn // 2 * (1 if plan.loops else 2)  # and as much for a slice that is read in place
+    codes = bk * bn * problem.bits // 8 * (1 if plan.loops else 2)  # and as much for a slice that is read in place
     return 2 * (codes + columns + x + 4 * bm * bn) + 4 * bm * bn + stack + 2**20

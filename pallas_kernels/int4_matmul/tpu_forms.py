@@ -37,6 +37,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.int4_matmul import tpu_tables
+
 LANES = 128
 
 
@@ -51,6 +53,8 @@ class Block(NamedTuple):
         than the block, the index map repeats its row and `group` is bk.
       zero_point: u8[bk / group, 1, bn] or None, counted in unsigned codes.
       offset: [bk / group, 1, bn] or None.
+      table: i32[tables, 8, 128] of tpu_tables.py where codes are indices of levels, or None. Codes are int8, or words
+        of four, where they are of eight bits.
     """
 
     x: Any
@@ -58,6 +62,7 @@ class Block(NamedTuple):
     scale: Any
     zero_point: Any = None
     offset: Any = None
+    table: Any = None
 
 
 def accumulate(form: Any, block: Block, group: int, chunk: int, total: Any) -> None:
@@ -71,14 +76,14 @@ def accumulate(form: Any, block: Block, group: int, chunk: int, total: Any) -> N
         total[...] += form(block, group)
         return
     inner = min(group, chunk)  # a block of one group has one row of scales for all of its chunks
-    per, stored = (chunk // group if inner == group else 0), chunk // rows_of_a_code(block.codes)
+    per, stored = (chunk // group if inner == group else 0), _stored(block, chunk)
 
     @pl.loop(0, depth // chunk)
     def _(index: jax.Array) -> None:
         x = block.x[:, pl.ds(pl.multiple_of(index * chunk, chunk), chunk)]
         codes = block.codes[pl.ds(pl.multiple_of(index * stored, stored), stored), :]
-        groups = [part if part is None or not per else part[pl.ds(index * per, per)] for part in block[2:]]
-        total[...] += form(Block(x, codes, *groups), inner)
+        groups = [part if part is None or not per else part[pl.ds(index * per, per)] for part in block[2:5]]
+        total[...] += form(Block(x, codes, *groups, table=block.table), inner)
 
 
 def empty_the_end(block: Block, *, axis: int, over: int, steps: int) -> None:
@@ -98,27 +103,30 @@ def without_float16(part: Any) -> Any:
     return part.astype(jnp.float32) if part is not None and part.dtype == jnp.float16 else part
 
 
-def rows_of_a_code(codes: Any) -> int:
-    """Rows of W that one row of the array of codes holds: 8 in words."""
-    return 8 if codes.dtype == jnp.int32 else 1
+def rows_of_a_code(codes: Any, bits: int = 4) -> int:
+    """Rows of W that one row of the array of codes holds: 8 in words of four bits each."""
+    return 32 // bits if codes.dtype == jnp.int32 else 1
 
 
-def as_int4(codes: jax.Array) -> jax.Array:
-    """int4[bk, bn] of int4 or words: the same bits, read otherwise."""
-    return pltpu.bitcast(codes, jnp.int4) if codes.dtype == jnp.int32 else codes
+def as_elements(codes: jax.Array, rows: int) -> jax.Array:
+    """int4 or int8[rows, bn] of such codes, or of words of them: the same bits, read otherwise."""
+    if codes.dtype != jnp.int32:
+        return codes
+    return pltpu.bitcast(codes, jnp.int4 if rows == 8 * codes.shape[0] else jnp.int8)
 
 
 def direct(block: Block, group: int, *, upcast: bool = False) -> jax.Array:
     """`upcast` unpacks before the dot, for an interpreter that has no product of bf16 by int4."""
 
     def weight(codes: jax.Array) -> jax.Array:
-        return as_int4(codes).astype(jnp.bfloat16) if upcast else as_int4(codes)
+        levels = _levels(block, codes, group, group)
+        return levels.astype(jnp.bfloat16) if upcast or levels.dtype == jnp.int8 else levels
 
     return _by_groups(block, group, weight, center=0.0)
 
 
 def integer(block: Block, group: int) -> jax.Array:
-    return _by_groups(block, group, lambda codes: as_int4(codes).astype(jnp.int8), center=0.0)
+    return _by_groups(block, group, lambda codes: as_elements(codes, group).astype(jnp.int8), center=0.0)
 
 
 def magic(block: Block, group: int) -> jax.Array:
@@ -134,17 +142,18 @@ def dense(block: Block, group: int, *, wide: bool = False) -> jax.Array:
 
     `wide` computes in f32, with the same result, for chips that have no bf16 vectors and would convert back and forth.
     """
-    codes = as_int4(block.codes[...])
+    levels = _levels(block, block.codes[...], block.scale.shape[0] * group, group)
     # one rounding: a bf16 scale times a small integer is rounded once by a bf16 product, anything else by f32's end
-    exact = block.scale.dtype == jnp.bfloat16 and block.offset is None and not wide
+    small = levels.dtype != jnp.int8 or block.zero_point is None
+    exact = block.scale.dtype == jnp.bfloat16 and block.offset is None and small and not wide
     dtype = jnp.bfloat16 if exact else jnp.float32
-    weight = codes.astype(dtype).reshape(-1, group, codes.shape[1])
+    weight = levels.astype(dtype).reshape(-1, group, levels.shape[1])
     if block.zero_point is not None:
-        weight = weight - _shift(block.zero_point[...]).astype(dtype)
+        weight = weight - _shift(block, block.zero_point[...], group).astype(dtype)
     weight = weight * block.scale[...].astype(dtype)
     if block.offset is not None:
         weight = weight + block.offset[...].astype(dtype)
-    return weight.reshape(codes.shape).astype(jnp.bfloat16)
+    return weight.reshape(levels.shape).astype(jnp.bfloat16)
 
 
 def magic_order(x: jax.Array, group: int) -> jax.Array:
@@ -169,12 +178,12 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
 def _by_groups(block: Block, group: int, weight: Any, center: float) -> jax.Array:
     """The sum over groups of (x_i @ weight(codes_i) - sums_i * (center + shift_i)) * scale_i + sums_i * offset_i."""
     total = None
-    stored = group // rows_of_a_code(block.codes)
+    stored = _stored(block, group)
     for i in range(block.x.shape[1] // group):
         x = block.x[:, i * group : (i + 1) * group]
         partial = product(x, weight(block.codes[i * stored : (i + 1) * stored, :]))
         if center or block.zero_point is not None:
-            shift = center if block.zero_point is None else _shift(block.zero_point[i]) + center
+            shift = center if block.zero_point is None else _shift(block, block.zero_point[i], group) + center
             partial = partial - _row_sums(x) * shift
         partial = partial * block.scale[i].astype(jnp.float32)
         if block.offset is not None:
@@ -190,9 +199,23 @@ def _row_sums(x: jax.Array) -> jax.Array:
     return jnp.sum(wide.astype(jnp.float32), axis=1, keepdims=True)
 
 
-def _shift(zero_point: jax.Array) -> jax.Array:
+def _shift(block: Block, zero_point: jax.Array, group: int) -> jax.Array:
     """f32: the zero point counted from the code of level zero; by way of i32, which every chip converts."""
-    return zero_point.astype(jnp.int32).astype(jnp.float32) - 8.0
+    eight_bits = block.codes.dtype == jnp.int8 or 4 * block.codes.shape[0] == block.scale.shape[0] * group
+    return zero_point.astype(jnp.int32).astype(jnp.float32) - (128.0 if eight_bits else 8.0)
+
+
+def _stored(block: Block, rows: int) -> int:
+    """Rows of the array of codes that hold `rows` rows of W."""
+    return rows * block.codes.shape[0] // block.x.shape[1]
+
+
+def _levels(block: Block, codes: jax.Array, rows: int, group: int) -> jax.Array:
+    """[rows, bn] in the order of K as int4 or int8, or from a table as bf16 in `magic_order`."""
+    if block.table is None:
+        return as_elements(codes, rows)
+    words = codes if codes.dtype == jnp.int32 else pltpu.bitcast(codes, jnp.int32)
+    return tpu_tables.levels_of(words, block.table[...], _chunk(group))
 
 
 def _magic_weight(codes: jax.Array) -> jax.Array:
