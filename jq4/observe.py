@@ -21,6 +21,7 @@ from jax.core import Tracer
 from jq4.axes import is_array, watched_call
 from jq4.beside import beside, device_of
 from jq4.errors import JQ4Error
+from jq4.qarray import is_qarray
 from jq4.sparing_jit import sparing_jit
 from jq4.statistics import CHEAP, Statistics, WeightStatistics, check_collectable, condensed, merge, settled
 from jq4.watch import Frame, Watcher
@@ -49,7 +50,7 @@ def observe(
 
     Args:
       function: any traceable function; called as function(tree, batch), or function(tree, *batch) for a tuple.
-      tree: the parameters, dense; a weight is a float leaf of two axes or more.
+      tree: the parameters; a weight is a float leaf of two axes or more. QArrays are dequantized, in the program.
       batches: pytrees of arrays; may be a generator, of which one batch a device is held at a time.
       collect: some of "absmax", "mean", "mean_square", "hessian" (counts always come along), or a function from a
         leaf's path to them. A Hessian of K inputs takes 4*K*K bytes a slice, so it is only collected where asked.
@@ -66,7 +67,7 @@ def observe(
     def gather(arguments: Any) -> Watcher:
         tree, args = arguments
         watcher = Watcher(collects)
-        leaves, run = watched_call(function, watcher, tree, args, {})
+        leaves, run = watched_call(function, watcher, dense(tree), args, {})
         run(leaves)
         return watcher
 
@@ -114,10 +115,16 @@ def _added(
     return total | _settled(new) | _merge({path: total[path] for path in both}, both)
 
 
-@jax.jit
 def _settled(found: dict[str, WeightStatistics]) -> dict[str, WeightStatistics]:
-    """Outer products summed, and copies of the rest: a program may give back an array that it was given."""
-    return {path: settled(statistics) for path, statistics in found.items()}
+    """Outer products summed, in arrays of their own: a program may give back an array that it was given."""
+    return _merge(_nothing(found), found)
+
+
+@jax.jit
+def _nothing(found: dict[str, WeightStatistics]) -> dict[str, WeightStatistics]:
+    """A total of no rows. (Made by the program that adds to it, it would lie in its temporaries as well.)"""
+    total = {path: settled(statistics) for path, statistics in found.items()}
+    return jax.tree.map(jnp.zeros_like, total)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -127,6 +134,11 @@ def _merge(total: dict[str, WeightStatistics], found: dict[str, WeightStatistics
 
 def _is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def dense(tree: Any) -> Any:
+    """The tree with its QArrays dequantized."""
+    return jax.tree.map(lambda leaf: leaf.dequantize() if is_qarray(leaf) else leaf, tree, is_leaf=is_qarray)
 
 
 def as_arguments(batch: Any) -> tuple[Any, ...]:

@@ -10,8 +10,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jq4 import jax_compat
-
 _STRIP = 512
 
 
@@ -32,10 +30,6 @@ class OuterRows:
     def total(self) -> jax.Array:
         """The sum, f32[*B, K, K], by one product."""
         return self._product(self.x)
-
-    def total_by_strips(self) -> jax.Array:
-        """The sum, f32[*B, K, K], in the bytes that `added_to` would add to a total."""
-        return self.added_to(jax_compat.zeros(jax.eval_shape(lambda rows: rows.total(), self)))
 
     def added_to(self, total: jax.Array) -> jax.Array:
         """f32[*B, K, K], a total and the sum; in the total's own memory under `jit` that takes it over."""

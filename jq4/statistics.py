@@ -188,10 +188,8 @@ def merge(a: WeightStatistics, b: WeightStatistics) -> WeightStatistics:
 
 
 def settled(statistics: WeightStatistics) -> WeightStatistics:
-    """The statistics with outer products summed, in arrays of their own."""
-    return jax.tree.map(
-        lambda part: part.total_by_strips() if _is_rows(part) else jnp.copy(part), statistics, is_leaf=_is_rows
-    )
+    """The statistics with outer products summed."""
+    return jax.tree.map(lambda part: part.total() if _is_rows(part) else part, statistics, is_leaf=_is_rows)
 
 
 def condensed(statistics: WeightStatistics) -> WeightStatistics:

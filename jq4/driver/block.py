@@ -2,10 +2,14 @@
 
     for each stage:  statistics of its leaves' inputs, in the block with the earlier stages quantized
                      codes by each leaf's rule and method
-                     the dequantized leaves take the place of the dense ones
+                     the packed leaves take the place of the dense ones
     then             learned rounding of the whole block, where the recipe says so
 
 so that every layer is fitted to the inputs it will meet: GPTQ's own order (Frantar et al. 2022).
+
+In memory are the dense block, as it was stored, and the packed one, whose leaves are dequantized one by one within the
+programs that run it. Once the last stage's statistics are there, no more is asked of the dense block than that last
+stage: it is passed on, and let go of.
 """
 
 import time
@@ -18,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq4.chain import Chain
+from jq4.driver.freed_pages import give_back_freed_pages
 from jq4.driver.plan import BlockPlan, paths_of
 from jq4.driver.report import LeafRow
 from jq4.driver.stage_statistics import collectors, stage_statistics
@@ -37,41 +42,55 @@ _MEASURED_FLOPS = 2e11  # of one weight's output error; above, a part of its out
 class BlockQuantizer:
     """Quantizes the blocks of a chain by the rules of a plan."""
 
-    def __init__(self, chain: Chain, plan: BlockPlan, pairs: bool) -> None:
+    def __init__(self, chain: Chain, plan: BlockPlan, pairs: bool, keeps_dense: bool) -> None:
         self._chain = chain
         self._plan = plan
         self._pairs = pairs
+        self._keeps_dense = keeps_dense
         shapes = {leaf.path: leaf.shape for leaf in plan.leaves if leaf.shape is not None}
         self._collectors = collectors(plan.stages, plan.wanted, shapes, plan.axes)
+        looking = (number for number, (collector, _) in enumerate(self._collectors) if collector is not None)
+        self._last = max(looking, default=-1)
 
     def quantize(
         self,
         index: int,
-        dense: Any,
+        read: Callable[[], Any],
         inputs: Stream | None,
         dense_inputs: Stream | None,
         progress: Callable[[str], None],
-    ) -> tuple[Any, list[LeafRow]]:
-        """The block with QArrays, and a row for each of them. `dense` is left as it is."""
-        block, rows = dense, []
-        packed: dict[str, Any] = {}
-        for stage, (collector, serves) in zip(self._plan.stages, self._collectors, strict=True):
+        passed: Callable[[Any], None],
+    ) -> tuple[Any, Any, list[LeafRow]]:
+        """The dense block (None unless it is kept), the block with QArrays, and a row for each of them.
+
+        Args:
+          read: gives the dense block, which nobody else should hold.
+          passed: called with it once nothing more will be asked of the streams that enter it.
+        """
+        dense = block = read()
+        rows: list[LeafRow] = []
+        if self._last < 0:
+            passed(dense)
+        for number, (stage, (collector, serves)) in enumerate(zip(self._plan.stages, self._collectors, strict=True)):
             statistics = None
             if collector is not None:
                 assert inputs is not None
                 progress(f"block {index}: {', '.join(path.split('/')[-2] for path in stage)}")
-                pair = (dense, dense_inputs) if self._pairs else (None, None)
-                statistics = stage_statistics(self._chain, index, collector, serves, block, inputs, *pair)
-            made, more = quantize_leaves(
-                {path: leaf for path, leaf in paths_of(block).items() if path in stage},
-                self._plan.recipe, statistics, self._plan.axes, index,
-            )  # fmt: skip
-            del statistics
+                statistics = stage_statistics(
+                    self._chain, index, collector, serves, block, inputs,
+                    *((dense, dense_inputs) if self._pairs else ()),
+                )  # fmt: skip
+                give_back_freed_pages()
+            leaves = {path: leaf for path, leaf in paths_of(block).items() if path in stage}
+            if number == self._last:
+                check_dense_leaves(f"block {index}: ", leaves)
+                passed(dense)
+                dense = dense if self._keeps_dense else None
+            made, more = quantize_leaves(leaves, self._plan.recipe, statistics, self._plan.axes, index)
+            del statistics, leaves
             rows += more
-            packed |= made
-            if inputs is not None:
-                block = replaced(block, {path: leaf.dequantize() for path, leaf in made.items()})
-        return replaced(dense, packed), rows
+            block = replaced(block, made)
+        return dense if self._keeps_dense else None, block, rows
 
 
 def quantize_leaves(
@@ -87,6 +106,7 @@ def quantize_leaves(
         jax.block_until_ready(entry.noise)
         seconds, started[0] = time.perf_counter() - started[0], time.perf_counter()
         kept[entry.path] = (entry, seconds)
+        give_back_freed_pages()
 
     try:
         packed = _without_idle_warnings(leaves, recipe, statistics, axes, report, done)

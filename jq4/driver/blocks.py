@@ -17,6 +17,7 @@ from jq4.chain import BlockSource, Chain
 from jq4.driver.block import BlockQuantizer, check_dense_leaves
 from jq4.driver.calibration_rows import Needs
 from jq4.driver.equalized import Equalizer
+from jq4.driver.freed_pages import give_back_freed_pages
 from jq4.driver.plan import BlockPlan, paths_of
 from jq4.driver.report import LeafRow
 from jq4.driver.rows_learned import rows_learned
@@ -49,7 +50,7 @@ class BlocksInOrder:
         self._planned = frozenset(plan.wanted)
         self._seed = seed
         self._equalizer = Equalizer(chain, recipe)
-        self._quantizer = BlockQuantizer(chain, plan, needs.pairs)
+        self._quantizer = BlockQuantizer(chain, plan, needs.pairs, keeps_dense=bool(recipe.after))
         self._tuning = [step for step in recipe.after if step.step in BLOCKWISE]
         self._chain = chain
         self._dense_step = sparing_jit(chain.block)
@@ -79,14 +80,13 @@ class BlocksInOrder:
         self.next += 1
 
     def quantize(self, progress: Callable[[str], None]) -> tuple[Any, Any, list[LeafRow]]:
-        """The next block as it was quantized from (scales moved), packed, and its rows."""
-        dense = self._dense()
-        check_dense_leaves(f"block {self.next}: ", self._without_planned(dense))
-        dense = self._equalizer.scaled(self.next, dense, self.x_hat)
-        packed, rows = self._quantizer.quantize(self.next, dense, self.x_hat, self.x, progress)
+        """The next block as it was quantized from (scales moved), packed, and its rows.
+
+        The first is None where no step follows the rules.
+        """
+        streams = self.x_hat, self.x
+        dense, packed, rows = self._quantizer.quantize(self.next, self._scaled, *streams, progress, self._pass_dense)
         check_dense_leaves(f"block {self.next}: ", packed)
-        if self.x is not None:
-            self._run_dense(self._dense() if self._equalizer.moves else dense)
         for step in self._tuning:
             progress(f"block {self.next}: learning its rounding ({step.step})")
             packed, rows = self._tuned(step, dense, packed, rows)
@@ -94,6 +94,17 @@ class BlocksInOrder:
             self._run_packed(packed)
         self.next += 1
         return dense, packed, rows
+
+    def _scaled(self) -> Any:
+        """The next block, dense, with its scales moved."""
+        dense = self._dense()
+        check_dense_leaves(f"block {self.next}: ", self._without_planned(dense))
+        return self._equalizer.scaled(self.next, dense, self.x_hat)
+
+    def _pass_dense(self, block: Any) -> None:
+        """x <- block(x), of the block before its scales were moved."""
+        if self.x is not None:
+            self._run_dense(self._dense() if self._equalizer.moves else block)
 
     def _without_planned(self, block: Any) -> dict[str, Any]:
         """The leaves by path that no rule means: those that are meant are checked when they are packed."""
@@ -125,9 +136,11 @@ class BlocksInOrder:
         number = jnp.int32(self.next)
         here = beside(block)
         self.x.advance(lambda x: self._dense_step(here(x), number, x), f"block {self.next}, dense")
+        give_back_freed_pages()
 
     def _run_packed(self, block: Any) -> None:
         assert self.x_hat is not None
         number = jnp.int32(self.next)
         here = beside(block)
         self.x_hat.advance(lambda x: self._packed_step(here(x), number, x), f"block {self.next}, quantized")
+        give_back_freed_pages()
