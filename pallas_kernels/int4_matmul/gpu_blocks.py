@@ -70,7 +70,11 @@ FILLING = 1.5e-6  # seconds before a block's first product
 ADDING = 3e-6  # seconds that the kernel which adds the splits costs in any case
 ROWS = (8, 16, 32, 64, 128, 256)
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
-MOST_STAGES = 8
+MOST_STAGES, LEAST_STAGES = 8, 3
+# By rows of a block: warpgroups, and rows of codes of a step. Four warpgroups and the copying one leave a thread 96
+# registers: more sums, or more weights in flight beside 64 rows' sums, are spilled or make wgmma wait for each other.
+WARPGROUPS = {8: 4, 16: 4, 32: 4, 64: 4, 128: 2, 256: 2}
+DEPTHS = {8: (256, 128), 16: (256, 128), 32: (256, 128), 64: (128,), 128: (128,), 256: (64,)}
 
 
 def form_of(problem: GpuProblem) -> str:
@@ -117,19 +121,14 @@ def shared_bytes(problem: GpuProblem, plan: GpuPlan) -> int:
 
 
 def _plans(problem: GpuProblem, gpu: Gpu) -> Iterator[GpuPlan]:
-    form = form_of(problem)
     limit = next((rows for rows in ROWS if rows >= problem.m), ROWS[-1])
-    wanted = [rows for rows in ROWS if rows == limit or (limit >= 128 and rows >= 128 and rows <= limit)]
-    depths = [
-        depth
-        for depth in (256, 128)
-        if problem.groups == 1 or problem.group_size % depth == 0 or depth % problem.group_size == 0
-    ]
-    for tile_m, tile_k, splits in itertools.product(wanted, depths, SPLITS):
-        if splits > 1 and splits * tile_k * 2 > problem.k:
-            continue
-        plan = GpuPlan(form, tile_m, 4 if tile_m <= 64 else 2, tile_k, MOST_STAGES, splits)
-        while plan.stages > 2 and shared_bytes(problem, plan) > gpu.shared_memory:
-            plan = dataclasses.replace(plan, stages=plan.stages - 1)
-        if shared_bytes(problem, plan) <= gpu.shared_memory:
-            yield plan
+    wanted = [rows for rows in ROWS if rows == limit or 128 <= rows <= limit]
+    for tile_m, splits in itertools.product(wanted, SPLITS):
+        for tile_k in DEPTHS[tile_m]:
+            if splits > 1 and 2 * splits * tile_k > problem.k:
+                continue
+            plan = GpuPlan(form_of(problem), tile_m, WARPGROUPS[tile_m], tile_k, MOST_STAGES, splits)
+            while plan.stages > LEAST_STAGES and shared_bytes(problem, plan) > gpu.shared_memory:
+                plan = dataclasses.replace(plan, stages=plan.stages - 1)
+            if shared_bytes(problem, plan) <= gpu.shared_memory:
+                yield plan

@@ -33,7 +33,7 @@ from pallas_kernels.int4_matmul.xla import int4_matmul_xla
 GROUPS = (32, 64, 128)  # and multiples of the last
 MOST_ROWS = 1536  # above, writing the dense weight costs less than XLA's better use of the tensor cores saves: modelled
 ROW_MULTIPLE = 8  # of x and of the result, in the tiles of shared memory
-COLUMN_MULTIPLE = 64  # of x, likewise
+COLUMN_MULTIPLE = 128  # of x, two tiles at least: of one, its place would not be told to the copy engine
 
 
 def refusal(spec: PackedSpec) -> str | None:

@@ -98,7 +98,8 @@ def _kernel(*refs: Any, shape: Shape, plan: GpuPlan, staged: Any) -> None:
         ),
         *([] if one_group else [by_group] * (len(inputs) - 2)),
     ]
-    strip = jnp.minimum(columns * plan.warpgroups + own, shape.n // STRIP - 1)  # beyond the end: any, it is not written
+    own_strip = columns * plan.warpgroups + own
+    strip = jnp.minimum(own_strip, shape.n // STRIP - 1)  # beyond the end: any, it is not written
     whole = (
         [load(ref.at[0, pl.ds(strip * STRIP, STRIP)], ROW, optimized=False) for ref in inputs[2:]] if one_group else []
     )
@@ -116,8 +117,8 @@ def _kernel(*refs: Any, shape: Shape, plan: GpuPlan, staged: Any) -> None:
         tile.T[...] = plgpu.layout_cast(sums.astype(staged.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
         where = out.at[split] if plan.splits > 1 else out
-        at = (pl.ds(rows * plan.tile_m, plan.tile_m), pl.ds((columns * plan.warpgroups + own) * STRIP, STRIP))
-        plgpu.copy_smem_to_gmem(tile, where.at[at])
+        at = (pl.ds(rows * plan.tile_m, plan.tile_m), pl.ds(own_strip * STRIP, STRIP))
+        plgpu.copy_smem_to_gmem(tile, where.at[at], predicate=own_strip < shape.n // STRIP)
         plgpu.wait_smem_to_gmem(0)
 
     def around(pipeline: Any) -> None:

@@ -1,0 +1,167 @@
+"""The Hopper kernel through the production compiler, without a GPU: does it compile, is it right, how fast could it be?
+
+    JQ4_CUDA_PLUGIN=DIR python -m benchmarks.gpu_compile --rows 1 16 64 512 --json FILE
+    JQ4_CUDA_PLUGIN=DIR python -m benchmarks.gpu_compile --matrix
+
+The first compiles the kernel for an H200 and counts the machine code of its inner loop (benchmarks/gpu_lab/sass.py
+needs ptxas and nvdisasm): a thread's instructions a weight, tensor core instructions, registers, spills, shared memory.
+The time is modelled (pallas_kernels/int4_matmul/gpu_blocks.py, with the counted instructions beside the assumed ones);
+no GPU ran anything.
+
+The matrix compiles small products of every form, format and tail and runs what the compiler left on the CPU,
+instruction by instruction (benchmarks/gpu_lab/device.py), against float64.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import aot
+from benchmarks.gpu_lab import sass
+from benchmarks.gpu_lab.cases import Case, operands
+from benchmarks.gpu_lab.compiling import DEVICE, compiled
+from benchmarks.gpu_lab.device import run_kernel
+from benchmarks.gpu_lab.host_code import launch_of
+from benchmarks.gpu_lab.ptx import parse
+from benchmarks.provenance import publish
+from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan, GpuProblem, modelled_seconds
+from pallas_kernels.int4_matmul.gpu_chips import LANES, gpu_named
+from pallas_kernels.int4_matmul.shapes import SHAPES
+
+COLUMNS = ("rows", "k", "n", "group_size", "label", "us", "hbm_us", "issue_us", "per_weight")
+COLUMNS += ("hgmma", "registers", "spilled_bytes", "shared_kib", "warnings")
+
+
+def emulated(case: Case, row: dict[str, Any], seed: int = 0) -> float:
+    """The relative error of what the compiled program computes, run on the CPU."""
+    launch = launch_of(row["host"])
+    given = operands(case, row["plan"]["splits"], seed)
+    run_kernel(parse(row["ptx"]), launch, given.arrays, seed)
+    return float(np.linalg.norm(given.result - given.wanted) / np.linalg.norm(given.wanted))
+
+
+def counted(case: Case, row: dict[str, Any]) -> dict[str, Any]:
+    """The machine code's counts and the modelled times of a compiled case."""
+    gpu = gpu_named(aot.DEVICE_KINDS[DEVICE])
+    assert gpu is not None
+    counts, plan = sass.counts_of(row["ptx"]), GpuPlan(**row["plan"])
+    problem = GpuProblem(case.rows, case.k, case.n, case.groups, case.group)
+    per_weight = counts.instructions / (64 * plan.tile_k / 128)  # a thread unpacks half of a row of 64 codes' worth
+    nbytes = case.weights * (0.5 + 2 / case.group) + 2 * case.rows * (case.k + case.n)
+    row_blocks = -(-case.rows // plan.tile_m)
+    return {
+        "label": f"{plan.form} {plan.tile_m}x{plan.columns}x{plan.tile_k} stages {plan.stages} splits {plan.splits}",
+        "us": round(1e6 * modelled_seconds(problem, plan, gpu), 1),
+        "hbm_us": round(1e6 * nbytes / gpu.bandwidth, 1),
+        "issue_us": round(1e6 * per_weight * case.weights * row_blocks / (LANES * gpu.clock * gpu.cores), 1),
+        "per_weight": round(per_weight, 2),
+        "hgmma": sum(count for name, count in counts.loop.items() if sass.TENSOR.match(name)),
+        "registers": counts.registers, "spilled_bytes": counts.spilled_bytes, "stack_bytes": counts.stack_bytes,
+        "shared_kib": round(launch_of(row["host"]).shared_bytes / 1024), "warnings": list(counts.warnings),
+        "loop": dict(counts.loop.most_common()), "plan": row["plan"], "jax": row["jax"], "seconds": row["seconds"],
+    }  # fmt: skip
+
+
+def rows_of(cases: list[Case]) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory(prefix="gpu-lab-") as folder:
+        for case, row in zip(cases, compiled(cases, Path(folder)), strict=True):
+            told = {"rows": case.rows, "k": case.k, "n": case.n, "group_size": case.group_size}
+            told |= {"asymmetric": case.asymmetric, "dtype": case.dtype}
+            yield told | ({"error": row["error"]} if "error" in row else counted(case, row))
+
+
+def small_cases() -> list[Case]:
+    """Forms, formats and tails, small enough to be emulated."""
+    plans: list[dict[str, Any] | None] = [
+        None,
+        {"form": "sums", "tile_m": 16, "tile_k": 128, "splits": 2},
+        {"form": "sums", "tile_m": 8, "tile_k": 256, "stages": 2},
+        {"form": "weights", "tile_m": 128, "warpgroups": 2, "tile_k": 64, "stages": 3},
+    ]
+    chosen = [
+        Case(m, k, n, g, z)
+        for m, k, n, g, z in itertools.product((1, 20), (300, 512), (64, 320), (32, 64, 128, 0), (False, True))
+    ]
+    planned = [Case(20, 640, 192, 128, zeros, plan=plan) for plan, zeros in itertools.product(plans[1:], (False, True))]
+    halves = [
+        Case(9, 256, 128, group, True, "float16", scales) for group in (32, 128) for scales in ("float16", "float32")
+    ]
+    return [*chosen, *planned, *halves]
+
+
+def run_matrix(console: Console) -> dict[str, Any]:
+    """Compiles and emulates `small_cases`; bf16 results and weights rounded in registers are within 2^-8 of float64."""
+    cases, worst, wrong = small_cases(), 0.0, []
+    with tempfile.TemporaryDirectory(prefix="gpu-lab-") as folder:
+        for i, (case, row) in enumerate(zip(cases, compiled(cases, Path(folder)), strict=True)):
+            error = row.get("error") or emulated(case, row, seed=i)
+            if isinstance(error, str) or not error < 2**-8:
+                wrong.append(f"{case}: {error}")
+                console.print(wrong[-1])
+            else:
+                worst = max(worst, error)
+    return {"cases": len(cases), "wrong": wrong, "worst_error": worst}
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="compiled for an H200: counted machine code, modelled time")
+    for name in COLUMNS:
+        table.add_column(name.replace("_", " "), no_wrap=name == "label")
+    for row in rows:
+        cells = {**row, "label": row.get("error") or row["label"], "warnings": len(row.get("warnings", ()))}
+        table.add_row(*(str(cells.get(name, "")) for name in COLUMNS))
+    return table
+
+
+def main() -> int:
+    options = arguments()
+    console = Console(stderr=True)
+    if reason := aot.missing(DEVICE) or (None if options.matrix else sass.missing()):
+        console.print(f"nothing can be compiled: {reason}")
+        return 1
+    if options.matrix:
+        found = run_matrix(console)
+        console.print_json(json.dumps(found))
+        failed = bool(found["wrong"])
+    else:
+        sizes = [SHAPES[name] for name in options.named]
+        cases = [
+            Case(rows, k, n, group, options.asymmetric, options.dtype)
+            for k, n in sizes
+            for group in options.group_size
+            for rows in options.rows
+        ]
+        found = {"rows": list(rows_of(cases))}
+        Console(width=None if console.is_terminal else 240).print(table_of(found["rows"]))
+        failed = any("error" in row for row in found["rows"])
+    if options.json:
+        publish(options.json, "gpu_compile", found)
+    return int(failed)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--group-size", type=int, nargs="+", default=[128], help="0: one scale for each column")
+    parser.add_argument("--named", nargs="+", choices=sorted(SHAPES), default=["llama-3-70b/gate_proj"])
+    parser.add_argument("--asymmetric", action="store_true", help="with zero points")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--matrix", action="store_true", help="emulate small products of every form instead")
+    parser.add_argument("--json", help="where to write the figures")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Compiles cases for an H200 and keeps what the compiler leaves; a process of its own, told by lines of JSON.
+
+The compiler is told by the environment where to leave its PTX and host code, before jax is imported, and one that
+aborts takes its process along.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import aot
+from benchmarks.gpu_lab import sass
+from benchmarks.gpu_lab.cases import Case
+
+DEVICE = "h200"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def compiled(cases: Iterable[Case], folder: Path) -> Iterator[dict[str, Any]]:
+    """A row for each case: its plan, "ptx", "host" (texts), "registers"; or "error"."""
+    environment = aot.environment(DEVICE) | {
+        "MOSAIC_GPU_DUMP_TO": str(folder),
+        "MOSAIC_GPU_DUMP_PTX": "1",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_HOST_LLVM": "1",
+        "MOSAIC_GPU_CUDA_ROOT": str(folder),  # looked at, not needed
+        "PATH": sass.search_path(),  # the compiler writes PTX of the version that the ptxas it finds can read
+    }
+    with tempfile.TemporaryFile("w+") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.gpu_lab.compiling"],
+            env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+        )  # fmt: skip
+        assert worker.stdin is not None and worker.stdout is not None
+        try:
+            for case in cases:
+                print(json.dumps(dataclasses.asdict(case)), file=worker.stdin, flush=True)
+                line = worker.stdout.readline()
+                if not line:
+                    log.seek(0)
+                    raise RuntimeError(f"the compiler ended its process at {case}:\n{log.read()[-3000:]}")
+                yield json.loads(line)
+        finally:
+            worker.kill()
+            worker.communicate()
+
+
+def compile_case(case: Case, folder: Path) -> dict[str, Any]:
+    """Compiles one case and reads what is left in `folder`."""
+    import jax
+
+    from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan, GpuProblem, choose_plan
+    from pallas_kernels.int4_matmul.gpu_chips import gpu_named
+
+    device = aot.compile_device(DEVICE)
+    kind = aot.DEVICE_KINDS[DEVICE]
+    gpu = gpu_named(kind)
+    assert gpu is not None
+    scale_bytes = jax.numpy.dtype(case.scale_dtype).itemsize
+    problem = GpuProblem(case.rows, case.k, case.n, case.groups, case.group, scale_bytes)
+    plan = GpuPlan(**case.plan) if case.plan else choose_plan(problem, gpu)
+    for old in folder.iterdir():
+        old.unlink()
+    start = time.perf_counter()
+    with _traced_for(kind, gpu.cores):
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in _arguments(case)]
+        program = jax.jit(lambda x, *w: _product(case, plan, gpu, x, w)).trace(*placed)
+        program.lower(lowering_platforms=("cuda",)).compile()
+    return {
+        "jax": jax.__version__, "plan": dataclasses.asdict(plan), "ptx": _left(folder, "ptx"),
+        "host": _left(folder, "ll"), "ptxas": _left(folder, "ptxas"),
+        "seconds": round(time.perf_counter() - start, 2),
+    }  # fmt: skip
+
+
+def _traced_for(kind: str, cores: int) -> Any:
+    import jax
+
+    described = jax.sharding.AbstractDevice(kind, cores, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("chip",), (jax.sharding.AxisType.Auto,), abstract_device=described)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def _arguments(case: Case) -> list[Any]:
+    """x, words, scale and zero points, as shapes."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.int4_matmul.gpu_fragments import STRIP, padded_length
+
+    by_group = (case.groups, case.n)
+    shapes = [
+        jax.ShapeDtypeStruct((case.rows, case.k), jnp.dtype(case.dtype)),
+        jax.ShapeDtypeStruct((case.n // STRIP, 8 * padded_length(case.k)), jnp.int32),
+        jax.ShapeDtypeStruct(by_group, jnp.dtype(case.scale_dtype)),
+    ]
+    return [*shapes, jax.ShapeDtypeStruct(by_group, jnp.uint8)] if case.asymmetric else shapes
+
+
+def _product(case: Case, plan: Any, gpu: Any, x: Any, w: Any) -> Any:
+    from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu
+    from pallas_kernels.int4_matmul.spec import HOPPER, PackedSpec
+    from pallas_kernels.int4_matmul.tiles import Packed
+
+    spec = PackedSpec(case.k, group_size=case.group, layout=HOPPER)
+    return int4_matmul_mosaic_gpu(x, Packed(*w), spec, dtype=x.dtype, gpu=gpu, plan=plan)
+
+
+def _left(folder: Path, suffix: str) -> str:
+    (file,) = folder.glob(f"*.{suffix}")
+    return file.read_text()
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not be taken for an answer
+    folder = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    for line in sys.stdin:
+        case = Case(**json.loads(line))
+        try:
+            row = compile_case(case, folder)
+        except Exception as error:  # what a compiler raises has no common type
+            row = {"error": f"{type(error).__name__}: {str(error)[:1000]}"}
+        print(json.dumps(row), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Which thread holds which element of wgmma's operands: PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from benchmarks.gpu_lab.memory import THREADS
+
+
+def half_type(kind: str) -> Any:
+    return {"bf16": ml_dtypes.bfloat16, "f16": np.float16}[kind]
+
+
+_THREAD = np.arange(THREADS)
+_ROW = 16 * (_THREAD // 32) + _THREAD % 32 // 4
+_COLUMN = 2 * (_THREAD % 4)
+
+
+def left_fragments(registers: np.ndarray, kind: str) -> np.ndarray:
+    """f32[64, 16] of four registers u32[128, 4]."""
+    pairs = (
+        np.ascontiguousarray(registers).view(np.uint16).reshape(THREADS, 4, 2).view(half_type(kind)).astype(np.float32)
+    )
+    matrix = np.empty((64, 16), np.float32)
+    for register in range(4):
+        for half in range(2):
+            matrix[_ROW + 8 * (register % 2), _COLUMN + half + 8 * (register // 2)] = pairs[:, register, half]
+    return matrix
+
+
+def _places(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(row, column) of the sums in each thread's registers, [128, count]."""
+    i = np.arange(count)
+    return _ROW[:, None] + 8 * (i % 4 // 2), _COLUMN[:, None] + 8 * (i // 4) + i % 2
+
+
+def sums_of(registers: np.ndarray) -> np.ndarray:
+    matrix = np.empty((64, 2 * registers.shape[1]), np.float32)
+    matrix[_places(registers.shape[1])] = registers
+    return matrix
+
+
+def registers_of(matrix: np.ndarray) -> np.ndarray:
+    return matrix[_places(matrix.shape[1] // 2)]

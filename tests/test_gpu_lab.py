@@ -1,0 +1,164 @@
+"""Oracle: numpy in float64, for what the production compiler makes of the kernel, emulated instruction by instruction.
+
+The emulator itself is held to instructions worked out by hand from the PTX ISA, and must notice programs that race.
+"""
+
+import numpy as np
+import pytest
+
+from benchmarks.aot import missing
+from benchmarks.gpu_compile import emulated, small_cases
+from benchmarks.gpu_lab import sass
+from benchmarks.gpu_lab.alu import OPERATIONS
+from benchmarks.gpu_lab.cases import Case, operands
+from benchmarks.gpu_lab.compiling import DEVICE, compiled
+from benchmarks.gpu_lab.device import run_kernel
+from benchmarks.gpu_lab.host_code import DevicePointer, Launch, TensorMap, launch_of
+from benchmarks.gpu_lab.memory import WrongProgramError, swizzled
+from benchmarks.gpu_lab.ptx import parse
+
+CHOSEN = [
+    Case(1, 512, 320, 128),
+    Case(20, 300, 64, 64, True),
+    Case(20, 300, 320, 32, True),
+    Case(1, 512, 64, 0, True, "float16", "float32"),
+    Case(20, 640, 192, 128, True, plan={"form": "sums", "tile_m": 16, "splits": 2}),
+    Case(130, 256, 128, 64, plan={"form": "weights", "tile_m": 128, "warpgroups": 2, "tile_k": 64}),
+]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    if reason := missing(DEVICE):
+        pytest.skip(reason)
+    return list(compiled(CHOSEN, tmp_path_factory.mktemp("dump")))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_the_compiled_kernel_computes_the_product(rows, case):
+    row = rows[CHOSEN.index(case)]
+    assert "error" not in row, row["error"]
+    rounding = 2**-10 if case.dtype == "float16" else 2**-8
+    assert emulated(case, row, seed=3) < (1e-6 if row["plan"]["splits"] > 1 else rounding)
+
+
+@pytest.mark.aot
+def test_the_emulator_notices_a_program_that_does_not_wait(rows):
+    case, row = CHOSEN[0], rows[0]
+    waiting = "mbarrier.try_wait.parity.shared.b64 P1,"
+    hasty = row["ptx"].replace(waiting, "setp.eq.b32 P1, 0, 0; //")
+    assert hasty.count("setp.eq.b32 P1, 0, 0; //") == row["ptx"].count(waiting) > 1
+    given = operands(case, 1)
+    try:
+        run_kernel(parse(hasty), launch_of(row["host"]), given.arrays)
+    except WrongProgramError:
+        return
+    assert not np.allclose(given.result, given.wanted, rtol=0.02, atol=0.5)
+
+
+@pytest.mark.aot
+def test_few_rows_take_few_instructions_and_nothing_is_spilled(rows):
+    if reason := sass.missing():
+        pytest.skip(reason)
+    for case, row in zip(CHOSEN, rows, strict=True):
+        counts = sass.counts_of(row["ptx"])
+        assert counts.spilled_bytes == counts.stack_bytes == 0 and not counts.warnings
+        assert counts.loop["HGMMA"] == row["plan"]["tile_k"] // 16
+        if case.rows == 1:
+            assert counts.instructions / (row["plan"]["tile_k"] / 2) <= 2.7
+
+
+def test_the_matrix_has_every_form_and_format():
+    cases = small_cases()
+    assert {case.group_size for case in cases} == {0, 32, 64, 128}
+    assert {case.dtype for case in cases} == {"bfloat16", "float16"}
+    assert any(case.plan and case.plan.get("splits", 1) > 1 for case in cases)
+
+
+def run(name, *operands_of):
+    first, *rest = name.split(".")
+    values = [np.full(128, operand, kind) for operand, kind in operands_of]
+    result = OPERATIONS[first](rest, values)
+    assert (result == result[0]).all()
+    return int(result[0])
+
+
+U16, U32, U64 = np.uint16, np.uint32, np.uint64
+
+
+def test_instructions_do_what_the_isa_says():
+    assert run("lop3.b32", (0xABCD1234, U32), (0x000F000F, U32), (0x43004300, U32), (0x6A, U32)) == 0x430D4304
+    assert run("prmt.b32", (0x33221100, U32), (0x77665544, U32), (0x7531, U32)) == 0x77553311
+    assert run("shr.s32", (0x80000000, U32), (4, U32)) == 0xF8000000
+    assert run("bfe.s32", (0x00000F80, U32), (7, U32), (5, U32)) == 0xFFFFFFFF
+    assert run("bfe.u32", (0x00000F80, U32), (7, U32), (5, U32)) == 0x1F
+    assert run("mul.wide.s32", (0xFFFFFFFF, U32), (2, U32)) == 2**64 - 2
+    assert run("mul.hi.u32", (0x80000000, U32), (6, U32)) == 3
+    assert run("cvt.s64.s32", (0xFFFFFFFE, U32)) == 2**64 - 2
+    assert run("cvt.rn.bf16x2.f32", (0x3F800000, U32), (0x40000000, U32)) == 0x3F804000  # 1 in the high half, 2 below
+    assert run("sub.rn.bf16x2", (0x430F4300, U32), (0x43084308, U32)) == 0x40E0C100  # 143 - 136 = 7, 128 - 136 = -8
+    assert run("mul.rn.f16x2", (0x3C00C000, U32), (0x40003800, U32)) == 0x4000BC00  # 1 * 2, -2 * 0.5
+    assert run("cvt.f32.bf16", (0xC100, U16)) == 0xC1000000
+    assert run("fma.rn.f32", (0x40000000, U32), (0x40400000, U32), (0x3F800000, U32)) == 0x40E00000  # 2 * 3 + 1
+    assert run("selp.b32", (7, U32), (9, U32), (False, np.bool_)) == 9
+    assert run("setp.eq.and.b32", (1, U32), (1, U32), (True, np.bool_)) == 1
+    assert run("mad.lo.s32", (3, U32), (5, U32), (0xFFFFFFFF, U32)) == 14
+
+
+def test_swizzles_exchange_chunks_within_rows():
+    """cuTensorMap's 128-byte swizzle: row r of 8 has its chunk c at chunk c ^ r."""
+    places = swizzled(np.arange(0, 1024, 16), 128).reshape(8, 8) // 16 % 8
+    np.testing.assert_array_equal(places, np.arange(8)[:, None] ^ np.arange(8))
+    np.testing.assert_array_equal(swizzled(np.arange(256), 16), np.arange(256))
+
+
+HOST = """\
+define void @name_mosaic_gpu(ptr %0, ptr %1) {
+  %3 = load ptr, ptr %1, align 8
+  %4 = insertvalue { ptr, ptr, i64, [2 x i64], [2 x i64] } undef, ptr %3, 1
+  %5 = insertvalue { ptr, ptr, i64, [2 x i64], [2 x i64] } %4, i64 0, 2
+  %6 = extractvalue { ptr, ptr, i64, [2 x i64], [2 x i64] } %5, 1
+  %7 = alloca [128 x i8], i64 1, align 64
+  %8 = alloca i64, i64 1, align 8
+  store i64 256, ptr %8, align 4
+  %9 = alloca i64, i64 1, align 8
+  store i64 1, ptr %9, align 4
+  %10 = alloca i64, i64 1, align 8
+  %11 = getelementptr inbounds nuw i64, ptr %10, i64 0
+  store i64 64, ptr %11, align 4
+  call void @mosaic_gpu_init_tma_desc(ptr %7, ptr %6, i64 7, i64 1, ptr %8, ptr %9, i64 16, ptr %10)
+  %12 = getelementptr ptr, ptr %1, i32 1
+  %13 = load ptr, ptr %12, align 8
+  %14 = alloca { ptr, [128 x i8] }, align 8
+  %15 = alloca [2 x i64], align 8
+  %16 = getelementptr { ptr, [128 x i8] }, ptr %14, i32 0, i32 0
+  store ptr %13, ptr %16, align 8
+  store ptr %16, ptr %15, align 8
+  %17 = getelementptr i64, ptr %15, i32 1
+  store ptr %7, ptr %17, align 8
+  call void @mosaic_gpu_launch_kernel(ptr %0, GRID, i32 384, i32 1, i32 1, i32 9000, ptr %15)
+  ret void
+}
+""".replace("GRID", "i32 3, i32 2, i32 1, i32 0, i32 0, i32 0")
+
+
+def test_host_code_tells_the_launch():
+    tiles = TensorMap(array=0, offset=0, sizes=(256,), strides=(1,), swizzle=16, box=(64,))
+    assert launch_of(HOST) == Launch((3, 2, 1), 384, 9000, (DevicePointer(1), {0: tiles}))
+
+
+LISTING = """\
+.L_x_0:
+        /*0000*/                   LDS.128 R4, [R2] ;
+.L_x_1:
+        /*0010*/                   LOP3.LUT R8, R4, 0xf000f, R9, 0x6a, !PT ;
+        /*0020*/                   HGMMA.64x16x16.F32.BF16 R24, R8, gdesc[UR4], R24 ;
+        /*0030*/              @P0  BRA `(.L_x_1) ;
+        /*0040*/                   FADD R1, R2, R3 ;
+        /*0050*/              @!P1 BRA `(.L_x_0) ;
+"""
+
+
+def test_the_inner_loop_is_the_shortest_with_tensor_cores():
+    assert sass.inner_loop(LISTING) == {"LOP3": 1, "HGMMA": 1, "BRA": 1}
