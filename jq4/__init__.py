@@ -31,7 +31,6 @@ from jq4.layouts import prepare as prepare
 from jq4.matmul import matmul as matmul
 from jq4.observe import observe as observe
 from jq4.observe_pair import observe_pair as observe_pair
-from jq4.partition import shardings_of as shardings_of
 from jq4.qarray import QArray as QArray
 from jq4.quality_report import compose_report as compose_report
 from jq4.quality_report import write_report as write_report
@@ -48,6 +47,7 @@ from jq4.rounding import quantize_weight as quantize_weight
 from jq4.rule import Rule as Rule
 from jq4.sensitivity import Sensitivity as Sensitivity
 from jq4.sensitivity import sensitivity as sensitivity
+from jq4.shardings import shardings_of as shardings_of
 from jq4.statistics import Statistics as Statistics
 from jq4.statistics import WeightStatistics as WeightStatistics
 

@@ -24,11 +24,12 @@ from jq4 import jax_compat, qarray_ops, rules_convolution, rules_product, rules_
 from jq4.errors import DensifiedError
 from jq4.interpret import Interpreter, Values
 from jq4.packed_leaf import PackedLeaf, is_packed
-from jq4.partition import chooser
+from jq4.partition import partition_of
 from jq4.paths import leaf_path
 from jq4.qarray import QArray, is_qarray
 from jq4.qarray_ops import NoPackedForm
 from jq4.record import DENSE, DensifiedWarning, Record, recording
+from jq4.shardings import Shardings, check_used, chooser
 
 RULES: dict[str, Callable[[Any, Values], Values]] = {
     **rules_product.RULES,
@@ -114,11 +115,12 @@ def _refusal(value: PackedLeaf, primitive: str, reason: str, nbytes: int) -> str
 class Quantized:
     """What `quantized(f)` returns: calls `f` on packed weights. `record` holds what went dense in the last trace."""
 
-    def __init__(self, function: Callable[..., Any], strict: bool, shardings: Any = None) -> None:
+    def __init__(self, function: Callable[..., Any], strict: bool, shardings: Shardings = None) -> None:
         functools.update_wrapper(self, function, updated=())
         self.function = function
         self.strict = strict
-        self.partition_of = chooser(shardings)
+        self.shardings = shardings
+        self._sharding_of = chooser(shardings)
         self.record = Record()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,6 +129,7 @@ class Quantized:
         if not any(map(is_qarray, leaves)):
             return self.function(*args, **kwargs)
         values = [self._placed(value) for value in _name_packed(args, kwargs, leaves)]
+        check_used(self.shardings, _paths_within(args, kwargs), "the arguments")
         dynamic = [place for place, value in enumerate(values) if is_packed(value) or _is_array(value)]
         outputs = _Outputs()
 
@@ -145,13 +148,14 @@ class Quantized:
     def _placed(self, value: Any) -> Any:
         if not is_packed(value):
             return value
-        return dataclasses.replace(value, partition=self.partition_of(value.path, value.shape))
+        sharding = self._sharding_of(value.path, value.shape)
+        return dataclasses.replace(value, partition=partition_of(value.path, value.shape, sharding))
 
     def __repr__(self) -> str:
         return f"jq4.quantized({self.function!r})"
 
 
-def quantized(function: Callable[..., Any], strict: bool = False, shardings: Any = None) -> Quantized:
+def quantized(function: Callable[..., Any], strict: bool = False, shardings: Shardings = None) -> Quantized:
     """A function like `function` that also takes packed weights (QArray leaves) in its arguments.
 
     Arrays and QArrays are traced; every other leaf (numbers, strings, functions) is passed as it is. It composes
@@ -214,6 +218,14 @@ def _is_array(leaf: Any) -> bool:
 
 def _unwrap(value: Any) -> Any:
     return value.settle() if is_packed(value) else value
+
+
+def _paths_within(args: Any, kwargs: Any) -> list[str]:
+    """The paths of all leaves, packed or dense, each in its argument and with the argument's name before it."""
+    keyed, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_qarray)
+    names = [f"argument {keys[1].idx}" if keys[0].idx == 0 else keys[1].key for keys, _ in keyed]  # type: ignore[attr-defined]
+    within = [leaf_path(keys[2:]) for keys, _ in keyed]
+    return [*within, *("/".join(filter(None, pair)) for pair in zip(names, within, strict=True))]
 
 
 def _name_packed(args: Any, kwargs: Any, leaves: list[Any]) -> list[Any]:

@@ -27,7 +27,7 @@ from jq4 import qarray_ops
 from jq4.activations import integers_of
 from jq4.input_rotation import rotated
 from jq4.integer_product import has_integer_product, integer_product
-from jq4.partition import Partition, sharded_product
+from jq4.partition import Partition, merged_or_noted, sharded_product, sharded_ragged_product
 from jq4.qarray import NEUTRAL, QArray, is_qarray
 from jq4.qarray_ops import NoPackedForm as NoPackedForm
 from jq4.record import note_relay
@@ -83,7 +83,7 @@ def dot_general(
       preferred_element_type: as lax.dot_general's.
       precision: as lax.dot_general's.
       implementation: as pallas_kernels.int4_matmul's: None, a name, or several.
-      partition: how a weight of two axes lies on several devices, each of which then multiplies what it holds.
+      partition: how the weight lies on several devices, each of which then multiplies what it holds.
       path: what an error calls the weight.
 
     Returns:
@@ -122,7 +122,11 @@ def dot_general(
         product = functools.partial(
             packed_matmul, dtype=accumulator, precision=precision, implementation=implementation, integers=rounded
         )
-        out = sharded_product(product, rows, weight, partition if q.ndim == 2 else None, path)
+        contracted = [[a] for a in w_contract] if summed else [w_contract]
+        axes = [[a] for a in w_batch] + (
+            [*contracted, w_free] if weight.axis == -2 else [*contracted[:-1], w_free, contracted[-1]]
+        )
+        out = sharded_product(product, rows, weight, merged_or_noted(partition, q, axes), path)
     if summed:
         out = jnp.sum(out, axis=tuple(range(len(batch_shape), len(batch_shape) + summed)))
     if step is not None:
@@ -143,6 +147,8 @@ def ragged_dot(
     preferred_element_type: Any = None,
     precision: Any = None,
     implementation: Any = None,
+    partition: Partition | None = None,
+    path: str = "the weight",
 ) -> jax.Array:
     """`lax.ragged_dot(x[M, K], q[E, K, N], group_sizes[E])` with q packed along K (its axis -2).
 
@@ -165,10 +171,14 @@ def ragged_dot(
     q = _with_whole_batch(q)
     x, step = _ragged_inputs(x, q, group_sizes)
     accumulator = _accumulator(wanted.dtype, step is not None)
-    out = grouped_int4_matmul(
-        x, q.codes, q.scale, q.zero_point, q.offset, group_sizes=group_sizes, spec=spec_of(q),
-        preferred_element_type=accumulator, precision=precision, implementation=implementation,
-    )  # fmt: skip
+
+    def product(x: jax.Array, q: QArray, group_sizes: jax.Array) -> jax.Array:
+        return grouped_int4_matmul(
+            x, q.codes, q.scale, q.zero_point, q.offset, group_sizes=group_sizes, spec=spec_of(q),
+            preferred_element_type=accumulator, precision=precision, implementation=implementation,
+        )  # fmt: skip
+
+    out = sharded_ragged_product(product, x, q, group_sizes, partition, path)
     return out if step is None else (out * step.astype(out.dtype)).astype(wanted.dtype)
 
 

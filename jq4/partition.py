@@ -5,12 +5,17 @@ grouped axis K over n shards must leave whole groups and whole packing units in 
 is replicated. Anything else would need the groups of another shard, and is refused with the sizes.
 
 A kernel is a black box to XLA's partitioner (a TPU's is refused outright), and inside a `jax.jit` nothing tells how an
-argument is sharded. So `quantized(f, shardings=...)` is told; each packed leaf carries its `Partition` to its
-products, and these run under `jax.shard_map`, as the partitioner would cut the dense ones:
+argument is sharded. So `quantized(f, shardings=...)` is told (jq4.shardings); each packed leaf carries its `Partition`
+to its products, and these run under `jax.shard_map`, as the partitioner would cut the dense ones:
 
     N over n       x[M, K] whole     W[K, N/n]     out[M, N/n]           no communication
     K over n       x[M, K/n]         W[K/n, N]     out[M, N] summed      one all-reduce, in the result's own dtype
+    B over n       x[B/n, M, K]      W[B/n, K, N]  out[B/n, M, N]        no communication
     mesh axes that the weight does not lie along cut the rows of x, where they divide them
+
+and experts W[E, K, N], whose rows of x are ragged and stay whole, by N and K alike and
+
+    E over n       x turned so that the rows of the first own expert come first; out turned back, summed: an all-reduce
 
 (`jax.experimental.custom_partitioning`, which would be asked by the partitioner, has no TPU backend: jax #38196.)
 """
@@ -22,14 +27,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jq4.errors import JQ4Error
-from jq4.paths import find_path, flatten_with_paths, leaf_path
-from jq4.qarray import NEUTRAL, QArray, is_qarray
+from jq4.qarray import NEUTRAL, QArray
+from jq4.record import note_uncut
 from pallas_kernels import packing
 from pallas_kernels.int4_matmul.gpu_fragments import MULTIPLE_K
 from pallas_kernels.int4_matmul.spec import HOPPER, TPU
+
+Names = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,90 +49,136 @@ class Partition:
     """
 
     mesh: Any
-    entries: tuple[tuple[str, ...], ...]
+    entries: tuple[Names, ...]
 
-    def of_axis(self, axis: int) -> tuple[str, ...]:
+    def of_axis(self, axis: int) -> Names:
         """The mesh axes that cut axis `axis`, a negative number."""
         return self.entries[axis] if -axis <= len(self.entries) else ()
 
-    def ways(self, names: tuple[str, ...]) -> int:
+    def ways(self, names: Names) -> int:
         return math.prod(self.mesh.shape[name] for name in names)
 
+    def permuted(self, axes: Sequence[int]) -> "Partition":
+        """That of a weight whose axis i is this one's axis axes[i], counted from 0."""
+        return Partition(self.mesh, tuple(self.of_axis(axis - len(axes)) for axis in axes))
 
-def chooser(shardings: Any) -> Callable[[str, tuple[int, ...]], Partition | None]:
-    """A function (path, shape) -> Partition or None, from what `restore` takes: the shardings of the dense weights.
+    def merged(self, axes: Sequence[Sequence[int]], shape: Sequence[int]) -> "Partition | None":
+        """That of a weight whose axis i merges axes[i] of this one of `shape`; None where an inner one is cut."""
+        entries = []
+        for joined in axes:
+            cuts = [self.of_axis(axis - len(shape)) for axis in joined if shape[axis] > 1]
+            if any(cuts[1:]):
+                return None
+            entries.append(cuts[0] if cuts else ())
+        return Partition(self.mesh, tuple(entries))
 
-    `shardings` is None, one Sharding for all, a callable (path, shape) -> Sharding or None, or a tree of these (an
-    inner node speaks for all below it).
+
+def partition_of(path: str, shape: tuple[int, ...], sharding: Any) -> Partition | None:
+    """The partition that a sharding of the dense weight means; None where it lies on one device.
+
+    Raises:
+      JQ4Error: a sharding over several devices that names no mesh axes, or more axes than the weight has.
     """
-    if shardings is None:
-        return lambda path, shape: None
-    if isinstance(shardings, Sharding):
-        return lambda path, shape: _partition_of(shardings, len(shape))
-    if callable(shardings):
-        return lambda path, shape: _partition_of(shardings(path, shape), len(shape))
-    leaves = jax.tree_util.tree_leaves_with_path(shardings, is_leaf=lambda value: isinstance(value, Sharding))
-    known = {leaf_path(keys): sharding for keys, sharding in leaves}
-
-    def choose(path: str, shape: tuple[int, ...]) -> Partition | None:
-        names = path.split("/")
-        above = ["/".join(names[:length]) for length in range(len(names), -1, -1)]
-        return _partition_of(next((known[name] for name in above if name in known), None), len(shape))
-
-    return choose
-
-
-def _partition_of(sharding: Any, ndim: int) -> Partition | None:
-    """None where a weight lies on one device."""
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+    if sharding is None or (sharding.is_fully_replicated and not isinstance(sharding, NamedSharding)):
         return None
-    spec = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
-    return Partition(sharding.mesh, tuple(tuple(jax.tree.leaves(entry)) for entry in spec))
-
-
-def shardings_of(tree: Any) -> Callable[[str, tuple[int, ...]], NamedSharding | None]:
-    """Where a tree's packed weights lie, as `quantized(f, shardings=...)` takes it; shapes with shardings will do."""
-    known = {path: _sharding_of(leaf) for path, leaf in flatten_with_paths(tree) if is_qarray(leaf)}
-    return lambda path, shape: find_path(known, path)
-
-
-def _sharding_of(q: QArray) -> NamedSharding | None:
-    """Of the dense weight, from that of its codes."""
-    sharding = getattr(q.codes, "sharding", None)
     if not isinstance(sharding, NamedSharding):
+        raise JQ4Error(f"{path}: found a {type(sharding).__name__}, wanted a NamedSharding for a packed weight")
+    if sharding.mesh.size == 1:
         return None
-    spec = [*sharding.spec, *[None] * (q.ndim - len(sharding.spec))]
-    if q.layout != NEUTRAL and q.axis != (-2 if q.layout == TPU else -1):
-        spec[-2:] = spec[:-3:-1]
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    if len(sharding.spec) > len(shape):
+        raise JQ4Error(f"{path}: found the partition {sharding.spec} for a weight of shape {shape}")
+    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    partition = Partition(sharding.mesh, tuple(_names(entry) for entry in spec))
+    for axis, (size, names) in enumerate(zip(shape, partition.entries, strict=True)):
+        if size % partition.ways(names):
+            raise JQ4Error(
+                f"{path}: axis {axis} of shape {shape} has {size} elements, which {partition.ways(names)} shards over "
+                f"{names!r} do not divide; shard another axis or replicate this one"
+            )
+    return partition
+
+
+def _names(entry: Any) -> Names:
+    return () if entry is PartitionSpec.UNCONSTRAINED else tuple(jax.tree.leaves(entry))
 
 
 def sharded_product(
     product: Callable[[jax.Array, QArray], jax.Array], x: jax.Array, q: QArray, partition: Partition | None, path: str
 ) -> jax.Array:
-    """product(x[M, K], q of logical shape [K, N] or [N, K]) -> [M, N], each device multiplying its own part of q.
+    """product(x[*B, M, K], q of logical shape [*B, K, N] or [*B, N, K]) -> [*B, M, N], each device its own part of q.
 
-    Without a partition, for stacked matrices, and inside a `shard_map` (whose body sees one shard) it is one product.
+    Without a partition, and inside a `shard_map` (whose body sees one shard), it is one product.
 
     Raises:
       JQ4Error: a shard of K would not hold whole groups.
     """
-    if partition is None or q.ndim != 2 or jax.sharding.get_abstract_mesh().manual_axes:
+    if partition is None or jax.sharding.get_abstract_mesh().manual_axes:
         return product(x, q)
-    k, n = partition.of_axis(q.axis), partition.of_axis(-3 - q.axis)
+    *batch, k, n = _canonical_entries(q, partition)
     check_grouped_axis(q, k, partition.mesh, path)
-    rows = _axes_of_rows(partition, x.shape[0])
+    rows = _axes_of_rows(partition, x.shape[-2])
 
     def of_shard(x: jax.Array, q: QArray) -> jax.Array:
         out = product(x, q)
         return jax.lax.psum(out, k) if k else out
 
-    specs = (PartitionSpec(rows, k), part_specs(q, [k, n] if q.axis == -2 else [n, k]))
-    mapped = functools.partial(jax.shard_map, mesh=partition.mesh, in_specs=specs, out_specs=PartitionSpec(rows, n))
-    return mapped(of_shard)(x, q)
+    specs = (PartitionSpec(*batch, rows, k), _specs(q, [*batch, k, n]))
+    out_specs = PartitionSpec(*batch, rows, n)
+    return jax.shard_map(of_shard, mesh=partition.mesh, in_specs=specs, out_specs=out_specs)(x, q)
 
 
-def _axes_of_rows(partition: Partition, count: int) -> tuple[str, ...]:
+def sharded_ragged_product(
+    product: Callable[[jax.Array, QArray, jax.Array], jax.Array],
+    x: jax.Array, q: QArray, group_sizes: jax.Array, partition: Partition | None, path: str,
+) -> jax.Array:  # fmt: skip
+    """product(x[M, K], q[E, K, N], group_sizes i32[E]) -> [M, N], each device multiplying its own part of q.
+
+    Raises:
+      JQ4Error: a shard of K would not hold whole groups.
+    """
+    if partition is None or jax.sharding.get_abstract_mesh().manual_axes:
+        return product(x, q, group_sizes)
+    e, k, n = _canonical_entries(q, partition)
+    check_grouped_axis(q, k, partition.mesh, path)
+
+    def of_shard(x: jax.Array, q: QArray, sizes: jax.Array) -> jax.Array:
+        if not e:
+            out = product(x, q, sizes)
+            return jax.lax.psum(out, k) if k else out
+        own = q.shape[0]
+        first = jax.lax.axis_index(e) * own
+        before = jnp.sum(jnp.where(jnp.arange(sizes.shape[0]) < first, sizes, 0))  # rows of other devices' experts
+        out = product(jnp.roll(x, -before, 0), q, jax.lax.dynamic_slice_in_dim(sizes, first, own))
+        return jax.lax.psum(jnp.roll(out, before, 0), (*e, *k))
+
+    specs = (PartitionSpec(None, k), _specs(q, [e, k, n]), PartitionSpec())
+    mapped = functools.partial(jax.shard_map, mesh=partition.mesh, in_specs=specs, out_specs=PartitionSpec(None, n))
+    return mapped(of_shard)(x, q, group_sizes)
+
+
+def merged_or_noted(partition: Partition | None, q: QArray, axes: Sequence[Sequence[int]]) -> Partition | None:
+    """`Partition.merged`; where there is none the product is left to XLA, which is noted."""
+    if partition is None:
+        return None
+    merged = partition.merged(axes, q.shape)
+    if merged is None:
+        note_uncut(q, f"merging axes {axes} of {q.shape}, cut along {partition.entries}, leaves no whole shards")
+    return merged
+
+
+def _canonical_entries(q: QArray, partition: Partition) -> list[Names]:
+    """The mesh axes of [*B, K, N], whichever of the two comes first in q."""
+    batch = [partition.of_axis(axis) for axis in range(-q.ndim, -2)]
+    return [*batch, partition.of_axis(q.axis), partition.of_axis(-3 - q.axis)]
+
+
+def _specs(q: QArray, entries: Sequence[Any]) -> QArray:
+    """`part_specs` for the entries of [*B, K, N]."""
+    *batch, k, n = entries
+    return part_specs(q, [*batch, k, n] if q.axis == -2 else [*batch, n, k])
+
+
+def _axes_of_rows(partition: Partition, count: int) -> Names:
     """The mesh axes that cut the rows of x: those that the weight does not lie along, as many as divide them."""
     taken = {name for entry in partition.entries for name in entry}
     free = [name for name in partition.mesh.axis_names if name not in taken]
@@ -174,7 +228,7 @@ def check_grouped_axis(q: QArray, entry: Any, mesh: Any, path: str) -> None:
     shards = math.prod(mesh.shape[name] for name in jax.tree.leaves(entry))
     if shards == 1:
         return
-    length, unit = q.shape[q.axis], MULTIPLE_K if q.layout == HOPPER else packing.codes_per_unit(q.bits)
+    length, unit = q.shape[q.axis], _stored_unit(q)
     rows = length / shards
     whole = rows % unit == 0 and (q.num_groups == 1 or rows % q.group_size == 0)
     if q.input_rotation and rows % q.input_rotation:
@@ -188,3 +242,10 @@ def check_grouped_axis(q: QArray, entry: Any, mesh: Any, path: str) -> None:
             f"leave {rows:g} rows each; wanted whole groups of {q.group_size} (and whole units of {unit} codes) in "
             "each shard, in file order. Shard another axis, use fewer shards, or quantize with a smaller group_size"
         )
+
+
+def _stored_unit(q: QArray) -> int:
+    """Rows of the grouped axis that are stored together: bytes, words, or a tensor core's tiles."""
+    if q.layout == HOPPER:
+        return MULTIPLE_K
+    return 8 if q.layout == TPU and q.codes.dtype == jnp.int32 else packing.codes_per_unit(q.bits)

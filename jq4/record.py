@@ -2,9 +2,10 @@
 
     dense    the leaf was dequantized at an operation that has no packed rule
     relaid   the leaf stayed packed but is re-packed into another layout at every call (`jq4.prepare` does it once)
+    uncut    the leaf lies on several devices, and its product is left to XLA, which cuts no kernel
 
-`jq4.quantized` opens a record for each trace; operations below it (jq4.qarray_ops, jq4.matmul) reach the running one
-through `note_relay`, which does nothing where none is running.
+`jq4.quantized` opens a record for each trace; operations below it (jq4.qarray_ops, jq4.matmul, jq4.partition) reach the
+running one through `note_relay` and `note_uncut`, which do nothing where none is running.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import Any
 
 DENSE = "dense"
 RELAID = "relaid"
+UNCUT = "uncut"
 
 
 class DensifiedWarning(UserWarning):
@@ -27,11 +29,11 @@ class Entry:
     """One leaf at one primitive.
 
     Attributes:
-      kind: "dense" or "relaid".
+      kind: "dense", "relaid" or "uncut".
       path: the leaf's path in its argument.
       primitive: the JAX primitive that met it.
       reason: why it could not stay as it was.
-      nbytes: bytes of the dense (or re-laid) array, once.
+      nbytes: bytes of the dense array, or of the packed one that was re-laid or left uncut, once.
       times: how many equations of the trace did this; a scan's body counts once.
     """
 
@@ -60,6 +62,10 @@ class Record:
     @property
     def relaid(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.kind == RELAID]
+
+    @property
+    def uncut(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.kind == UNCUT]
 
     def note(self, kind: str, path: str, primitive: str, reason: str, nbytes: int) -> bool:
         """Adds one event; True if it is the first of its kind, leaf and primitive."""
@@ -113,6 +119,15 @@ def recording(record: Record, path: str, primitive: str) -> Iterator[None]:
 
 def note_relay(q: Any, reason: str) -> None:
     """Notes that the weight `q` is re-laid at every call, if a transform is running."""
+    _note(RELAID, q, reason)
+
+
+def note_uncut(q: Any, reason: str) -> None:
+    """Notes that the product of the sharded weight `q` is left to XLA, if a transform is running."""
+    _note(UNCUT, q, reason)
+
+
+def _note(kind: str, q: Any, reason: str) -> None:
     if (running := _running.get()) is not None:
         record, path, primitive = running
-        record.note(RELAID, path, primitive, reason, q.nbytes)
+        record.note(kind, path, primitive, reason, q.nbytes)

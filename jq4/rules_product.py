@@ -7,6 +7,7 @@ import jax
 from jq4.matmul import dot_general as packed_dot_general
 from jq4.matmul import ragged_dot as packed_ragged_dot
 from jq4.packed_leaf import PackedLeaf, is_packed
+from jq4.partition import Partition
 from jq4.qarray import QArray
 from jq4.qarray_ops import NoPackedForm
 
@@ -20,11 +21,11 @@ def dot_general(eqn: Any, values: Values) -> Values:
     side = "lhs" if is_packed(lhs) else "rhs"
     leaf, x = (lhs, rhs) if side == "lhs" else (rhs, lhs)
     at = 0 if side == "lhs" else 1
-    q, numbers = _through_pending_transpose(leaf, eqn.params["dimension_numbers"], at)
+    q, numbers, partition = _through_pending_transpose(leaf, eqn.params["dimension_numbers"], at)
     out = packed_dot_general(
         x, q, numbers, weight_side=side,
         preferred_element_type=eqn.params["preferred_element_type"], precision=eqn.params["precision"],
-        partition=leaf.partition, path=leaf.path,
+        partition=partition, path=leaf.path,
     )  # fmt: skip
     sharding = eqn.params.get("out_sharding")
     return [out if sharding is None else jax.sharding.reshard(out, sharding)]
@@ -43,29 +44,30 @@ def ragged_dot_general(eqn: Any, values: Values) -> Values:
     if ragged[0] == x_k[0] or eqn.params["group_offset"] is not None:
         raise NoPackedForm("a ragged contraction, or one with a group offset")
     columns = next(axis for axis in range(3) if axis not in (group[0], w_k[0]))
-    experts = leaf.transposed((group[0], w_k[0], columns)).settle()  # [E, K, N]
+    experts = leaf.transposed((group[0], w_k[0], columns))  # [E, K, N]
     rows = x if x_k[0] == 1 else x.T  # [M, K]
     out = packed_ragged_dot(
-        rows, experts, group_sizes,
+        rows, experts.settle(), group_sizes,
         preferred_element_type=eqn.params["preferred_element_type"], precision=eqn.params["precision"],
+        partition=experts.partition and experts.partition.permuted(experts.axes), path=leaf.path,
     )  # fmt: skip
     return [out]
 
 
-def _through_pending_transpose(leaf: PackedLeaf, numbers: Any, side: int) -> tuple[QArray, Any]:
-    """The QArray as it lies, and the dimension numbers that contract its own axes."""
+def _through_pending_transpose(leaf: PackedLeaf, numbers: Any, side: int) -> tuple[QArray, Any, Partition | None]:
+    """The QArray as it lies, the dimension numbers that contract its own axes, and how these are cut."""
     contract, batch = numbers
     named = (*contract[side], *batch[side])
     free = [leaf.axes[axis] for axis in range(leaf.ndim) if axis not in named]
     if free != sorted(free):
-        return leaf.settle(), numbers
+        return leaf.settle(), numbers, leaf.partition and leaf.partition.permuted(leaf.axes)
 
     def renamed(pair: Any) -> Any:
         pair = list(pair)
         pair[side] = tuple(leaf.axes[axis] for axis in pair[side])
         return tuple(pair)
 
-    return leaf.q, (renamed(contract), renamed(batch))
+    return leaf.q, (renamed(contract), renamed(batch)), leaf.partition
 
 
 RULES = {"dot_general": dot_general, "ragged_dot_general": ragged_dot_general}

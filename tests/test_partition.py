@@ -19,7 +19,8 @@ from benchmarks.provenance import ROOT
 from jq4.apply import quantized
 from jq4.errors import JQ4Error
 from jq4.layouts import prepare
-from jq4.partition import part_specs, shardings_of
+from jq4.partition import part_specs
+from jq4.shardings import shardings_of
 from pallas_kernels.partitioned import alone_or_partitioned
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
@@ -36,6 +37,13 @@ def inputs(rows, length):
     return jax.random.normal(jax.random.key(1), (rows, length))
 
 
+def kinds_of(executable):
+    """The kinds of collectives in a compiled program."""
+    text = executable.as_text()
+    kinds = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    return {kind for kind in kinds if f" {kind}(" in text or f" {kind}-start(" in text}
+
+
 @pytest.mark.parametrize("device_kind", ["cpu", "TPU v6 lite", "NVIDIA H200"])
 @pytest.mark.parametrize("spec, collectives", [(COLUMNS, set()), (ROWS, {"all-reduce"})])
 @pytest.mark.parametrize("rows", [6, 5])
@@ -44,9 +52,7 @@ def test_each_device_multiplies_its_own_part(device_kind, spec, collectives, row
     product = jax.jit(quantized(jnp.matmul, strict=True, shardings=NamedSharding(MESH, spec)))
     operands = (x, placed(q, spec))
     close(product(*operands), x @ q.dequantize())
-    text = str(product.lower(*operands).compile().as_text())
-    kinds = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-    assert {kind for kind in kinds if f" {kind}(" in text or f" {kind}-start(" in text} == collectives
+    assert kinds_of(product.lower(*operands).compile()) == collectives
 
 
 def test_a_weight_taken_from_the_other_side_is_cut_along_its_own_axes():
@@ -104,6 +110,68 @@ def test_weights_tell_where_they_lie(device_kind, axis, spec):
     )
     x = inputs(4, 64)
     close(jax.jit(product)({"w": q}, x), x @ (q.dequantize() if axis == -2 else q.dequantize().T))
+
+
+@pytest.mark.parametrize("device_kind", ["cpu", "TPU v6 lite", "NVIDIA H200"])
+@pytest.mark.parametrize(
+    "spec, collectives",
+    [
+        (PartitionSpec("model"), {"all-reduce"}),
+        (PartitionSpec(None, "model"), {"all-reduce"}),
+        (PartitionSpec(None, None, "model"), set()),
+        (PartitionSpec("model", "data"), {"all-reduce"}),
+    ],
+)
+def test_experts_are_cut_by_number_by_rows_and_by_columns(device_kind, spec, collectives):
+    q, x = prepare(packed((8, 64, 16)), device_kind), inputs(20, 64)
+    sizes = jnp.array([3, 0, 5, 1, 0, 0, 7, 2])  # and two rows of no expert
+    product = jax.jit(quantized(jax.lax.ragged_dot, strict=True, shardings=NamedSharding(MESH, spec)))
+    operands = (x, placed(q, spec), sizes)
+    close(product(*operands), jax.lax.ragged_dot(x, q.dequantize(), sizes))
+    assert kinds_of(product.lower(*operands).compile()) == collectives
+
+
+@pytest.mark.parametrize("device_kind", ["cpu", "TPU v6 lite"])
+@pytest.mark.parametrize(
+    "equation, shape, axis, spec, uncut",
+    [
+        ("mk,khd->mhd", (64, 8, 6), -3, PartitionSpec(None, "model"), False),  # queries, by heads
+        ("mhd,hdk->mk", (8, 16, 24), -2, PartitionSpec("model"), False),  # attention's output, by heads
+        ("mhd,hdk->mk", (8, 16, 24), -2, PartitionSpec(None, None, "model"), False),
+        ("bmk,bkn->bmn", (4, 64, 24), -2, PartitionSpec("model", None, "data"), False),  # a batch of weights
+        ("mk,khd->mhd", (64, 6, 8), -3, PartitionSpec(None, None, "model"), True),  # every head on every device
+    ],
+)
+def test_weights_of_three_axes_are_cut_where_their_axes_merge_whole(device_kind, equation, shape, axis, spec, uncut):
+    q = prepare(packed(shape, axis), device_kind)
+    lengths = dict(zip(equation.split(",")[1].split("->")[0], shape, strict=True)) | {"m": 6}
+    x = jax.random.normal(jax.random.key(1), [lengths[name] for name in equation.split(",")[0]])
+    product = quantized(functools.partial(jnp.einsum, equation), strict=True, shardings=NamedSharding(MESH, spec))
+    close(jax.jit(product)(x, placed(q, spec)), jnp.einsum(equation, x, q.dequantize()))
+    assert [entry.reason[:12] for entry in product.record.uncut] == ["merging axes"] * uncut
+
+
+@pytest.mark.parametrize(
+    "shardings, message",
+    [
+        ({"mlp": COLUMNS}, r"at 'mlp' found a PartitionSpec, wanted a Sharding \(NamedSharding\(mesh, spec\)\)"),
+        (lambda path, shape: COLUMNS, "at 'mlp/kernel' found a PartitionSpec"),
+        ({"mpl": NamedSharding(MESH, COLUMNS)}, "'mpl' is no path of the arguments, whose leaves are mlp/kernel"),
+        (NamedSharding(MESH, PartitionSpec("data", None, "model")), "mlp/kernel: found the partition"),
+        (NamedSharding(MESH, PartitionSpec(None, "model")), r"axis 1 of shape \(16, 10\).* 4 shards .*do not divide"),
+    ],
+)
+def test_shardings_that_mean_nothing_are_refused(shardings, message):
+    with pytest.raises(JQ4Error, match=message):
+        quantized(lambda tree: jnp.ones((2, 16)) @ tree["mlp"]["kernel"], shardings=shardings)(
+            {"mlp": {"kernel": packed((16, 10))}}
+        )
+
+
+def test_a_shard_of_words_holds_whole_ones():
+    q = prepare(packed((40, 16), group_size=40), "TPU v6 lite")  # one group: its rows may be cut, its words may not
+    with pytest.raises(JQ4Error, match=r"4 shards over .*leave 10 rows each; wanted .*whole units of 8 codes"):
+        quantized(jnp.matmul, shardings=NamedSharding(MESH, ROWS))(inputs(4, 40), q)
 
 
 # A kernel, or what XLA can cut ----------------------------------------------------------------------------------------

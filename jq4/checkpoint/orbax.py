@@ -17,13 +17,14 @@ from typing import Any
 
 import jax
 
-from jq4.checkpoint import arrays, atomic, manifest, placement, structure
+from jq4.checkpoint import arrays, atomic, manifest, structure
 from jq4.checkpoint.manifest import FileInfo, LeafInfo, Manifest, ScalarInfo
 from jq4.checkpoint.reading import read_tree
 from jq4.checkpoint.savable import as_saved, check_leaf, is_scalar
 from jq4.checkpoint.structure import Keys, path_of
 from jq4.checkpoint.verification import check_file, check_listing, verify_files
 from jq4.errors import CheckpointError
+from jq4.shardings import Shardings
 
 _READ_AGAIN = 10
 
@@ -83,7 +84,7 @@ def save(
         atomic.install(prepared, target, new.data, listing, raw)
 
 
-def restore(path: Any, *, shardings: placement.Shardings = None, verify: bool = True) -> Any:
+def restore(path: Any, *, shardings: Shardings = None, verify: bool = True) -> Any:
     """Reads a checkpoint folder into a tree of QArrays, jax arrays and scalars in plain dicts, lists and tuples.
 
     Args:

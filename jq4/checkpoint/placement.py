@@ -5,58 +5,19 @@ the grouped axis a shard must be a QArray of its own: whole groups, whole bytes,
 one group spans the whole axis its scale is replicated, and only the codes are split.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jq4.checkpoint.structure import Keys, describe, path_of
 from jq4.errors import CheckpointError
 from jq4.qarray import PARTS, QArray, is_qarray
-
-Shardings = Sharding | Callable[[str, tuple[int, ...]], Sharding | None] | Any
 
 
 def default_sharding() -> Sharding:
     """Where JAX puts a new array that nobody placed."""
     return jax.device_put(0).sharding
-
-
-def chooser(shardings: Shardings) -> Callable[[Keys, tuple[int, ...]], Any]:
-    """A function (keys, shape) -> Sharding, QArray of shardings or None, from what `restore` takes.
-
-    `shardings` is None, one Sharding for all, a callable (path, shape) -> Sharding or None, or a tree of these
-    (a prefix of the checkpoint's tree: an inner node speaks for all below it).
-    """
-    if shardings is None or isinstance(shardings, Sharding):
-        return lambda keys, shape: shardings
-    if callable(shardings) and not is_qarray(shardings):
-        return lambda keys, shape: shardings(path_of(keys), shape)
-    _, leaves = describe(shardings)
-    by_keys = dict(leaves)
-    for keys, value in leaves:
-        if not (isinstance(value, Sharding) or is_qarray(value)):
-            raise CheckpointError(
-                f"shardings: at {path_of(keys)!r} found {type(value).__name__}, wanted a Sharding or None"
-            )
-
-    def choose(keys: Keys, shape: tuple[int, ...]) -> Any:
-        found = [by_keys[keys[:length]] for length in range(len(keys) + 1) if keys[:length] in by_keys]
-        return found[0] if found else None
-
-    return choose
-
-
-def check_used(shardings: Any, leaf_keys: list[Keys]) -> None:
-    """Raises CheckpointError for an entry of a tree of shardings that stands above no leaf of the checkpoint."""
-    if shardings is None or isinstance(shardings, Sharding) or (callable(shardings) and not is_qarray(shardings)):
-        return
-    prefixes = {keys[:length] for keys in leaf_keys for length in range(len(keys) + 1)}
-    idle = [path_of(keys) for keys, _ in describe(shardings)[1] if keys not in prefixes]
-    if idle:
-        known = ", ".join(path_of(keys) for keys in leaf_keys[:5])
-        raise CheckpointError(f"shardings: {idle[0]!r} is no path of the checkpoint, whose leaves are {known}, ...")
 
 
 def check_array(path: str, shape: tuple[int, ...], sharding: Sharding) -> Sharding:

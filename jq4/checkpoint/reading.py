@@ -11,21 +11,19 @@ import numpy as np
 from jq4.checkpoint import manifest, placement, structure
 from jq4.checkpoint.arrays import read_group
 from jq4.checkpoint.manifest import ArrayInfo, LeafInfo, Manifest, QArrayInfo, ScalarInfo, arrays_of
-from jq4.checkpoint.structure import Keys
 from jq4.errors import CheckpointError
+from jq4.shardings import Shardings, check_used, chooser
 
 
-def read_tree(data: Path, found: Manifest, shardings: placement.Shardings) -> Any:
+def read_tree(data: Path, found: Manifest, shardings: Shardings) -> Any:
     """The tree that the data folder holds. `shardings`: see jq4.checkpoint.orbax.restore."""
-    keys_of: dict[int, Keys] = {}
-    structure.map_leaves(keys_of.__setitem__, found.tree)
-    placement.check_used(shardings, list(keys_of.values()))
-    choose = placement.chooser(shardings)
+    check_used(shardings, (leaf.path for leaf in found.leaves), "the checkpoint", CheckpointError)
+    choose = chooser(shardings, CheckpointError)
     wanted: dict[str, dict[str, tuple[ArrayInfo, Any]]] = {}
-    for index, leaf in enumerate(found.leaves):
+    for leaf in found.leaves:
         if isinstance(leaf, ScalarInfo):
             continue
-        for info, sharding in _place(leaf, choose(keys_of[index], leaf.shape)):
+        for info, sharding in _place(leaf, choose(leaf.path, leaf.shape)):
             if info.array is not None:
                 group, _, name = info.array.partition("/")
                 wanted.setdefault(group, {})[name] = (info, sharding)
