@@ -303,3 +303,15 @@ def test_errors_name_what_was_found_and_wanted():
     with pytest.raises(ValueError, match=r"scale has shape \(4, 75\), wanted \[\.\.\., 8, 75\]"):
         int4_matmul(x, *w.packed, spec=dataclasses.replace(w.spec, group_size=16))
     assert int4_matmul(x, *w.packed, spec=w.spec, implementation=("xla", "reference")).shape == (2, 75)
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("bfloat16", 2.5e-3), ("float32", 1e-6)])
+def test_without_a_precision_the_default_of_jax_holds(precision, allowed):
+    w = make(*CASES["plain"])
+    prepared, spec = as_int4(w.packed, w.spec, "tpu")
+    x = rows(3, spec.length)
+    with jax.default_matmul_precision(precision):
+        out = int4_matmul(x, *prepared, spec=spec, implementation="tpu_interpret")
+    exact = np.asarray(x, np.float64) @ w.dense
+    error = np.linalg.norm(out - exact) / np.linalg.norm(exact)
+    assert error < allowed and (precision == "float32" or error > 1e-4)

@@ -19,7 +19,7 @@ from pallas_kernels.grouped_int4_matmul import tpu
 from pallas_kernels.grouped_int4_matmul.reference import grouped_int4_matmul_reference
 from pallas_kernels.grouped_int4_matmul.xla import grouped_input_cotangent, grouped_xla, rows_of_expert
 from pallas_kernels.int4_matmul import gradients, tiles, xla
-from pallas_kernels.int4_matmul.api import by_lowering_platform, no_cotangent
+from pallas_kernels.int4_matmul.api import by_lowering_platform, no_cotangent, resolved_precision
 from pallas_kernels.int4_matmul.registry import UnsupportedError, in_rows
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
@@ -72,7 +72,7 @@ def grouped_int4_matmul(
     if group_sizes.shape != codes.shape[:1]:
         raise ValueError(f"group_sizes has shape {group_sizes.shape}, wanted ({codes.shape[0]},), one for each expert")
     dtype = jnp.dtype(preferred_element_type or x.dtype)
-    return _jitted(x, w, group_sizes, spec, implementation, dtype, precision)
+    return _jitted(x, w, group_sizes, spec, implementation, dtype, resolved_precision(precision))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))

@@ -48,7 +48,7 @@ def int4_matmul(
       implementation: None picks what is fastest and always works; a name is that implementation or an error; of a
         sequence of names the first that takes the weight on the platform is used.
       preferred_element_type: dtype of the result; None is x's. Sums are float32 in any case.
-      precision: of the products, as lax.dot_general's.
+      precision: of the products, as lax.dot_general's: None is jax.default_matmul_precision's.
       integers: x holds whole numbers of at most 127, which may be multiplied as int8 where that is faster.
 
     Raises:
@@ -60,7 +60,7 @@ def int4_matmul(
     names = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
     by_platform(names, spec)  # raises for unknown or unfit names, before any tracing
     dtype = jnp.dtype(preferred_element_type or x.dtype)
-    return _int4_matmul(x, w, spec, names, dtype, _hashable(precision), integers)
+    return _int4_matmul(x, w, spec, names, dtype, resolved_precision(precision), integers)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
@@ -164,7 +164,9 @@ def _batched(one: Callable[[Any, Packed], jax.Array], platform: str) -> Callable
     return run
 
 
-def _hashable(precision: Any) -> Any:
+def resolved_precision(precision: Any) -> Any:
+    """`precision`, hashable; None is what `jax.default_matmul_precision` says, as for lax.dot_general."""
+    precision = jax.config.jax_default_matmul_precision if precision is None else precision
     return tuple(precision) if isinstance(precision, list) else precision
 
 
