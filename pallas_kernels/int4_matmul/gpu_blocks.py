@@ -34,6 +34,7 @@ class GpuProblem:
     groups: int
     group_size: int
     scale_bytes: int = 2
+    out_bytes: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def shared_bytes(problem: GpuProblem, plan: GpuPlan) -> int:
     codes = plan.columns * plan.tile_k // 2
     per_row = 0 if plan.form == "column" else problem.scale_bytes + 1
     scales = max(1, plan.tile_k // problem.group_size) * plan.columns * per_row
-    staged = plan.columns * plan.tile_m * (4 if plan.splits > 1 else 2)
+    staged = plan.columns * plan.tile_m * (4 if plan.splits > 1 else problem.out_bytes)
     return plan.stages * (x + codes + scales) + staged + 2048
 
 

@@ -85,9 +85,12 @@ def int4_matmul_mosaic_gpu(
     count, m, k = terms.shape
     rows = terms.reshape(count * m, k)
     n = spec.columns(w.codes.shape)
-    problem = GpuProblem(count * m, k, n, spec.num_groups, spec.group_size, w.scale.dtype.itemsize)
+    dtype = jnp.dtype(jnp.float32 if count > 1 or dtype not in (jnp.bfloat16, jnp.float16) else dtype)
+    problem = GpuProblem(
+        count * m, k, n, spec.num_groups, spec.group_size, jnp.dtype(w.scale.dtype).itemsize, dtype.itemsize
+    )
     plan = plan or choose_plan(problem, gpu or gpu_named(traced_kind()) or HOPPER[0])
-    out = _call(rows, w, spec, plan, jnp.float32 if count > 1 or dtype is None else dtype)
+    out = _call(rows, w, spec, plan, dtype)
     out = out if count == 1 else jnp.sum(out.reshape(count, m, n), 0)
     return out if w.offset is None else out.astype(jnp.float32) + _of_offsets(x, w.offset, spec)
 
@@ -98,14 +101,13 @@ def _call(rows: jax.Array, w: Packed, spec: PackedSpec, plan: GpuPlan, dtype: An
     (m, k), n = rows.shape, spec.columns(w.codes.shape)
     rows = jnp.pad(rows, ((0, -m % ROW_MULTIPLE), (0, -k % COLUMN_MULTIPLE)))
     scale, zero_point = (None if part is None else jnp.broadcast_to(part, (part.shape[0], n)) for part in w[1:3])
-    in_kernel = dtype if jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16, jnp.float32) else jnp.float32
     shape = kernel.Shape(
         m=rows.shape[0], k=rows.shape[1], n=n, group_size=spec.group_size, groups=spec.num_groups,
-        dtype=rows.dtype, out_dtype=jnp.dtype(in_kernel), zero_points=zero_point is not None,
+        dtype=rows.dtype, out_dtype=dtype, zero_points=zero_point is not None,
     )  # fmt: skip
     call = functools.partial(kernel.call, shape=shape, plan=plan)
     out = jax.custom_batching.sequential_vmap(call)(rows, w.codes, scale, zero_point)
-    return (out if plan.splits == 1 else jnp.sum(out, 0).astype(in_kernel))[:m]
+    return (out if plan.splits == 1 else jnp.sum(out, 0).astype(dtype))[:m]
 
 
 def _terms(x: jax.Array, precision: Any) -> jax.Array:
