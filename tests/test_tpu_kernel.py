@@ -22,7 +22,8 @@ from pallas_kernels.int4_matmul.tpu_forms import magic_order
 from pallas_kernels.int4_matmul.tpu_transposed import int4_matmul_tpu_transposed
 from pallas_kernels.int4_matmul.words import int4_to_words, words_to_int4
 
-FORMS = ("direct", "magic", "wscale")
+ROUNDED = ("wscale", "shifted")  # the weights, as dense bf16 ones are
+FORMS = ("direct", "magic", *ROUNDED)
 
 # M, K, N, group, zero points, offsets, block_m, block_k, block_n, x resident
 CASES: dict[str, tuple[Any, ...]] = {
@@ -30,6 +31,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "one row": (1, 256, 128, 128, True, False, 1, 256, 128, True),
     "tails of M, K, N and group": (20, 500, 200, 64, True, True, 8, 256, 128, True),
     "groups that do not fill the blocks": (16, 320, 128, 32, True, False, 16, 256, 128, False),
+    "short groups in whole registers": (3, 600, 128, 32, True, True, 3, 256, 128, False),
     "groups longer than a block": (5, 700, 128, 256, True, True, 5, 128, 128, True),
     "per channel": (64, 300, 128, 300, True, False, 64, 128, 128, True),
     "few columns": (5, 256, 75, 128, False, True, 5, 256, 75, False),
@@ -87,7 +89,7 @@ def test_forms_match_float64(case, form):
     out = int4_matmul_tpu(x, w, spec, plan=Plan(form, *blocks), interpret=True)
     x64 = np.asarray(x, np.float64)
     assert out.dtype == jnp.float32
-    if form == "wscale":  # exactly the product of the dense weight in bf16
+    if form in ROUNDED:  # exactly the product of the dense weight in bf16
         assert relative_error(out, x64 @ as_bf16(dense)) < 1e-6
         assert relative_error(out, x64 @ dense) < 2.5e-3
     else:
@@ -111,7 +113,7 @@ def test_rounding_to_bf16_is_within_two_thousandths(form):
     x = rows_of_x(64, 512)
     out = int4_matmul_tpu(x, w, spec, plan=Plan(form, 64, 256, 256), dtype=jnp.bfloat16, interpret=True)
     assert out.dtype == jnp.bfloat16
-    exact = np.asarray(x, np.float64) @ (as_bf16(dense) if form == "wscale" else dense)
+    exact = np.asarray(x, np.float64) @ (as_bf16(dense) if form in ROUNDED else dense)
     assert relative_error(out, exact) < 2e-3
 
 

@@ -116,8 +116,7 @@ def _call(x: jax.Array, w: Packed, items: Items, bm: int, plan: Plan, spec: Pack
     repeat = steps if spec.num_groups == 1 else max(1, spec.group_size // bk)  # blocks that share a row of scales
     per_block = bk // group
     x = jnp.pad(x, ((0, -rows % bm), (0, steps * bk - k)))
-    if plan.form == "magic":
-        x = tpu_forms.magic_order(x, group)
+    x = tpu_forms.in_order(x, group, plan.form)
     missing = 0 if repeat > 1 else max(0, steps * per_block - w.scale.shape[1])
 
     def block_of(step: Any, item: Any, used: Any) -> Any:

@@ -43,9 +43,10 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.int4_matmul import tpu_forms, tpu_tables
 from pallas_kernels.int4_matmul.spec import TPU, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
-from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan
+from pallas_kernels.int4_matmul.tpu_blocks import choose_plan
 from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
 from pallas_kernels.int4_matmul.tpu_forms import LANES
+from pallas_kernels.int4_matmul.tpu_plan import Plan, Problem, reads_flat_scales
 from pallas_kernels.manual_axes import shape_varying_as
 
 GROUP_MULTIPLE = 32  # rows of int4 that every chip slices without shuffling
@@ -95,12 +96,12 @@ def int4_matmul_tpu(
     count, m, k = terms.shape
     n = w.codes.shape[1]
     flags = (w.zero_point is not None, w.offset is not None)
-    problem = Problem(count * m, k, n, spec.num_groups, spec.group_size, *flags, number=number_of(spec))
+    written = jnp.float32 if count > 1 or dtype in (None, jnp.float16) else dtype  # f16 is the caller's own rounding
+    kinds = {"number": number_of(spec), "out_bytes": jnp.dtype(written).itemsize}
+    problem = Problem(count * m, k, n, spec.num_groups, spec.group_size, *flags, **kinds)
     chip = chip or traced_chip()
     plan = plan or choose_plan(problem, chip, count > 1, integers)
-    dtype = jnp.float32 if dtype == jnp.float16 else dtype  # the caller's own rounding
     rows = terms.reshape(count * m, k).astype(jnp.int8 if plan.form == "integer" else jnp.bfloat16)
-    written = jnp.float32 if count > 1 else dtype
     tables = tpu_tables.tables_for(spec.levels, chip.name, count)
     out = functools.reduce(jnp.add, [_call(rows, w, table, plan, spec, written, interpret) for table in tables])
     return out if count == 1 else jnp.sum(out.reshape(count, m, n), 0)
@@ -149,13 +150,14 @@ def _call(x: jax.Array, w: Packed, table: Any, plan: Plan, spec: PackedSpec, dty
     per_block = bk // group
     over = 0 if repeat > 1 else steps * per_block - spec.num_groups  # groups that the last block has too many
     x = jnp.pad(x, ((0, 0), (0, steps * bk - k)))
-    if plan.form == "magic" or table is not None:
-        x = tpu_forms.magic_order(x, group)
+    x = tpu_forms.in_order(x, group, plan.form, from_table=table is not None)
+    flat = reads_flat_scales(spec.num_groups, spec.group_size, plan)
     by_group = pl.BlockSpec((per_block, 1, bn), lambda i, j, k: (lax.div(k, jnp.int32(repeat)), 0, j))
+    if flat:
+        by_group = pl.BlockSpec((per_block, bn), lambda i, j, k: (k, j))
     x_columns = steps * bk if plan.resident else bk
     stored = tpu_forms.rows_of_a_code(w.codes, spec.bits)
-    parts = map(tpu_forms.without_float16, w[1:])
-    full = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in parts]
+    full = [None if part is None else _full(part, n, flat) for part in w[1:]]
     operands = {
         "x": (x, pl.BlockSpec((bm, x_columns), lambda i, j, k: (i, 0 if plan.resident else k))),
         "codes": (w.codes, pl.BlockSpec((bk // stored, bn), lambda i, j, k: (k, j))),
@@ -185,6 +187,13 @@ def _call(x: jax.Array, w: Packed, table: Any, plan: Plan, spec: PackedSpec, dty
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
     )(*arrays)
+
+
+def _full(part: jax.Array, n: int, flat: bool) -> jax.Array:
+    """[G, 1, N], or [G, N], from [G, 1, N or 1]."""
+    part = tpu_forms.without_float16(part)
+    groups = part.shape[0]
+    return jnp.broadcast_to(part, (groups, 1, n)).reshape((groups, n) if flat else (groups, 1, n))
 
 
 def _kernel(*refs: Any, names: tuple[str, ...], plan: Plan, group: int, over: int, steps: int, interpret: bool) -> None:

@@ -43,7 +43,7 @@ _MIB = 2**20
 CHIPS = (
     Chip("v4", ("TPU v4", "TPU v4 lite"), 2, 1.05e9, 0.615e12, 128, 15 * _MIB, False, False),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 1, 1.5e9, 0.82e12, 128, 15 * _MIB, False, True),
-    Chip("v5p", ("TPU v5", "TPU v5p"), 2, 1.75e9, 1.23e12, 128, 15 * _MIB, False, True),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 2, 1.75e9, 1.38e12, 128, 15 * _MIB, False, True),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 1, 1.755e9, 1.64e12, 256, 30 * _MIB, True, True),
     Chip("tpu7x", ("TPU7x",), 1, 2.2e9, 3.7e12, 256, 30 * _MIB, True, False),
 )

@@ -82,7 +82,8 @@ def accumulate(form: Any, block: Block, group: int, chunk: int, total: Any) -> N
     def _(index: jax.Array) -> None:
         x = block.x[:, pl.ds(pl.multiple_of(index * chunk, chunk), chunk)]
         codes = block.codes[pl.ds(pl.multiple_of(index * stored, stored), stored), :]
-        groups = [part if part is None or not per else part[pl.ds(index * per, per)] for part in block[2:5]]
+        rows = pl.ds(pl.multiple_of(index * per, per), per) if per else slice(None)
+        groups = [None if part is None else part[rows] for part in block[2:5]]
         total[...] += form(Block(x, codes, *groups, table=block.table), inner)
 
 
@@ -122,15 +123,15 @@ def direct(block: Block, group: int, *, upcast: bool = False) -> jax.Array:
         levels = _levels(block, codes, group, group)
         return levels.astype(jnp.bfloat16) if upcast or levels.dtype == jnp.int8 else levels
 
-    return _by_groups(block, group, weight, center=0.0)
+    return _by_groups(block, group, weight)
 
 
 def integer(block: Block, group: int) -> jax.Array:
-    return _by_groups(block, group, lambda codes: as_elements(codes, group).astype(jnp.int8), center=0.0)
+    return _by_groups(block, group, lambda codes: as_elements(codes, group).astype(jnp.int8))
 
 
 def magic(block: Block, group: int) -> jax.Array:
-    return _by_groups(block, group, _magic_weight, center=136.0)
+    return _by_groups(block, group, _magic_weight, 136.0, rows_at_a_time(group) // group)
 
 
 def wscale(block: Block, group: int, *, wide: bool = False) -> jax.Array:
@@ -147,13 +148,72 @@ def dense(block: Block, group: int, *, wide: bool = False) -> jax.Array:
     small = levels.dtype != jnp.int8 or block.zero_point is None
     exact = block.scale.dtype == jnp.bfloat16 and block.offset is None and small and not wide
     dtype = jnp.bfloat16 if exact else jnp.float32
-    weight = levels.astype(dtype).reshape(-1, group, levels.shape[1])
-    if block.zero_point is not None:
-        weight = weight - _shift(block, block.zero_point[...], group).astype(dtype)
-    weight = weight * block.scale[...].astype(dtype)
-    if block.offset is not None:
-        weight = weight + block.offset[...].astype(dtype)
-    return weight.reshape(levels.shape).astype(jnp.bfloat16)
+    affine = _affine(block, group, dtype)
+    parts = [affine(i, levels[i * group : (i + 1) * group].astype(dtype)) for i in range(levels.shape[0] // group)]
+    return jnp.concatenate([part.astype(jnp.bfloat16) for part in parts], 0)
+
+
+def shifted(block: Block, group: int) -> jax.Array:
+    """`wscale` in f32, with codes that shifts take out of words: nibble j of every word, so x comes in `shifted_order`.
+
+    For a chip whose compiler unpacks int4 through memory.
+    """
+    rows = rows_at_a_time(group)
+    affine, step = _affine(block, group, jnp.float32), _chunk(rows) // 8
+    parts = []
+    for start in range(0, block.x.shape[1], rows):
+        words = _words(block.codes[_stored(block, start) : _stored(block, start + rows), :])  # [rows / 8, bn]
+        left = [lax.shift_left(words, jnp.int32(28 - 4 * j)) if j < 7 else words for j in range(8)]
+        levels = [lax.shift_right_arithmetic(one, jnp.int32(28)).astype(jnp.float32) for one in left]
+        fields = [affine(start // group, one, rows // group) for one in levels]
+        parts += [field[row : row + step] for row in range(0, rows // 8, step) for field in fields]
+    return product(block.x[...], jnp.concatenate(parts, 0).astype(jnp.bfloat16))
+
+
+def _affine(block: Block, group: int, dtype: Any) -> Any:
+    """A function (i, levels dtype[rows, bn]) -> the weights in `dtype`, rows of group i or half of them of the next."""
+    scale = block.scale
+    if dtype == jnp.bfloat16:  # by way of f32, whole registers at a time
+        scale = scale[...].astype(jnp.float32).astype(dtype)
+    shift = None if block.zero_point is None else _shift(block, block.zero_point[...], group).astype(dtype)
+
+    def weight(i: int, levels: jax.Array, groups: int = 1) -> jax.Array:
+        def values(part: Any) -> jax.Array:
+            return _halves(row_of(part, i), row_of(part, i + 1), levels.shape) if groups == 2 else row_of(part, i)
+
+        if shift is not None:
+            levels = levels - values(shift)
+        levels = levels * values(scale).astype(dtype)
+        if block.offset is not None:
+            levels = levels + values(block.offset).astype(dtype)
+        return levels
+
+    return weight
+
+
+def _halves(upper: jax.Array, lower: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """One row over the upper half of `shape`, the other over the lower one."""
+    place = lax.broadcasted_iota(jnp.int32, shape, 0)
+    return jnp.where(place < shape[0] // 2, upper.astype(jnp.float32), lower.astype(jnp.float32))
+
+
+def rows_at_a_time(group: int) -> int:
+    """Rows that `magic` and `shifted` unpack together: two groups of 32 fill the registers that one half fills."""
+    return 2 * group if group == 32 else group
+
+
+def row_of(part: Any, i: int) -> Any:
+    """[1, bn]: the values of group i."""
+    return part[i] if part.ndim == 3 else part[i : i + 1]
+
+
+def in_order(x: jax.Array, group: int, form: str, *, from_table: bool = False) -> jax.Array:
+    """x[M, K] with its columns as a form wants them."""
+    if form == "magic":
+        return magic_order(x, rows_at_a_time(group))
+    if from_table:
+        return magic_order(x, group)
+    return shifted_order(x, group) if form == "shifted" else x
 
 
 def magic_order(x: jax.Array, group: int) -> jax.Array:
@@ -162,9 +222,18 @@ def magic_order(x: jax.Array, group: int) -> jax.Array:
     A product with a permutation matrix is exact, and moves columns where a TPU moves them fastest.
     """
     chunk = _chunk(group)
-    places = np.arange(LANES).reshape(LANES // chunk, chunk // 8, 2, 4).transpose(0, 3, 1, 2).reshape(-1)
+    return _ordered(x, np.arange(LANES).reshape(LANES // chunk, chunk // 8, 2, 4).transpose(0, 3, 1, 2))
+
+
+def shifted_order(x: jax.Array, group: int) -> jax.Array:
+    """The same for `shifted`: column 8r + j of a chunk at (j, r)."""
+    chunk = _chunk(rows_at_a_time(group))
+    return _ordered(x, np.arange(LANES).reshape(LANES // chunk, chunk // 8, 8).transpose(0, 2, 1))
+
+
+def _ordered(x: jax.Array, places: np.ndarray) -> jax.Array:
     matrix = np.zeros((LANES, LANES), np.float32)
-    matrix[places, np.arange(LANES)] = 1
+    matrix[places.reshape(-1), np.arange(LANES)] = 1
     moved = product(x.reshape(-1, LANES), jnp.asarray(matrix, jnp.bfloat16))
     return moved.astype(jnp.bfloat16).reshape(x.shape)
 
@@ -175,22 +244,40 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return lax.dot_general(x, weight, (((1,), (0,)), ((), ())), preferred_element_type=sums).astype(jnp.float32)
 
 
-def _by_groups(block: Block, group: int, weight: Any, center: float) -> jax.Array:
-    """The sum over groups of (x_i @ weight(codes_i) - sums_i * (center + shift_i)) * scale_i + sums_i * offset_i."""
-    total = None
-    stored = _stored(block, group)
-    for i in range(block.x.shape[1] // group):
-        x = block.x[:, i * group : (i + 1) * group]
-        partial = product(x, weight(block.codes[i * stored : (i + 1) * stored, :]))
-        if center or block.zero_point is not None:
-            shift = center if block.zero_point is None else _shift(block, block.zero_point[i], group) + center
-            partial = partial - _row_sums(x) * shift
-        partial = partial * block.scale[i].astype(jnp.float32)
-        if block.offset is not None:
-            partial = partial + _row_sums(x) * block.offset[i].astype(jnp.float32)
-        total = partial if total is None else total + partial
+def _by_groups(block: Block, group: int, weight: Any, center: float = 0.0, together: int = 1) -> jax.Array:
+    """The sum over groups of (x_i @ weight(codes_i) - sums_i * (center + shift_i)) * scale_i + sums_i * offset_i.
+
+    `together` groups go into one product: x as often, one below the other, each with the columns of its own group.
+    """
+    total, (rows, depth) = None, block.x.shape
+    shifts = None if block.zero_point is None else _shift(block, block.zero_point[...], group) + center
+    for start in range(0, depth, together * group):
+        end = start + together * group
+        x = _apart(block.x[:, start:end], together)  # [together * bm, together * group]
+        partials = product(x, weight(block.codes[_stored(block, start) : _stored(block, end), :]))
+        for i in range(start // group, end // group):
+            own = slice(rows * (i - start // group), rows * (i + 1 - start // group))
+            partial = partials[own]
+            if center or shifts is not None:
+                partial = partial - _row_sums(x[own]) * (center if shifts is None else row_of(shifts, i))
+            partial = partial * row_of(block.scale, i).astype(jnp.float32)
+            if block.offset is not None:
+                partial = partial + _row_sums(x[own]) * row_of(block.offset, i).astype(jnp.float32)
+            total = partial if total is None else total + partial
     assert total is not None
     return total
+
+
+def _apart(x: jax.Array, parts: int) -> jax.Array:
+    """x [parts * bm, k]: the whole of it as often as there are parts, zeros outside of columns of a part's own codes.
+
+    In `magic_order` the columns of two groups of 32 alternate by eight.
+    """
+    if parts == 1:
+        return x
+    part = lax.broadcasted_iota(jnp.int32, x.shape, 1) // 8 % parts
+    wide = x.astype(jnp.float32)
+    return jnp.concatenate([jnp.where(part == i, wide, 0.0) for i in range(parts)], 0).astype(x.dtype)
 
 
 def _row_sums(x: jax.Array) -> jax.Array:
@@ -214,19 +301,23 @@ def _levels(block: Block, codes: jax.Array, rows: int, group: int) -> jax.Array:
     """[rows, bn] in the order of K as int4 or int8, or from a table as bf16 in `magic_order`."""
     if block.table is None:
         return as_elements(codes, rows)
-    words = codes if codes.dtype == jnp.int32 else pltpu.bitcast(codes, jnp.int32)
+    words = _words(codes)
     return tpu_tables.levels_of(words, block.table[...], _chunk(group))
 
 
 def _magic_weight(codes: jax.Array) -> jax.Array:
     """bf16[group, bn] = 136 + code, rows in `magic_order`, from int4[group, bn] or words."""
-    words = codes if codes.dtype == jnp.int32 else pltpu.bitcast(codes, jnp.int32)  # [group / 8, bn]
+    words = _words(codes)  # [group / 8, bn]
     fields = [lax.shift_right_logical(words, jnp.int32(4 * j)) if j else words for j in range(4)]
     bits = [(field & jnp.int32(0x000F000F)) ^ jnp.int32(0x43084308) for field in fields]
     halves = [pltpu.bitcast(field, jnp.bfloat16) for field in bits]  # bf16[group / 4, bn]: rows (r, h)
     step = _chunk(8 * words.shape[0]) // 4
     chunks = range(0, 2 * words.shape[0], step)
     return jnp.concatenate([half[start : start + step] for start in chunks for half in halves], 0)
+
+
+def _words(codes: jax.Array) -> jax.Array:
+    return codes if codes.dtype == jnp.int32 else pltpu.bitcast(codes, jnp.int32)
 
 
 def _chunk(group: int) -> int:

@@ -1,0 +1,145 @@
+"""The time and the memory of a plan on a TPU, without compiling it.
+
+    step   max(bundles / clock, HBM bytes / bandwidth) + what a step costs in any case
+    all    steps / cores * step + the first step's bytes, which nothing hides, + the copy of the codes out of a stack
+           of layers, which a kernel with a loop over chunks cannot read in place, + what XLA rewrites before the
+           kernel: x in another order, scales in single rows
+
+The bundles (VLIW instructions, one a cycle) come from counting: COUNTED holds the schedules that the TPU compiler
+(libtpu 0.0.52) made of each form for one step of 1024 x 1024 codes (of 16 rows: a quarter of a step of 2048 x 2048), at
+two group sizes and four numbers of rows. Between them the count is linear in the rows and in the groups of a block, and
+it grows with the block's area, but for what every step and every f32 sum that it updates cost. No chip was timed.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.int4_matmul import tpu_counted
+from pallas_kernels.int4_matmul.tpu_chips import Chip
+from pallas_kernels.int4_matmul.tpu_forms import LANES
+from pallas_kernels.int4_matmul.tpu_plan import EXACT, ORDERED, SUBLANES, Plan, Problem, reads_flat_scales
+
+COUNTED_ROWS = (16, 64, 128, 512)
+# Bundles of a step of 1024 x 1024 codes at COUNTED_ROWS: (groups of 32, groups of 128).
+COUNTED = {
+    "v4": {
+        "magic": ((2224, 1235), (5550, 2316), (11228, 3795), (43932, 11036)),
+        "shifted": ((3038, 2744), (3334, 3208), (4128, 3895), (9243, 9115)),
+    },
+    "v5e": {
+        "direct": ((1200, 827), (4055, 1360), (8199, 3135), (31975, 9703)),
+        "magic": ((1264, 688), (4400, 1351), (9229, 3178), (34191, 10133)),
+        "integer": ((1217, 514), (2368, 834), (4492, 1434), (17500, 5431)),
+        "wscale": ((1655, 1582), (2051, 1954), (2694, 2623), (8240, 8174)),
+    },
+    "v6e": {
+        "direct": ((820, 592), (2340, 889), (5339, 1907), (18270, 5566)),
+        "integer": ((855, 517), (2221, 832), (4317, 1363), (16500, 4527)),
+        "wscale": ((642, 620), (827, 805), (1041, 1028), (2868, 2854)),
+    },
+    "tpu7x": {
+        "direct": ((690, 412), (2316, 850), (5378, 1809), (18570, 5689)),
+        "wscale": ((629, 610), (742, 724), (910, 899), (2383, 2372)),
+    },
+}
+COUNTED |= {
+    "v5p": COUNTED["v5e"],
+    "unknown": {form: counted for form, counted in COUNTED["v6e"].items() if form != "integer"},
+}
+# What zero points or offsets multiply it by: (groups below 128, groups from 128 on).
+CORRECTION = {
+    "direct": (1.7, 1.15), "magic": (1.25, 1.1), "integer": (1.8, 1.2), "wscale": (1.2, 1.1), "shifted": (1.2, 1.2),
+}  # fmt: skip
+STEP_BUNDLES = 130  # of a step, whatever its size
+SUMS_BUNDLES = 1.1 / 1024  # of a step, for each of the sums that it reads and writes
+LOOP_BUNDLES = 100  # of a turn of the loop over chunks, which drains the MXU
+REWRITTEN = 1.5e-12  # seconds for a byte of scales that XLA rewrites in single rows
+
+
+def counted(chip: str, number: str) -> dict[str, Any]:
+    return COUNTED[chip] if number == "int4" else tpu_counted.OTHERS[number][chip]
+
+
+def seconds(problem: Problem, plan: Plan, chip: Chip) -> float:
+    """The modelled time of the whole product."""
+    steps_m, steps_n, steps_k = (
+        -(-size // block)
+        for size, block in ((problem.m, plan.block_m), (problem.n, plan.block_n), (problem.k, plan.block_k))
+    )
+    bundles = bundles_of_step(problem, plan, chip) / chip.clock
+    transfer = bytes_of_step(problem, plan, steps_n, steps_k) / chip.bandwidth
+    step = max(bundles, transfer) + STEP_BUNDLES / chip.clock
+    steps = -(-steps_m * steps_n // chip.cores) * steps_k
+    return steps * step + transfer + _before(problem, plan, chip)
+
+
+def _before(problem: Problem, plan: Plan, chip: Chip) -> float:
+    """Seconds of what XLA does before the kernel."""
+    copied = problem.k * problem.n * problem.bits / 4 if plan.loops else 0  # codes, read and written
+    copied += 6 * problem.m * problem.k if plan.form in ORDERED else 0
+    flat = problem.groups == 1 or reads_flat_scales(problem.groups, problem.group_size, plan)
+    rewritten = 0 if flat else problem.groups * problem.n * _bytes_of_a_scale(problem)
+    return copied / chip.cores / chip.bandwidth + rewritten * REWRITTEN
+
+
+def bundles_of_step(problem: Problem, plan: Plan, chip: Chip) -> float:
+    """Without STEP_BUNDLES."""
+    group = plan.block_k if problem.groups == 1 else problem.group_size
+    tile = bundles_of_tile(chip.name, problem.number, plan.form, plan.block_m, group)
+    count = tile * plan.block_k * plan.block_n / 2**20 + SUMS_BUNDLES * plan.block_m * plan.block_n
+    if problem.zero_points or problem.offsets:
+        count *= CORRECTION[plan.form][group >= 128]
+    if plan.block_n < chip.mxu_depth:  # half of a wide MXU
+        count *= 2
+    turns = plan.block_k // min(plan.chunk, plan.block_k)
+    return count + (turns - 1) * LOOP_BUNDLES
+
+
+@functools.lru_cache(maxsize=4096)
+def bundles_of_tile(chip: str, number: str, form: str, rows: int, group: int) -> float:
+    """Of 1024 x 1024 codes, less STEP_BUNDLES and SUMS_BUNDLES: COUNTED, linear in rows and in groups between."""
+    bundles = np.asarray(counted(chip, number)[form], float) - STEP_BUNDLES  # [rows, group]
+    bundles -= SUMS_BUNDLES * 1024 * np.asarray(COUNTED_ROWS)[:, None]
+    within = min(rows, COUNTED_ROWS[-1])
+    short, long = (float(np.interp(within, COUNTED_ROWS, bundles[:, i])) * rows / within for i in (0, 1))
+    share = (1 / group - 1 / 128) / (1 / 32 - 1 / 128)
+    return max(long + (short - long) * share, 0.6 * long)
+
+
+def _bytes_of_a_scale(problem: Problem) -> int:
+    """And of its zero point and offset."""
+    return 2 + problem.zero_points + 2 * problem.offsets
+
+
+def bytes_of_step(problem: Problem, plan: Plan, steps_n: int, steps_k: int) -> float:
+    """HBM bytes: codes, scales and their kin, x where it is read again, and the result."""
+    groups = plan.block_k / (problem.k if problem.groups == 1 else problem.group_size)
+    weights = plan.block_n * (plan.block_k * problem.bits / 8 + groups * _bytes_of_a_scale(problem))
+    x = 2 * plan.block_m * plan.block_k / (steps_n if plan.resident or steps_k == 1 else 1)
+    return weights + x + problem.out_bytes * plan.block_m * plan.block_n / steps_k
+
+
+def vmem_of(problem: Problem, plan: Plan) -> int:
+    """Bytes of VMEM: two of every block, the sum, and what the compiler was seen to keep on its stack."""
+    bm, bk, bn = -(-plan.block_m // 16) * 16, plan.block_k, -(-plan.block_n // LANES) * LANES
+    groups = 1 if problem.groups == 1 else max(1, bk // problem.group_size)
+    columns = (1 + problem.zero_points + problem.offsets) * 4 * max(groups, SUBLANES) * bn
+    x = 2 * bm * (-(-problem.k // bk) * bk if plan.resident else bk)
+    codes = bk * bn * problem.bits // 8 * (1 if plan.loops else 2)  # and as much for a slice that is read in place
+    out = problem.out_bytes * bm * bn
+    return 2 * (codes + columns + x + out) + 4 * bm * bn + _stack(problem, plan, bm, bn) + 2**20
+
+
+def _stack(problem: Problem, plan: Plan, bm: int, bn: int) -> int:
+    chunk = min(plan.chunk, plan.block_k)
+    corrected = problem.zero_points or problem.offsets
+    of_a_weight = {"wscale": 1.75, "shifted": 5.5 if corrected else 3.0}.get(plan.form, 1.5 if corrected else 0.75)
+    if problem.number != "int4":
+        of_a_weight = max(of_a_weight, 5.0)
+    sums = 0
+    if plan.form in EXACT:
+        groups = 1 if problem.groups == 1 else chunk // min(chunk, problem.group_size)
+        sums = 4 * bm * bn * (groups if plan.block_m > 16 else 1)
+    return int(of_a_weight * chunk * bn) + sums
