@@ -39,7 +39,8 @@ from benchmarks.tpu_lab.tables import plot, table_of, with_speedups
 from pallas_kernels.int4_matmul.shapes import SHAPES
 
 PUBLISHED = (
-    *("chip", "contender", "rows", "k", "n", "group_size", "asymmetric", "experts", "label", "status", "error"),
+    *("chip", "contender", "rows", "k", "n", "group_size", "asymmetric", "experts", "format", "integers"),
+    *("label", "status", "error"),
     *(
         "us",
         "bound",
@@ -62,6 +63,8 @@ def side_by_side(options: argparse.Namespace) -> list[Job]:
     for chip, size, rows, group in itertools.product(options.chip, options.sizes, options.rows, options.group_size):
         case = {"rows": rows, "k": size[0], "n": size[1], "group_size": group, "asymmetric": options.asymmetric}
         case |= {"experts": options.experts} if options.experts else {}
+        case |= {} if options.format == "int4" else {"format": options.format}
+        case |= {"integers": True} if options.integers else {}
         jobs += [Job(chip, contender, case) for contender in options.contender]
     return jobs
 
@@ -130,6 +133,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, nargs="+", default=[128], help="0: one scale for each column")
     parser.add_argument("--experts", type=int, default=0, help="each row by one of so many weights")
     parser.add_argument("--asymmetric", action="store_true", help="with zero points")
+    parser.add_argument("--format", choices=("int4", "int8", "nf4", "fp4"), default="int4")
+    parser.add_argument("--integers", action="store_true", help="x holds whole numbers of at most 127")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--named", nargs="+", choices=sorted(SHAPES), help="default: 8192 x 28672; matrix: all of its own"

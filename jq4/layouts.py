@@ -3,12 +3,14 @@
     layout    codes                   scale, zero_point, offset   for
     neutral   u8 bytes along `axis`   the weight's own axes       what is saved and compared; also the CPU's own
     tpu       i32[*B, ceil(K/8), N]   [*B, G, 1, N]               rows of scales that a kernel can address one by one
+              int8[*B, K, N]          the same                    of 8-bit integers, code - 128
     gpu       int4[*B, N, K]          [*B, N, G]                  K contiguous, as the tensor cores read it
     hopper    i32[*B, N/64, 8*Kp]     [*B, G, N]                  the order in which wgmma takes its left operand
 
 Words hold eight codes, row 8r + j in bits 4j to 4j + 3 of word r, which is how a TPU holds int4: from a stack of layers
 its compiler reads 32-bit words in place, and copies the layer where they are int4. What no TPU kernel takes (groups of
-other than multiples of 32 rows) is int4[*B, K, N] there, for XLA. int4 elements, in words or not, hold code - 8; zero
+other than multiples of 32 rows) is int4[*B, K, N] there, for XLA. int4 elements, in words or not, hold code - 8, also
+where codes are indices of a codebook (nf4, fp4), which a TPU alone has a layout for, as for 8-bit integers. Zero
 points stay u8, counted in unsigned codes. `axis` of a prepared QArray tells which of its two last logical axes is K: -2
 for [..., K, N], -1 for [..., N, K]. The order in memory is the layout's, so that transposing a prepared weight moves
 nothing.
@@ -19,7 +21,7 @@ scale for each column and group) gets the gpu layout.
 
 A CPU reads neutral bytes as fast as any other order (benchmarks/cpu_matmul.py: even and odd codes are multiplied by
 the even and odd columns of x), so "cpu" leaves them alone. What a backend has no layout for stays neutral: other bits,
-codebooks, activation-ordered weights, weights grouped along neither of their last two axes, and embedding tables
+other codebooks, activation-ordered weights, weights grouped along neither of their last two axes, and embedding tables
 (leaves called "embedding"), whose rows are gathered.
 """
 
@@ -88,7 +90,7 @@ def prepare(tree: Any, device_kind: str, *, layout: str | None = None) -> Any:
         if not is_qarray(leaf) or leaf.layout == layout:
             return leaf
         neutral = to_neutral(leaf)
-        if layout == NEUTRAL or not _has_layout(neutral, path):
+        if layout == NEUTRAL or not _has_layout(neutral, path, own):
             return neutral
         return _in_fragments(neutral) if layout == HOPPER and _has_fragments(neutral) else _relaid(neutral, own)
 
@@ -111,20 +113,31 @@ def logical_shape(q: QArray) -> tuple[int, ...]:
     return (*batch, rows, columns) if q.axis == stored_axis else (*batch, columns, rows)
 
 
-def _has_layout(q: QArray, path: Any) -> bool:
+_FORMATS = {TPU: ("int4", "int8", "nf4", "fp4")}  # others: int4
+
+
+def _has_layout(q: QArray, path: Any, layout: str) -> bool:
+    if q.format not in _FORMATS.get(layout, ("int4",)) or (not q.number_format.is_integer and not _fits_words(q)):
+        return False
     named_embedding = any(str(getattr(key, "key", getattr(key, "name", ""))) == "embedding" for key in path)
-    return q.format == "int4" and q.axis in (-1, -2) and q.ndim >= 2 and q.permutation is None and not named_embedding
+    return q.axis in (-1, -2) and q.ndim >= 2 and q.permutation is None and not named_embedding
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _relaid(q: QArray, layout: str) -> QArray:
     q = plain_scales(q)
-    spec = PackedSpec(q.shape[q.axis], group_size=q.group_size, orientation="kn" if q.axis == -2 else "nk")
+    length, orientation = q.shape[q.axis], "kn" if q.axis == -2 else "nk"
+    spec = PackedSpec(length, q.bits, q.number_format.levels, q.group_size, orientation)
     packed, _ = as_int4(Packed(q.codes, q.scale, q.zero_point, q.offset), spec, layout)
     padding = 0
-    if layout == TPU and (spec.num_groups == 1 or spec.group_size % GROUP_MULTIPLE == 0):
-        packed, padding = packed._replace(codes=int4_to_words(packed.codes)), -spec.length % 8
+    if layout == TPU and q.bits == 4 and _fits_words(q):
+        packed, padding = packed._replace(codes=int4_to_words(packed.codes)), -length % 8
     return dataclasses.replace(q, **packed._asdict(), padding=padding, layout=layout)
+
+
+def _fits_words(q: QArray) -> bool:
+    """Whether the TPU kernel takes the groups."""
+    return q.num_groups == 1 or q.group_size % GROUP_MULTIPLE == 0
 
 
 def _has_fragments(q: QArray) -> bool:
@@ -161,7 +174,7 @@ def _neutral(q: QArray) -> QArray:
         codes = of_fragments(q.codes, q.shape[q.axis])
     else:
         codes = words_to_int4(q.codes, q.shape[q.axis]) if _in_words(q) else q.codes
-        codes = (codes.astype("int8") + 8).astype("uint8")
+        codes = (codes.astype("int16") + q.number_format.center).astype("uint8")
     parts = {"scale": q.scale, "zero_point": q.zero_point, "offset": q.offset}
     if q.layout == TPU:
         parts = {name: None if part is None else part.squeeze(-2) for name, part in parts.items()}

@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.tpu_lab.chips import Chip
+from jq4.formats import FORMATS
 from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
 from pallas_kernels.int4_matmul import PackedSpec, int4_matmul
 
@@ -42,7 +43,10 @@ class RefusedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """x[rows, k] @ W[k, n]; a group size of 0 is one scale for each column. With `experts`, each row by one of them."""
+    """x[rows, k] @ W[k, n]; a group size of 0 is one scale for each column. With `experts`, each row by one of them.
+
+    `format` is a name of jq4.formats; `integers` says that x holds whole numbers of at most 127.
+    """
 
     rows: int
     k: int
@@ -51,6 +55,8 @@ class Case:
     asymmetric: bool = False
     dtype: str = "bfloat16"
     experts: int = 0
+    format: str = "int4"
+    integers: bool = False
 
     @property
     def group(self) -> int:
@@ -90,17 +96,31 @@ def _packed(case: Case) -> tuple[Any, ...]:
 
 
 def _prepared(case: Case) -> tuple[Any, ...]:
-    """The same with the codes as `jq4.prepare` lays them for a TPU: words i32[ceil(K / 8), N]."""
+    """The same with the codes as `jq4.prepare` lays them for a TPU: words i32[ceil(K / 8), N], or int8[K, N]."""
     _, scale, zero_point = _packed(case)
+    if case.format == "int8":
+        return _struct((case.k, case.n), jnp.int8), scale, zero_point
     return _struct((-(-case.k // 8), case.n), jnp.int32), scale, zero_point
+
+
+def _spec(case: Case) -> PackedSpec:
+    form = FORMATS[case.format]
+    return PackedSpec(case.k, form.bits, form.levels, case.group, layout="tpu")
+
+
+def prepared(case: Case) -> tuple[Any, ...]:
+    """(x, codes, scale, zero_point) as our kernel takes them."""
+    return _x(case), *_prepared(case)
 
 
 def _ours(implementation: str) -> Callable[[Case, Chip], Iterator[Program]]:
     def programs(case: Case, chip: Chip) -> Iterator[Program]:
-        spec = PackedSpec(case.k, group_size=case.group, layout="tpu")
+        spec = _spec(case)
 
         def product(x: Any, codes: Any, scale: Any, zero_point: Any) -> jax.Array:
-            return int4_matmul(x, codes, scale, zero_point, spec=spec, implementation=implementation)
+            return int4_matmul(
+                x, codes, scale, zero_point, spec=spec, implementation=implementation, integers=case.integers
+            )
 
         yield Program(implementation, product, (_x(case), *_prepared(case)))
 
@@ -111,7 +131,7 @@ def _experts(implementation: str | None) -> Callable[[Case, Chip], Iterator[Prog
     def programs(case: Case, chip: Chip) -> Iterator[Program]:
         if not case.experts:
             raise RefusedError("it takes experts")
-        spec = PackedSpec(case.k, group_size=case.group, layout="tpu")
+        spec = _spec(case)
 
         def product(x: Any, codes: Any, scale: Any, zero_point: Any, sizes: Any) -> jax.Array:
             return grouped_int4_matmul(
@@ -218,8 +238,10 @@ def _xla_grouped(case: Case, chip: Chip) -> Iterator[Program]:
 
 
 def _whole_groups(case: Case) -> tuple[Any, ...]:
-    if case.k % case.group:
-        raise RefusedError(f"K = {case.k} is not whole groups of {case.group}")
+    if case.k % case.group or case.format != "int4":
+        raise RefusedError(
+            f"it takes int4 in whole groups, not K = {case.k} of {case.format} in groups of {case.group}"
+        )
     return _packed(case)
 
 
@@ -228,8 +250,8 @@ def _whole_groups(case: Case) -> tuple[Any, ...]:
 
 def _tpu_inference(case: Case, chip: Chip) -> Iterator[Program]:
     kernel, tuned = _peer()
-    if case.asymmetric:
-        raise RefusedError("it takes no zero points")
+    if case.asymmetric or case.format != "int4":
+        raise RefusedError("it takes int4 without zero points")
     if case.k % case.group or not case.group_size:
         raise RefusedError("its blockwise kernel takes whole groups")
     inputs = "float8_e4m3fn" if chip.name == "tpu7x" else "int8"

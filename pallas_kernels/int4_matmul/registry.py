@@ -3,7 +3,8 @@
     name         platforms   what
     reference    all         the oracle of reference.py: the dense weight appears
     xla          all         xla.py: a form for each platform
-    tpu          tpu         tpu.py: one Pallas kernel, for the tpu layout; tpu_interpret runs it on a CPU, for tests
+    tpu          tpu         tpu.py: one Pallas kernel, for the tpu layout; tpu_interpret runs it on a CPU, for tests.
+                             Of 8 bits it is that or XLA's form, whichever is faster (tpu_int8.py)
     mosaic_gpu   gpu         mosaic_gpu.py: one Pallas kernel, for the hopper layout, which who asks gets
 
 A backend is a function (x[M, K], Packed, spec, *, platform, precision, dtype) -> [M, N] in f32, or in the `dtype`
@@ -26,8 +27,8 @@ from pallas_kernels.int4_matmul.mosaic_gpu import refusal as mosaic_gpu_refusal
 from pallas_kernels.int4_matmul.reference import int4_matmul_reference
 from pallas_kernels.int4_matmul.spec import HOPPER, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
-from pallas_kernels.int4_matmul.tpu import int4_matmul_tpu
 from pallas_kernels.int4_matmul.tpu import refusal as tpu_refusal
+from pallas_kernels.int4_matmul.tpu_int8 import matmul_tpu
 from pallas_kernels.int4_matmul.tpu_transposed import int4_matmul_tpu_transposed
 from pallas_kernels.int4_matmul.xla import int4_matmul_xla
 
@@ -77,7 +78,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(_reference),
     "xla": Backend(_xla),
     "tpu": Backend(
-        int4_matmul_tpu,
+        matmul_tpu,
         ("tpu",),
         tpu_refusal,
         partitions=False,
@@ -85,7 +86,7 @@ BACKENDS: dict[str, Backend] = {
         transposed=int4_matmul_tpu_transposed,
     ),
     "tpu_interpret": Backend(
-        functools.partial(int4_matmul_tpu, interpret=True),
+        functools.partial(matmul_tpu, interpret=True),
         ("cpu",),
         tpu_refusal,
         integers=True,

@@ -7,6 +7,7 @@ A packed weight W[K, N] is a tuple of arrays and a `PackedSpec`. With G = ceil(K
     neutral nk  u8[N, bytes(K)]          [N, G]
     tpu     kn  i32[ceil(K / 8), N]      [G, 1, N]   4-bit integers, code - 8 of row 8r + j in bits 4j.. of word r
             or  int4[K, N] = code - 8                (the dtype of the codes tells; int4 is what words are in a TPU)
+            or  int8[K, N] = code - 128              8-bit integers. Codebooks of 16 levels are laid like 4-bit integers
     hopper  kn  i32[N / 64, 8 * ceil128(K)]  [G, N]  unsigned codes in the order of gpu_fragments.py, 64 divides N
     gpu     nk  int4[N, K] = code - 8    [N, G]      4-bit integers, K a multiple of the group
 

@@ -259,14 +259,21 @@ def _of_field(values: jax.Array, i: int, spec: PackedSpec, field: jax.Array) -> 
 
 
 def _levels(field: jax.Array, spec: PackedSpec) -> jax.Array:
-    """Levels f32 of codes without zero points (stored int4 elements are levels already)."""
+    """Levels f32 of codes without zero points (stored elements of integer formats are levels already)."""
+    if spec.levels is not None:
+        return levels_of_codebook(field, spec)
     if spec.layout != NEUTRAL:
         return field.astype(jnp.float32)
-    if spec.levels is not None:
-        return _select(field, spec.levels, 0, len(spec.levels))
     if spec.bits == 8:
         return field.astype(jnp.float32) - float(spec.center)
     return (field.astype(jnp.int8) - jnp.int8(spec.center)).astype(jnp.float32)  # exact, and vectorises best
+
+
+def levels_of_codebook(field: jax.Array, spec: PackedSpec) -> jax.Array:
+    """The same of unsigned codes, or of stored elements, which are code - center."""
+    if spec.layout != NEUTRAL:
+        field = (field.astype(jnp.int8) + jnp.int8(spec.center)).astype(jnp.uint8)
+    return _select(field, spec.levels or (), 0, len(spec.levels or ()))
 
 
 def _select(codes: jax.Array, levels: tuple[float, ...], low: int, high: int) -> jax.Array:

@@ -26,3 +26,6 @@ OTHERS = {
         for name in ("v4", "v5e", "v6e", "tpu7x")
     },
 }
+for _known in OTHERS.values():
+    _known["v5p"] = _known["v5e"]
+    _known["unknown"] = {form: bundles for form, bundles in _known["v6e"].items() if form != "integer"}

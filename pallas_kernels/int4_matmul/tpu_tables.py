@@ -50,7 +50,7 @@ def tables_for(levels: tuple[float, ...] | None, chip: str, terms: int) -> list[
     rest, tables = np.asarray(levels, np.float32), []
     for _ in range(terms):
         rounded = rest.astype(jnp.bfloat16)
-        tables.append(table_of(rounded, sublanes=chip != "v4"))
+        tables.append(table_of(rounded, sublanes=chip not in ("v4", "unknown")))
         rest = rest - rounded.astype(np.float32)
         if not rest.any():
             break
@@ -73,6 +73,15 @@ def levels_of(words: jax.Array, table: jax.Array, chunk: int) -> jax.Array:
     halves = [pltpu.bitcast(pair, jnp.bfloat16)[:, :columns] for pair in pairs]  # bf16[2 W, N]: rows (r, h)
     step = chunk // 4
     return jnp.concatenate([half[start : start + step] for start in range(0, 2 * height, step) for half in halves], 0)
+
+
+def natural_order(columns: jax.Array, chunk: int) -> jax.Array:
+    """[M, K] with the columns of a chunk, which are in `magic_order`, in their own: 8r + 4h + j is at (j, r, h)."""
+    places = np.arange(LANES).reshape(LANES // chunk, chunk // 8, 2, 4).transpose(0, 3, 1, 2).reshape(-1)
+    matrix = jnp.asarray(np.eye(LANES)[places], columns.dtype)
+    precision = None if columns.dtype == jnp.bfloat16 else lax.Precision.HIGHEST  # exact in either case
+    moved = jnp.matmul(columns.reshape(-1, LANES), matrix, precision=precision, preferred_element_type=jnp.float32)
+    return moved.astype(columns.dtype).reshape(columns.shape)
 
 
 def _whole_registers(words: jax.Array) -> jax.Array:

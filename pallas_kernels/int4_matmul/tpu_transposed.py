@@ -6,6 +6,7 @@
 
 Gradients are taken over many rows, so that there is one form, that of `wscale`: the weights are rounded as a dense bf16
 weight is. Where N is no multiple of the block, dy is padded with zeros, and scales beyond the end are overwritten.
+Levels of a codebook come in the order of tpu_tables.py, and so do the columns of dx: they are put back at the end.
 """
 
 import functools
@@ -18,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.int4_matmul import tpu_forms
+from pallas_kernels.int4_matmul import tpu_forms, tpu_tables
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
@@ -39,7 +40,8 @@ def int4_matmul_tpu_transposed(
     interpret: bool = False,
 ) -> jax.Array:
     """`dtype` (f32)[M, K] = dy[M, N] @ W[K, N]^T, all but `block` as for int4_matmul_tpu; dy is rounded to bf16."""
-    bf16_vector = (chip or traced_chip()).bf16_vector
+    chip = chip or traced_chip()
+    bf16_vector, (table, *_) = chip.bf16_vector, tpu_tables.tables_for(spec.levels, chip.name, 1)
     block = block or BLOCKS[bf16_vector]
     (m, n), k = dy.shape, spec.length
     group = k if spec.num_groups == 1 else spec.group_size
@@ -51,12 +53,14 @@ def int4_matmul_tpu_transposed(
     steps = pl.cdiv(n, bn)
     dy = jnp.pad(dy.astype(jnp.bfloat16), ((0, 0), (0, steps * bn - n)))
     by_group = pl.BlockSpec((per_block, 1, bn), lambda i, k, j: (lax.div(k, jnp.int32(repeat)), 0, j))
+    stored = tpu_forms.rows_of_a_code(w.codes, spec.bits)
     parts = map(tpu_forms.without_float16, w[1:])
     full = [None if part is None else jnp.broadcast_to(part, (part.shape[0], 1, n)) for part in parts]
     operands = {
         "x": (dy, pl.BlockSpec((bm, bn), lambda i, k, j: (i, j))),
-        "codes": (w.codes, pl.BlockSpec((bk // tpu_forms.rows_of_a_code(w.codes), bn), lambda i, k, j: (k, j))),
+        "codes": (w.codes, pl.BlockSpec((bk // stored, bn), lambda i, k, j: (k, j))),
         **{name: (part, by_group) for name, part in zip(("scale", "zero_point", "offset"), full, strict=True)},
+        "table": tpu_tables.operand(table),
     }
     present = {name: pair for name, pair in operands.items() if pair[0] is not None}
     arrays = [array for array, _ in present.values()]
@@ -64,20 +68,28 @@ def int4_matmul_tpu_transposed(
         _kernel, names=tuple(present), group=bk // per_block, wide=not bf16_vector, over=steps * bn - n, steps=steps
     )
     written = jnp.float32 if dtype is None or dtype == jnp.float16 else dtype
-    return pl.pallas_call(
+    steps_k = pl.cdiv(k, bk)
+    out = pl.pallas_call(
         kernel,
         name="int4_matmul_transposed",
-        grid=(pl.cdiv(m, bm), pl.cdiv(k, bk), steps),
+        grid=(pl.cdiv(m, bm), steps_k, steps),
         in_specs=[block_spec for _, block_spec in present.values()],
         out_specs=pl.BlockSpec((bm, bk), lambda i, k, j: (i, k)),
-        out_shape=shape_varying_as((m, k), written, arrays),
+        out_shape=shape_varying_as((m, k if table is None else steps_k * bk), written, arrays),
         scratch_shapes=[pltpu.VMEM((bm, bk), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            allow_input_fusion=tuple(name != "x" and array.dtype.itemsize == 4 for name, (array, _) in present.items()),
+            allow_input_fusion=tuple(
+                name not in ("x", "table") and array.dtype.itemsize == 4 for name, (array, _) in present.items()
+            ),
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
-    )(*arrays).astype(dtype or jnp.float32)
+    )(*arrays)
+    if table is not None:
+        held = min(out.shape[1], spec.num_groups * group) if spec.num_groups > 1 else out.shape[1]
+        out = jnp.pad(out[:, :held], ((0, 0), (0, -held % tpu_forms.LANES)))  # columns without a scale may be NaN
+        out = tpu_tables.natural_order(out, math.gcd(bk // per_block, tpu_forms.LANES))[:, :k]
+    return out.astype(dtype or jnp.float32)
 
 
 def depth_of(spec: PackedSpec, block: int) -> int:

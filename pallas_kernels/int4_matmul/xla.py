@@ -51,7 +51,7 @@ def int4_matmul_xla(x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str,
     if tiles.holds_words(w, spec) and (spec.num_groups == 1 or spec.group_size % 8 == 0):
         return by_groups(x, tiles.squeezed_scales(w, spec), spec, precision)
     w = tiles.flat_scales(w, spec)
-    if spec.layout != NEUTRAL and x.shape[0] <= DECODE_ROWS:
+    if spec.layout != NEUTRAL and (x.shape[0] <= DECODE_ROWS or (spec.layout == TPU and spec.num_groups == 1)):
         return by_groups(x, w, spec, precision)
     return by_column_tiles(x, w, spec, precision, ACCELERATOR_TILE[platform])
 
@@ -61,14 +61,18 @@ def has_int4_form(spec: PackedSpec) -> bool:
 
 
 def as_int4(w: Packed, spec: PackedSpec, layout: str) -> tuple[Packed, PackedSpec]:
-    """A 4-bit integer weight in the tpu (int4, not words) or gpu layout; batch axes in front are kept. Lossless."""
+    """A 4-bit weight in the tpu (int4, not words) or gpu layout; batch axes in front are kept. Lossless.
+
+    For the tpu layout it may be a codebook's, or of 8 bits: int8.
+    """
     if spec.layout == layout and w.codes.dtype != jnp.int32:
         return w, spec
     w = tiles.flat_scales(w, spec)
     codes = w.codes
     if spec.layout == NEUTRAL:
-        codes = packing.unpack(codes, spec.bits, spec.k_axis, spec.length).astype(jnp.int8) - jnp.int8(spec.center)
-        codes = codes.astype(jnp.int4)
+        codes = packing.unpack(codes, spec.bits, spec.k_axis, spec.length)
+        signed = lax.bitcast_convert_type(codes ^ jnp.uint8(128), jnp.int8)  # code - 128
+        codes = signed if spec.bits == 8 else (codes.astype(jnp.int8) - jnp.int8(8)).astype(jnp.int4)
     orientation = "kn" if layout == TPU else "nk"
     scales = w[1:]
     if orientation != spec.orientation:
@@ -137,7 +141,8 @@ def by_groups(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) 
 
     def partial(first: int, last: int, groups: int) -> jax.Array:
         rows = x[:, first:last].reshape(x.shape[0], groups, -1)  # [M, G, g]
-        codes = _codes_of_groups(w.codes, spec, first, last, groups).astype(x.dtype)
+        codes = _codes_of_groups(w.codes, spec, first, last, groups)
+        codes = (codes if spec.levels is None else tiles.levels_of_codebook(codes, spec)).astype(x.dtype)
         equation = "mgk,gkn->gmn" if kn else "mgk,ngk->gmn"
         return jnp.einsum(equation, rows, codes, preferred_element_type=accumulator(x.dtype), precision=precision)
 
