@@ -71,4 +71,5 @@ def _rotated_statistics(statistics: Any, block: int) -> Any:
         square_total=None if outer is None else jnp.diagonal(outer, axis1=-2, axis2=-1),
         outer_total=outer,
         cross_total=turned(statistics.cross_total, (-1, -2)),
+        way_total=turned(statistics.way_total, (-2,)),
     )

@@ -162,21 +162,31 @@ def _step(
 ) -> Callable[..., dict[str, WeightStatistics]]:
     """Statistics of one call, jitted, for arguments like these.
 
-    `axes` and `tables` are filled with what the trace learns.
+    `axes` and `tables` are filled with what the trace learns. An array that several sums are made of is given once.
     """
+    learned: dict[str, Any] = {}
     dynamic = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
     kept = [None if is_array(leaf) else leaf for leaf in leaves]
 
-    def statistics(arrays: list[Any]) -> dict[str, WeightStatistics]:
+    def statistics(arrays: list[Any]) -> list[Any]:
         merged = list(kept)
         for place, array in zip(dynamic, arrays, strict=True):
             merged[place] = array
         watcher = gather(jax.tree.unflatten(structure, merged))
         axes.update(watcher.axes)
         tables.update(watcher.looked_up)
-        return _by_path(watcher.frame)
+        leaves, learned["structure"] = jax.tree.flatten(_by_path(watcher.frame))
+        different = {id(leaf): leaf for leaf in leaves}
+        learned["places"] = [list(different).index(id(leaf)) for leaf in leaves]
+        return list(different.values())
 
-    return sparing_jit(statistics)
+    program = sparing_jit(statistics)
+
+    def step(arrays: list[Any]) -> dict[str, WeightStatistics]:
+        found = program(arrays)
+        return jax.tree.unflatten(learned["structure"], [found[place] for place in learned["places"]])
+
+    return step
 
 
 def _by_path(frame: Frame) -> dict[str, WeightStatistics]:

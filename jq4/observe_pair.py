@@ -17,7 +17,7 @@ rows.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -41,6 +41,7 @@ def observe_pair(
     batches_of_pairs: Iterable[tuple[Any, Any]],
     *,
     collect: Collect = ("hessian",),
+    alone: Collection[str] = (),
     programs: Programs | None = None,
 ) -> Statistics:
     """Statistics of every weight's inputs in `function(quantized_tree, y)`, with `cross_total` where they pair.
@@ -53,11 +54,13 @@ def observe_pair(
       batches_of_pairs: pairs (batch of the dense model, batch of the quantized one), of one structure and equal shapes,
         row for row; may be a generator, of which one pair is held at a time.
       collect: as in jq4.observe. "hessian" brings the cross-correlation along.
-      programs: as in jq4.observe.
+      alone: paths of weights [K, N] whose statistics serve no other: "hessian" brings sum y (x - y)^T W along, which
+        is what a method makes of the cross-correlation, f32[K, N]; where a path's rows cannot be kept, the latter.
+      programs: as in jq4.observe; of a call with this `alone`.
 
     Returns:
       Statistics of the quantized side's inputs y (count, absmax, ..., outer_total = sum y y^T), and
-      cross_total = sum x y^T; paths and `.axes` as jq4.observe gives them.
+      cross_total = sum x y^T or way_total = sum y (x - y)^T W; paths and `.axes` as jq4.observe gives them.
 
     Raises:
       JQ4Error: no batches, trees or batches that do not pair, or a name in `collect` that cannot be collected.
@@ -68,7 +71,7 @@ def observe_pair(
         (dense, quantized), (x, y) = arguments
         plain = _dequantized_like(dense, quantized)
         _check_alike((dense, as_arguments(x)), (plain, as_arguments(y)))
-        apart = _one_after_the_other(function, collects, (dense, x), (plain, y))
+        apart = _one_after_the_other(function, collects, (dense, x), (plain, y), alone)
         if apart is not None:
             return apart
         stacked = _side_by_side((dense, as_arguments(x)), (plain, as_arguments(y)))
@@ -85,7 +88,11 @@ def observe_pair(
 
 
 def _one_after_the_other(
-    function: Callable[..., Any], collects: Callable[[str], frozenset[str]], dense: Any, quantized: Any
+    function: Callable[..., Any],
+    collects: Callable[[str], frozenset[str]],
+    dense: Any,
+    quantized: Any,
+    alone: Collection[str],
 ) -> Watcher | None:
     """What was seen of the quantized side, with the cross-correlations; None where some rows were not kept."""
 
@@ -98,13 +105,21 @@ def _one_after_the_other(
 
     mine = watched(quantized, collects)
     theirs = watched(dense, lambda path: collects(path) & {"hessian"})
+    weights = {path: leaf for path, leaf in flatten_with_paths(dense[0]) if path in alone}
     for key, statistics in mine.frame.items():
         if "hessian" in collects(key.path):
             x, y = (getattr(side.frame.get(key), "outer_total", None) for side in (theirs, mine))
             if not isinstance(x, OuterRows) or not isinstance(y, OuterRows) or x.x.shape != y.x.shape:
                 return None
-            mine.frame[key] = dataclasses.replace(statistics, cross_total=OuterRows(x.x, y.x))
+            mine.frame[key] = dataclasses.replace(statistics, **_across(x.x, y.x, weights.get(key.path)))
     return mine
+
+
+def _across(x: jax.Array, y: jax.Array, weight: jax.Array | None) -> dict[str, OuterRows]:
+    """The cross-correlation of rows f32[M, K], or what it makes of a weight [K, N]."""
+    if weight is None:
+        return {"cross_total": OuterRows(x, y)}
+    return {"way_total": OuterRows(y, jnp.matmul(x - y, weight.astype(jnp.float32), precision="highest"))}
 
 
 def _pair_of(batches: Any) -> tuple[Any, Any]:

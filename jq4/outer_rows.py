@@ -16,7 +16,7 @@ _STRIP = 512
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("x", "y"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class OuterRows:
-    """sum_m x_m y_m^T, f32[*B, K, K], as its rows x and y, f32[*B, M, K] each; a y of None is x."""
+    """sum_m x_m y_m^T, f32[*B, K, N], as its rows x f32[*B, M, K] and y f32[*B, M, N]; a y of None is x, and N is K."""
 
     x: jax.Array
     y: jax.Array | None = None
@@ -25,15 +25,18 @@ class OuterRows:
     def are_less(self) -> bool:
         """Whether the rows take less memory than their sum."""
         rows, features = self.x.shape[-2:]
-        return (rows if self.y is None else 2 * rows) < features
+        if self.y is None:
+            return rows < features
+        outputs = self.y.shape[-1]
+        return rows * (features + outputs) < features * outputs
 
     def total(self) -> jax.Array:
-        """The sum, f32[*B, K, K], by one product."""
+        """The sum, f32[*B, K, N], by one product."""
         return self._product(self.x)
 
     def added_to(self, total: jax.Array) -> jax.Array:
-        """f32[*B, K, K], a total and the sum; in the total's own memory under `jit` that takes it over."""
-        features = total.shape[-1]
+        """f32[*B, K, N], a total and the sum; in the total's own memory under `jit` that takes it over."""
+        features = total.shape[-2]
         whole, rest = divmod(features, _STRIP)
         if whole:
             total = jax.lax.fori_loop(0, whole, lambda i, held: self._add_strip(held, i * _STRIP, _STRIP), total)
@@ -44,7 +47,7 @@ class OuterRows:
         return jax.tree.map(lambda mine, theirs: jnp.concatenate([mine, theirs], axis=-2), self, other)
 
     def _product(self, x: jax.Array) -> jax.Array:
-        """x^T y, f32[*B, k, K], of some columns of x."""
+        """x^T y, f32[*B, k, N], of some columns of x."""
         return jnp.einsum("...mk,...ml->...kl", x, self.x if self.y is None else self.y, precision="highest")
 
     def _add_strip(self, total: jax.Array, start: jax.Array | int, width: int) -> jax.Array:

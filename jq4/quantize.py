@@ -15,6 +15,7 @@ three axes, want `axes`), `weight` of Equinox and torch along -1, `embedding` al
 dense, and is listed.
 """
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -39,6 +40,8 @@ from jq4.rule import Rule
 from jq4.sqnr import sqnr
 from jq4.statistics import check_finite
 from jq4.targets import EMBEDDING, LINEAR, axis_by_name
+
+_DONATED = ("cross_total", "way_total", "outer_total")
 
 
 class IdleRuleWarning(UserWarning):
@@ -72,7 +75,7 @@ def quantize(
       progress: called with the LeafReport of each leaf, packed or not, as soon as it is done.
       donate: delete each dense jax.Array once its QArray exists; `params` must not be used afterwards.
       donate_stats: delete each cross-correlation of `stats` (jq4.observe_pair) once the last leaf that it serves has
-        been corrected by it; `stats` must not quantize again afterwards.
+        been corrected by it, and each Hessian once GPTQ has no more use for it; `stats` must not be used again.
 
     Raises:
       JQ4Error: for a NaN, an Inf, an empty leaf, one packed already in another way, or an impossible rule; it names
@@ -205,19 +208,37 @@ def _plan_packed(leaf: QArray, entry: LeafReport, rule: Rule, axis: int | None) 
     )
 
 
-def _releases(plan: QuantizeReport, stats: Any) -> dict[str, Callable[[], None]]:
-    """For the last of the leaves that a cross-correlation serves: its path, and what deletes that."""
-    last: dict[int, tuple[str, jax.Array]] = {}
+def _releases(plan: QuantizeReport, stats: Any) -> dict[str, Callable[[str], None]]:
+    """Path -> what deletes the sums, called by their names, that no leaf after this one is served by."""
+    last: dict[int, tuple[str, str, jax.Array]] = {}
+    kept: set[int] = set()
     for entry in plan.leaves:
         known = find_path(stats or {}, entry.path)
-        cross, outer = getattr(known, "cross_total", None), getattr(known, "outer_total", None)
-        if entry.is_planned and isinstance(cross, jax.Array) and not _is_traced(cross) and cross is not outer:
-            last[id(cross)] = entry.path, cross
-    return {path: cross.delete for path, cross in last.values()}
+        sums = {name: getattr(known, name, None) for name in _DONATED} if entry.is_planned else {}
+        for name, total in sums.items():
+            if isinstance(total, jax.Array) and not _is_traced(total):
+                last[id(total)] = entry.path, name, total
+                if not _is_done_with(entry, name) or sum(each is total for each in sums.values()) > 1:
+                    kept.add(id(total))
+    found: dict[str, dict[str, jax.Array]] = {}
+    for key, (path, name, total) in last.items():
+        if key not in kept:
+            found.setdefault(path, {})[name] = total
+    return {path: functools.partial(_delete_sum, sums) for path, sums in found.items()}
+
+
+def _is_done_with(entry: LeafReport, name: str) -> bool:
+    """Whether a leaf's sum is of no use once it is packed: a Hessian is, where its method says what it lost."""
+    return name != "outer_total" or (entry.rule is not None and get_method(entry.rule.method).diagnosed is not None)
+
+
+def _delete_sum(sums: Mapping[str, jax.Array], name: str) -> None:
+    if name in sums:
+        sums[name].delete()
 
 
 def _quantize_named(
-    leaf: Any, entry: LeafReport, stats: Any, release: Callable[[], None] | None = None
+    leaf: Any, entry: LeafReport, stats: Any, release: Callable[[str], None] | None = None
 ) -> tuple[QArray, Any]:
     """The packed leaf, and the findings of its method, if it has some."""
     rule, axis = entry.rule, entry.axis

@@ -27,20 +27,20 @@ def quantize_leaf(
     method: str,
     encoding: Encoding,
     options: Mapping[str, Any],
-    release: Callable[[], None] | None = None,
+    release: Callable[[str], None] | None = None,
 ) -> tuple[QArray, Any]:
     """One leaf float[*B, K, N] as a QArray, and what its method found of its slices, if it tells.
 
     Args:
       statistics: of the leaf; None for a method that looks at none.
-      release: called once the cross-correlation of the statistics has been used.
+      release: called with the name of each sum of the statistics, such as "cross_total", that has been used.
     """
     row = get_method(method)
     if row.diagnosed is not None:
         return row.diagnosed(weight, statistics, encoding, release=release, **options)
     packed = _in_parts(weight, statistics, method, encoding, tuple(options.items()), _work_of(weight))
     if release is not None:
-        release()
+        release("cross_total")
     return packed, None
 
 

@@ -11,6 +11,7 @@ order), over all rows x of all batches seen:
     cross_total    f32[*B, K, K]   sum x y^T      -> cross = E[x y^T]; of jq4.observe_pair alone, see there: x are the
                                                    inputs in the dense model, and all the other sums are of y, the
                                                    inputs behind layers that are quantized already
+    way_total      f32[*B, K, N]   sum y (x - y)^T W, in place of cross_total for one weight alone, where asked
 
 `*B` are the axes along which there are many weights in one leaf: scanned layers, experts. Sums, not means, are kept,
 so that statistics of two streams merge exactly as if they were one; zeros are the identity of every merge.
@@ -45,6 +46,7 @@ class WeightStatistics:
     square_total: Any = None
     outer_total: Any = None
     cross_total: Any = None
+    way_total: Any = None
 
     @property
     def mean(self) -> jax.Array:

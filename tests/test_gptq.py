@@ -141,6 +141,11 @@ def test_the_error_that_it_reports_is_the_error():
     assert float(found.error) == pytest.approx(
         hessian_error(q, weight, x) / np.square(x @ weight).sum() * len(x), rel=1e-3
     )
+    y = x + 0.1 * inputs(300, 70, seed=7)
+    pair = WeightStatistics(jnp.int32(300), outer_total=jnp.asarray(y.T @ y), cross_total=jnp.asarray(x.T @ y))
+    q, found = diagnosed(weight, pair, Encoding(group_size=32, observer="mse"))
+    lost = np.square(y @ (weight - np.asarray(q.dequantize()))).sum() / np.square(y @ weight).sum()
+    assert float(found.output_error) == pytest.approx(lost, rel=1e-3) and found.error < 0.9 * found.output_error
 
 
 def test_any_axis_and_any_stack_is_the_matrix_alone():
@@ -186,11 +191,16 @@ def test_statistics_of_a_pair_undo_what_the_prefix_did():
     best = np.linalg.lstsq(y.astype(np.float64), (x @ weight).astype(np.float64), rcond=None)[0]
     found = quantize(weight, crossed, fine, damping=1e-6).dequantize()
     np.testing.assert_allclose(found, best, atol=0.05)
+    way = jnp.asarray(y.T @ (x - y) @ weight)
+    alone = WeightStatistics(pair.count, outer_total=pair.outer_total, way_total=way)
+    np.testing.assert_allclose(quantize(weight, alone, fine, damping=1e-6).dequantize(), found, atol=0.01)
+    kept = quantize(weight, alone, fine, correction=0.0).dequantize()
+    np.testing.assert_allclose(kept, weight, atol=0.1)
     kept = quantize(weight, crossed, fine, correction=0.0).dequantize()
     np.testing.assert_allclose(kept, weight, atol=0.1)
 
 
-def test_a_cross_correlation_is_deleted_when_its_last_leaf_has_used_it():
+def test_sums_are_deleted_when_their_last_leaf_has_used_them():
     x = inputs(300, 64)
     known = statistics(x)
     pair = WeightStatistics(known.count, outer_total=known.outer_total, cross_total=known.outer_total + 0)
@@ -202,17 +212,18 @@ def test_a_cross_correlation_is_deleted_when_its_last_leaf_has_used_it():
 
     def progress(entry):
         jax.block_until_ready(entry.findings)
-        seen.append(pair.cross_total.is_deleted())
+        seen.append((pair.cross_total.is_deleted(), pair.outer_total.is_deleted()))
 
     freed = jq4.quantize(params, every, stats, progress=progress, donate_stats=True)
-    assert seen == [False, True, True] and not pair.outer_total.is_deleted()
+    assert seen == [(False, False), (True, False), (True, True)]
     for name in params:
         np.testing.assert_array_equal(codes_of(freed[name]), codes_of(kept[name]))
+    known = statistics(x)
     one_array = WeightStatistics(known.count, outer_total=known.outer_total, cross_total=known.outer_total)
     few = WeightStatistics(jnp.int32(3), outer_total=known.outer_total, cross_total=known.outer_total + 0)
     with pytest.warns(jq4.CalibrationWarning, match="b: 1 of 1 slices saw fewer"):
         jq4.quantize({"a": params["a"], "b": params["b"]}, every, {"a": one_array, "b": few}, donate_stats=True)
-    assert not known.outer_total.is_deleted() and few.cross_total.is_deleted()
+    assert not known.outer_total.is_deleted() and few.cross_total.is_deleted()  # `few` looks at no data
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e9])
@@ -329,14 +340,13 @@ def test_no_program_holds_a_second_matrix_of_its_inputs_size():
     factor = jax.eval_shape(lambda outer: gptq_solver._factored(outer, solver), square)
     placed = jax.eval_shape(lambda *a: gptq_solver._placed(*a, solver=solver), weight, weight, factor)
     first = jax.eval_shape(lambda *a: gptq_solver._first(*a, solver=solver), placed, factor)
-    without = factor._replace(lower=None)
     programs = [
         gptq_solver._towards.lower(weight, square, square),
         hessian._attempted.lower(square, factor.slots, factor.diagonal, jax.ShapeDtypeStruct((), jnp.float32)),
         gptq_solver._placed.lower(weight, weight, factor, solver=solver),
         gptq_solver._first.lower(placed, factor, solver=solver),
-        gptq_solver._refined.lower(placed, square, without, first, solver=solver),
-        gptq_solver._finished.lower(placed, square, without, first),
+        gptq_solver._refined.lower(placed, factor, first, solver=solver),
+        gptq_solver._finished.lower(weight, placed, factor, first),
     ]
     for program in programs:
         assert program.compile(QUICK).memory_analysis().temp_size_in_bytes < 0.5 * 4 * features**2

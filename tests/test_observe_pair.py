@@ -41,6 +41,22 @@ def test_the_inputs_of_both_models_pair_row_by_row():
     assert stats.axes == {"a": -2, "b": -1}
 
 
+def test_a_weight_alone_has_what_the_cross_correlation_makes_of_it():
+    dense = {"a": normal(8, 300), "b": normal(4, 300, seed=1).T}
+    other = {name: leaf + 0.1 for name, leaf in dense.items()}
+    pairs = [(normal(rows, 8, seed=rows), normal(rows, 8, seed=rows) + 0.1) for rows in (3, 2)]
+
+    def layers(tree, x):
+        return jnp.tanh(x @ tree["a"]) @ tree["b"]
+
+    stats = observe_pair(layers, dense, other, pairs, alone=["b"])
+    x, y = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+    x, y = (np.tanh(rows @ np.asarray(tree["a"])).astype(np.float64) for rows, tree in ((x, dense), (y, other)))
+    assert stats["b"].cross is None and stats["a"].way_total is None and stats["a"].cross is not None
+    np.testing.assert_allclose(stats["b"].outer_total, y.T @ y, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(stats["b"].way_total, y.T @ (x - y) @ np.asarray(dense["b"]), rtol=1e-4, atol=1e-4)
+
+
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):

@@ -139,7 +139,7 @@ def _row(
         format=str(entry.format),
         group_size=int(entry.group_size or 0),
         sqnr_db=None if sqnr_db is None or not np.isfinite(sqnr_db) else sqnr_db,
-        weighted_error=None if statistics is None else _output_error(entry.path, weight, q, statistics),
+        weighted_error=_output_error(entry, weight, q, statistics),
         note=entry.note,
         seconds=seconds,
         nbytes=entry.nbytes,
@@ -147,18 +147,20 @@ def _row(
     )
 
 
-def _output_error(path: str, weight: Any, q: Any, statistics: Statistics) -> float | None:
+def _output_error(entry: LeafReport, weight: Any, q: Any, statistics: Statistics | None) -> float | None:
     """E|x D|**2 / E|x W|**2, of every n-th output where all of them would take longer than the method."""
-    found = statistics.get(path)
+    found = None if statistics is None else statistics.get(entry.path)
     if found is None:
         return None
+    if entry.slices == 1 and not entry.starved:
+        return entry.findings.output_error.item()  # the Hessian is given up
     flops = 4.0 * weight.size * weight.shape[q.axis]
     stride = int(np.ceil(flops / _MEASURED_FLOPS))
     near = q.dequantize()
     if stride > 1 and weight.ndim == 2:
         of_outputs = (slice(None), slice(None, None, stride)) if q.axis == -2 else (slice(None, None, stride),)
         weight, near = weight[of_outputs], near[of_outputs]
-    return error_of(path, weight, near, found, axis=q.axis).output_error
+    return error_of(entry.path, weight, near, found, axis=q.axis).output_error
 
 
 @jax.jit

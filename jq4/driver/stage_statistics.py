@@ -8,7 +8,7 @@ Only what a method asks for is collected, once for all leaves that see the same 
 the stage is not computed at all, since nothing asks for it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,10 +24,15 @@ Collects = Mapping[str, frozenset[str]]
 
 
 class Collector:
-    """path -> what to collect of it; `programs` holds what was compiled for the first block, for those after it."""
+    """path -> what to collect of it; `programs` holds what was compiled for the first block, for those after it.
 
-    def __init__(self, collects: Collects) -> None:
+    `alone` are paths of weights with fewer outputs than inputs whose statistics serve no other: of a pair, what the
+    inputs' cross-correlation makes of such a weight takes less memory than itself.
+    """
+
+    def __init__(self, collects: Collects, alone: Iterable[str] = ()) -> None:
         self._collects = dict(collects)
+        self.alone = frozenset(alone)
         self.programs = Programs()
 
     def __call__(self, path: str) -> frozenset[str]:
@@ -48,8 +53,14 @@ def collectors(
             first: frozenset[str]().union(*(wanted[path] for path in asking if serves[path] == first))
             for first in set(serves.values())
         }
-        made.append((Collector(collects) if asking else None, serves))
+        alone = [path for path in collects if _is_narrow(shapes[path], axes[path]) and len(serves) == 1]
+        made.append((Collector(collects, alone) if asking else None, serves))
     return made
+
+
+def _is_narrow(shape: tuple[int, ...], axis: int) -> bool:
+    """Whether a weight is a matrix [K, N] with N < K."""
+    return len(shape) == 2 and axis == -2 and shape[1] < shape[0]
 
 
 def _kind(path: str, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, int]) -> tuple[Any, ...]:
@@ -75,7 +86,8 @@ def stage_statistics(
     else:
         pairs = _pairs(number, dense_inputs, inputs)
         trees = (dense_block, quantized_block)
-        found = observe_pair(chain.block, *trees, pairs, collect=collector, programs=collector.programs)
+        how = {"collect": collector, "alone": collector.alone, "programs": collector.programs}
+        found = observe_pair(chain.block, *trees, pairs, **how)
     weights = {path: found[first] for path, first in serves.items()}
     for path in dict.fromkeys(serves.values()):
         check_finite(f"block {index}: {path}", found[path])

@@ -29,7 +29,8 @@ class Method:
       asymmetric_zero_point: what a rule means by `symmetric: false` that does not say.
       observer: what a rule means that names no observer; None for "absmax" or, asymmetric, "minmax".
       diagnosed: `quantize`, returning (QArray, a NamedTuple of findings about each slice), and calling its further
-        argument `release` once the cross-correlation has been used; None where there are no findings.
+        argument `release` with the name of each sum of the statistics that was used for the last time; None where there
+        are no findings.
     """
 
     quantize: Callable[..., QArray]

@@ -59,6 +59,11 @@ class Canonical:
         return self.shape[self.features[-1]]
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether the weight is its only matrix [K, N] already."""
+        return len(self.shape) == 2 and self.features == (0,)
+
+    @property
     def runs(self) -> int:
         """R, how many runs of D the features are."""
         return math.prod(self.shape[axis] for axis in self.features[:-1])

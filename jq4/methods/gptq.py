@@ -24,7 +24,8 @@ Dead inputs and damping: jq4.methods.hessian. A slice (an expert) whose statisti
 not fitted to them: it is quantized by `fallback`, which looks at no data. (Of rows that are independent, 16 do better
 than none at K of 128 and of 512; those of one text are not independent, hence 32.) Slices go one after another, each in
 a few programs (jq4.methods.gptq_solver), so that the work space is that of one: besides the statistics (of a stack, a
-copy of one slice's) one f32[K, K] and about five f32[K, N], more where groups are longer than 512. What is traded for
+copy of one slice's; they may be given up for it) one f32[K, K] and about five f32[K, N], more where groups are longer
+than 512. What is traded for
 time: a refinement takes 2 K^2 N flops where the first sweep takes K^2 N, and the factor K^3 / 3.
 """
 
@@ -67,10 +68,10 @@ def diagnosed(
     statistics: WeightStatistics,
     encoding: Encoding,
     *,
-    release: Callable[[], None] | None = None,
+    release: Callable[[str], None] | None = None,
     **options: Any,
 ) -> tuple[QArray, Findings]:
-    """`quantize`, and what was found on the way; `release` is called once the cross-correlation has been used."""
+    """`quantize`, and what was found on the way; `release` is called with each sum of the statistics that was used."""
     check_encoding(encoding, weight.ndim)
     if getattr(statistics, "outer_total", None) is None:
         raise JQ4Error("gptq needs a Hessian: call jq4.observe(..., collect=('hessian',))")
@@ -85,16 +86,17 @@ def diagnosed(
 def _solved(solver: Solver, weight: jax.Array, statistics: WeightStatistics, release: Any) -> Solved:
     """Of all slices, stacked [S, ...]."""
     counts = statistics.count
-    sums = (counts, statistics.outer_total, statistics.cross_total)
+    sums = (counts, statistics.outer_total, statistics.cross_total, statistics.way_total)
     if counts.ndim == 0:
-        return _stacked([solver(_only_matrix(weight, canonical=solver.canonical), *sums, release)])
+        matrix = weight if solver.canonical.is_matrix else _only_matrix(weight, canonical=solver.canonical)
+        return _stacked([solver(matrix, *sums, release=release)])
     matrices = _matrices(weight, canonical=solver.canonical)
     flat = (matrices, *jax.tree.map(lambda part: part.reshape(-1, *part.shape[counts.ndim :]), sums))
     if any(isinstance(part, Tracer) for part in jax.tree.leaves(flat)):
         return jax.lax.map(lambda each: solver(*each), flat)
     slices = [solver(*jax.tree.map(lambda part, i=i: part[i], flat)) for i in range(len(matrices))]
     if release is not None:
-        release()
+        release("cross_total")
     return _stacked(slices)
 
 

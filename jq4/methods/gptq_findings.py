@@ -17,13 +17,15 @@ class Findings(NamedTuple):
       dead: i32, inputs that were never anything but zero; not counted in starved slices.
       starved: bool, whether it saw too few rows and went to the fallback.
       error: f32, E|x^T Q - x^T W|^2 / E|x^T W|^2 over the calibration rows x, W being corrected if it was; of every
-        n-th column where there are more than 512.
+        n-th column where there are more than 256.
+      output_error: f32, the same of W as it was given; of nothing where the slice is starved.
     """
 
     damping: jax.Array
     dead: jax.Array
     starved: jax.Array
     error: jax.Array
+    output_error: jax.Array
 
     def is_short(self, options: Mapping[str, Any]) -> bool:
         """Whether the statistics did not suffice in some slice."""

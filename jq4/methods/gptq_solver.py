@@ -2,11 +2,14 @@
 
     program         reads                       gives                                    f32[K, K] in memory
     towards         W, H, C                     (C - H)^T W f32[K, N]                    H and C; C may go then
-    factored        H                           its factor L, the order of the rows      H and L
-    placed          W, L, (C - H)^T W           W corrected, in that order f32[P, N]     H and L
-    first           W, L                        GPTQ's own solution                      H and L; L may go then
-    refined         W, H, a solution            one of less error                        H
-    finished        W, H, a solution            natural codes, parameters and findings   H
+    factored        H                           H and its factor L, the rows' order      H and H with L; H may go then
+    placed          W, L, (C - H)^T W           W corrected, in that order f32[P, N]     H with L
+    first           W, L                        GPTQ's own solution                      H with L
+    refined         W, H, a solution            one of less error                        H with L
+    finished        W, H, a solution            natural codes, parameters and findings   H with L
+
+"H with L" is both in the memory of one (jq4.methods.factored_hessian). Statistics of one weight alone may bring
+(C - H)^T W in place of C (jq4.observe_pair), and the first program is left out.
 
 Each is compiled once for a shape. In a trace they are inlined. What a program holds besides is small where groups are
 short; a group of more than 512 rows is one square of the matrix, so that for one scale a channel (g = K) `refined` has
@@ -23,7 +26,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jq4.methods.canonical import Canonical
-from jq4.methods.feedback import Entry, Pull, Solution, Sweep
+from jq4.methods.factored_hessian import FactoredHessian
+from jq4.methods.feedback import Entry, Solution, Sweep
 from jq4.methods.gptq_findings import Findings
 from jq4.methods.gptq_options import FALLBACKS, Options
 from jq4.methods.grid import dequantized, refit, search
@@ -33,7 +37,7 @@ from jq4.methods.triangular import solved
 from jq4.qarray import codes_of
 from jq4.rounding import Encoding, Parameters, find_parameters
 
-_MEASURED_COLUMNS = 512
+_MEASURED_COLUMNS = 256
 
 
 class Solved(NamedTuple):
@@ -45,7 +49,7 @@ class Solved(NamedTuple):
 
 
 class _Factor(NamedTuple):
-    lower: jax.Array  # f32[P, P]
+    both: FactoredHessian
     slots: Slots
     diagonal: jax.Array  # f32[P]
     dead: jax.Array  # bool[K]
@@ -69,37 +73,48 @@ class Solver:
         weight: jax.Array,
         count: jax.Array,
         outer: jax.Array,
-        cross: jax.Array | None,
-        release: Callable[[], None] | None = None,
+        cross: jax.Array | None = None,
+        way: jax.Array | None = None,
+        release: Callable[[str], None] | None = None,
     ) -> Solved:
-        """Of W float[K, N] and sums f32[K, K] over `count` rows; `release` is called once `cross` has been used."""
+        """Of W float[K, N] and sums over `count` rows: H and C f32[K, K], or (C - H)^T W f32[K, N] for C.
+
+        `release` is called with the name of a sum, as jq4.statistics has it, once it has been used.
+        """
+        release = release or _keep
         starved = count < self.options.rows_wanted
-        by_rows = functools.partial(self._by_rows, weight, outer, cross, release or _keep)
+        by_rows = functools.partial(self._by_rows, weight, outer, cross, way, release)
         if isinstance(starved, Tracer):
             found = jax.lax.cond(starved, lambda: _fallen_back(weight, self), by_rows)
         elif bool(starved):
             found = _fallen_back(weight, self)
-            (release or _keep)()
+            release("cross_total")
+            release("way_total")
         else:
             found = by_rows()
         return found._replace(findings=found.findings._replace(starved=starved))
 
-    def _by_rows(self, weight: jax.Array, outer: jax.Array, cross: Any, release: Callable[[], None]) -> Solved:
-        corrects = cross is not None and self.options.correction > 0
-        way = _towards(weight, outer, cross) if corrects else None
-        release()
+    def _by_rows(
+        self, weight: jax.Array, outer: jax.Array, cross: Any, way: Any, release: Callable[[str], None]
+    ) -> Solved:
+        if not self.options.correction:
+            way = None
+        elif way is None and cross is not None:
+            way = _towards(weight, outer, cross)
+        release("cross_total")
         factor = _factored(outer, self)
+        release("outer_total")
         placed = _placed(weight, way, factor, self)
         del way
+        release("way_total")
         solution = _first(placed, factor, self)
-        factor = factor._replace(lower=None)
         if self.options.refinements:
-            solution = _refined(placed, outer, factor, solution, self)
-        return _finished(placed, outer, factor, solution)
+            solution = _refined(placed, factor, solution, self)
+        return _finished(weight, placed, factor, solution)
 
 
-def _keep() -> None:
-    """The cross-correlation is not given up."""
+def _keep(name: str) -> None:
+    """No sum is given up."""
 
 
 _program = functools.partial(jax.jit, static_argnames="solver")
@@ -114,7 +129,7 @@ def _fallen_back(weight: jax.Array, solver: Solver) -> Solved:
         None if part is None else part.astype(jnp.float32).reshape(-1, part.shape[-1])
         for part in (q.scale, q.zero_point, q.offset)
     )
-    nothing = Findings(jnp.float32(0), jnp.int32(0), jnp.bool(False), jnp.float32(0))
+    nothing = Findings(jnp.float32(0), jnp.int32(0), jnp.bool(False), jnp.float32(0), jnp.float32(0))
     return Solved(codes_of(q).reshape(weight.shape), Parameters(*joined), nothing)
 
 
@@ -125,8 +140,8 @@ def _towards(weight: jax.Array, outer: jax.Array, cross: jax.Array) -> jax.Array
 
 def _factored(outer: jax.Array, solver: Solver) -> _Factor:
     slots, diagonal, dead = _ordered(outer, solver)
-    lower, damping = damped_factor(outer, slots, diagonal, solver.options.damping)
-    return _Factor(lower, slots, diagonal, dead, damping)
+    both, damping = damped_factor(outer, slots, diagonal, solver.options.damping)
+    return _Factor(both, slots, diagonal, dead, damping)
 
 
 @_program
@@ -143,7 +158,7 @@ def _placed(weight: jax.Array, way: jax.Array | None, factor: _Factor, solver: S
     slots = factor.slots
     placed = slots.spread(weight.astype(jnp.float32))
     if way is not None:
-        placed = placed + solver.options.correction * solved(factor.lower, slots.spread(way), slots.section)
+        placed = placed + solver.options.correction * solved(factor.both.squares, slots.spread(way), slots.section)
     return jnp.where(slots.spread(factor.dead[:, None]), 0.0, placed)
 
 
@@ -151,7 +166,7 @@ def _placed(weight: jax.Array, way: jax.Array | None, factor: _Factor, solver: S
 def _first(weight: jax.Array, factor: _Factor, solver: Solver) -> Solution:
     """GPTQ's own sweep."""
     encoding, slots = solver.encoding, factor.slots
-    pivot = jnp.diagonal(factor.lower)[:, None]  # f32[P, 1]
+    pivot = factor.both.pivots[:, None]  # f32[P, 1]
 
     def enter(entry: Entry) -> tuple[Parameters, jax.Array]:
         expected = entry.rows.weight if slots.group == len(weight) else _updated(entry)
@@ -165,11 +180,11 @@ def _first(weight: jax.Array, factor: _Factor, solver: Solver) -> Solution:
 
     importance = jnp.where(slots.holds, jnp.square(pivot), 0.0)
     sweep = Sweep(encoding.number_format, slots.group, enter, causal=True)
-    return sweep(weight, importance, _pull_of_factor(factor.lower, slots.section), _nothing(weight, slots, encoding))
+    return sweep(weight, importance, factor.both.pull_of_factor(), _nothing(weight, slots, encoding))
 
 
 @functools.partial(jax.jit, static_argnames="solver", donate_argnames="solution")
-def _refined(weight: jax.Array, outer: jax.Array, factor: _Factor, solution: Solution, solver: Solver) -> Solution:
+def _refined(weight: jax.Array, factor: _Factor, solution: Solution, solver: Solver) -> Solution:
     """Rounds of refitted parameters and coordinate descent."""
     encoding, slots = solver.encoding, factor.slots
     diagonal = factor.diagonal[:, None] / mean_of_rows(slots, factor.diagonal)  # in a unit whose square f32 holds
@@ -183,7 +198,7 @@ def _refined(weight: jax.Array, outer: jax.Array, factor: _Factor, solution: Sol
         return found, entry.rows.weight - dequantized(entry.rows.codes, found, encoding.number_format)
 
     sweep = Sweep(encoding.number_format, slots.group, enter, causal=False)
-    importance, pull = jnp.where(slots.holds, diagonal, 0.0), _pull_of_hessian(outer, factor)
+    importance, pull = jnp.where(slots.holds, diagonal, 0.0), factor.both.pull_of_hessian(factor.diagonal)
 
     def round_of(_: Any, held: Solution) -> Solution:
         return sweep(weight, importance, pull, held)
@@ -192,45 +207,18 @@ def _refined(weight: jax.Array, outer: jax.Array, factor: _Factor, solution: Sol
 
 
 @jax.jit
-def _finished(weight: jax.Array, outer: jax.Array, factor: _Factor, solution: Solution) -> Solved:
-    """The solution in the rows' natural order, and its error."""
-    stride = -(-weight.shape[1] // _MEASURED_COLUMNS)
-    mine, whole = (jnp.take(part[:, ::stride], factor.slots.slot, axis=0) for part in (solution.error, weight))
-    error = _ratio(_energy(mine, outer), _energy(whole, outer))
+def _finished(weight: jax.Array, placed: jax.Array, factor: _Factor, solution: Solution) -> Solved:
+    """The solution in the rows' natural order, and its errors."""
+    slots, stride = factor.slots, -(-weight.shape[1] // _MEASURED_COLUMNS)
+    mine, whole = (part[:, ::stride] for part in (solution.error, placed))  # f32[P, n]
+    given = slots.spread(weight[:, ::stride].astype(jnp.float32))
+    natural = jnp.where(slots.spread(factor.dead[:, None])[:, 0], 0.0, factor.diagonal)
+    compared = jnp.concatenate([mine, whole, given - whole + mine, given], axis=1)
+    energies = jnp.sum(factor.both.energies(compared, natural).reshape(4, -1), axis=1)
     dead = jnp.sum(factor.dead).astype(jnp.int32)
-    codes, parameters = factor.slots.natural(solution.codes, solution.parameters)
-    return Solved(codes, parameters, Findings(factor.damping, dead, jnp.bool(False), error))
-
-
-def _pull_of_factor(lower: jax.Array, size: int) -> Pull:
-    """L^T with row k divided by L_kk, its diagonal removed, in squares."""
-
-    def pull(mine: jax.Array, other: jax.Array) -> jax.Array:
-        square = jax.lax.dynamic_slice(lower, (other * size, mine * size), (size, size))
-        own = jax.lax.dynamic_slice(lower, (mine * size, mine * size), (size, size))
-        return _without_diagonal(jnp.transpose(square) / jnp.diagonal(own)[:, None], mine == other)
-
-    return pull
-
-
-def _pull_of_hessian(hessian: jax.Array, factor: _Factor) -> Pull:
-    """H with row k divided by H_kk, its diagonal removed, in squares."""
-    size = factor.slots.section
-
-    def pull(mine: jax.Array, other: jax.Array) -> jax.Array:
-        rows, columns = (
-            jax.lax.dynamic_slice_in_dim(factor.slots.row, number * size, size, 0) for number in (mine, other)
-        )
-        square = factor.slots.square(hessian, rows, columns)
-        curvature = jax.lax.dynamic_slice_in_dim(factor.diagonal, mine * size, size, 0)
-        return _without_diagonal(square / curvature[:, None], mine == other)
-
-    return pull
-
-
-def _without_diagonal(square: jax.Array, is_own: jax.Array) -> jax.Array:
-    places = jnp.arange(len(square))
-    return jnp.where((places[:, None] == places[None, :]) & is_own, 0.0, square)
+    codes, parameters = slots.natural(solution.codes, solution.parameters)
+    errors = _ratio(energies[0], energies[1]), _ratio(energies[2], energies[3])
+    return Solved(codes, parameters, Findings(factor.damping, dead, jnp.bool(False), *errors))
 
 
 def _nothing(weight: jax.Array, slots: Slots, encoding: Encoding) -> Solution:
@@ -256,11 +244,6 @@ def _without_nothing(rows: jax.Array, importance: jax.Array) -> jax.Array:
     """A group's rows f32[g, N], NaN where a slot holds none; a group of nothing else as it is."""
     holds = importance > 0
     return jnp.where(holds | ~jnp.any(holds), rows, jnp.nan)
-
-
-def _energy(rows: jax.Array, matrix: jax.Array) -> jax.Array:
-    """tr(rows^T H rows), f32[]."""
-    return jnp.sum(rows * jnp.matmul(matrix, rows, precision="highest"))
 
 
 def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:

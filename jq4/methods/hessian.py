@@ -10,13 +10,14 @@ factor   H = L L^T with L lower triangular, rows and columns in the order of `sl
          Cholesky factor U of inv(H): with rows and columns reversed, inv(U) is L. So neither inverse is needed.
 
 H may be any multiple of E[x x^T], such as the sum over all rows: nothing here depends on its unit. It is read where it
-lies: a reordered copy becomes the factor.
+lies: a reordered copy becomes the factor, above which it stays readable (jq4.methods.factored_hessian).
 """
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from jq4.methods.factored_hessian import FactoredHessian
 from jq4.methods.slots import Slots
 from jq4.methods.triangular import factored
 
@@ -34,41 +35,44 @@ def mended_diagonal(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(dead, jnp.where(mean > 0, mean, 1.0), diagonal), dead
 
 
-def damped_factor(hessian: jax.Array, slots: Slots, diagonal: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
-    """(L f32[P, P] of H + d * mean(diag H) * I in slots, d f32[] the damping that it took, at least the one asked for).
+def damped_factor(
+    hessian: jax.Array, slots: Slots, diagonal: jax.Array, damping: float
+) -> tuple[FactoredHessian, jax.Array]:
+    """(H + d * mean(diag H) * I in slots and its factor, d f32[] the damping that it took, at least the one asked for).
 
     Args:
       diagonal: f32[P], see `mended_diagonal`; of the slots, and 1 where there is no row.
     """
 
-    def failed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return ~jnp.all(jnp.isfinite(jnp.diagonal(state[0]))) & (state[1] < _LAST)
+    def failed(state: tuple[FactoredHessian, jax.Array]) -> jax.Array:
+        return ~jnp.all(jnp.isfinite(state[0].pivots)) & (state[1] < _LAST)
 
     def raised(damping: jax.Array) -> jax.Array:
         return jnp.maximum(damping * _RAISED, _FIRST_RAISED)
 
-    def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def again(state: tuple[FactoredHessian, jax.Array]) -> tuple[FactoredHessian, jax.Array]:
         return _attempted(hessian, slots, diagonal, raised(state[1])), raised(state[1])
 
     start = jnp.asarray(damping, jnp.float32)
-    lower = _attempted(hessian, slots, diagonal, start)
-    if isinstance(lower, Tracer):
-        return jax.lax.while_loop(failed, again, (lower, start))
-    while bool(failed((lower, start))):
-        del lower  # before the next one is made
+    both = _attempted(hessian, slots, diagonal, start)
+    if isinstance(both.squares, Tracer):
+        return jax.lax.while_loop(failed, again, (both, start))
+    while bool(failed((both, start))):
+        del both  # before the next one is made
         start = raised(start)
-        lower = _attempted(hessian, slots, diagonal, start)
-    return lower, start
+        both = _attempted(hessian, slots, diagonal, start)
+    return both, start
 
 
 @jax.jit
-def _attempted(hessian: jax.Array, slots: Slots, diagonal: jax.Array, damping: jax.Array) -> jax.Array:
-    """L of H damped by so much, NaN where there is none."""
+def _attempted(hessian: jax.Array, slots: Slots, diagonal: jax.Array, damping: jax.Array) -> FactoredHessian:
+    """H damped by so much and its L, NaN where there is none."""
     unit = mean_of_rows(slots, diagonal)
     place = jnp.arange(len(slots.row))
     reordered = slots.square(hessian, slots.row, slots.row)
     damped = jnp.where(place[:, None] == place[None, :], (diagonal + damping * unit)[:, None], reordered)
-    return factored(damped, slots.section)
+    own = jax.vmap(lambda rows: slots.square(hessian, rows, rows))(slots.row.reshape(-1, slots.section))
+    return FactoredHessian(factored(damped, slots.section), own)
 
 
 def mean_of_rows(slots: Slots, diagonal: jax.Array) -> jax.Array:
