@@ -1,10 +1,16 @@
-"""The Hopper kernel through the production compiler, without a GPU: what is compiled, counted and emulated.
+"""The Hopper kernel: through the production compiler without a GPU, and on one.
 
-cases.py      one product to compile, and its operands as numpy arrays
-compiling.py  a process that compiles cases for an H200 and keeps what the compiler leaves: PTX, host code, resources
-sass.py       the machine code of that PTX: instructions of the inner loop, registers, spills
-host_code.py  the compiler's host code, run: descriptors for the copy engine, grid, parameters
-ptx.py        PTX as instructions
-alu.py        what instructions without memory compute
-device.py     a block: warpgroups, shared memory, copies, barriers and tensor cores
+cases.py         one product to compile, and its operands as numpy arrays
+compiling.py     a process that compiles cases for an H200 and keeps what the compiler leaves: PTX and host code
+sass.py          the machine code of that PTX: instructions of the inner loop, registers, spills
+host_code.py     the compiler's host code, run: descriptors for the copy engine, grid, parameters
+ptx.py           PTX as instructions
+alu.py           what instructions without memory compute
+memory.py        shared memory: swizzles, boxes of tiled copies, mbarriers
+tensor_cores.py  which thread holds what of a product
+warpgroup.py     128 threads, and what they ask of the chip's engines
+device.py        a block: its warpgroups and copies, in an order drawn at random
+running.py       on the device at hand: is a product right, how long does it take
+rivals.py        what else computes the same product
+decoding.py      tokens a second of a whole decoder
 """

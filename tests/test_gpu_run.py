@@ -1,0 +1,43 @@
+"""Oracle: the script's own figures, read back; on a CPU XLA's forms serve in the kernel's stead, checked by float64."""
+
+import json
+
+from benchmarks import gpu_run
+from benchmarks.gpu_lab import running
+from benchmarks.gpu_lab.cases import Case
+from benchmarks.gpu_lab.rivals import UnavailableError
+from pallas_kernels.int4_matmul.shapes import SHAPES, Shape
+
+
+def test_the_script_runs_from_ceilings_to_decoding(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "CACHE_BYTES", 2**20)
+    figures, drawn = tmp_path / "figures.json", tmp_path / "plot.png"
+    monkeypatch.setitem(SHAPES, "odd/prime", Shape(256, 128))
+    words = "--rows 1 3 --named odd/prime --rival mosaic_gpu xla-bf16 tinygemm --cases 3 --repeats 1"
+    words += " --tokens 2 --tiny --ceiling-size 64 --ceiling-megabytes 1"
+    code = gpu_run.main([*words.split(), "--json", str(figures), "--plot", str(drawn)])
+    found = json.loads(figures.read_text())
+    assert code == 0 and found["correctness"] == {"cases": 3, "wrong": []}
+    assert found["kernel"].startswith("xla's forms") and drawn.stat().st_size > 0
+    assert [row["rows"] for row in found["rows"]] == [1, 3]
+    for row in found["rows"]:
+        assert row["speedup"] > 0 and row["bytes_share"] > 0 and "tinygemm: unavailable" in row
+    assert found["tokens_per_second"]["packed"] != 0
+
+
+def test_a_wrong_product_stops_the_script(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "ours", lambda x, q: x[:, :1] * 0 + 1)
+    figures = tmp_path / "figures.json"
+    words = ["--cases", "2", "--repeats", "1", "--ceiling-size", "64", "--ceiling-megabytes", "1"]
+    assert gpu_run.main([*words, "--json", str(figures)]) == 1
+    found = json.loads(figures.read_text())
+    assert len(found["correctness"]["wrong"]) == 2 and "rows" not in found
+
+
+def test_what_cannot_run_says_why(monkeypatch):
+    def absent(case, repeats):
+        raise UnavailableError("it is not installed")
+
+    monkeypatch.setitem(gpu_run.RIVALS, "gemlite", absent)
+    row = gpu_run.timed(Case(1, 64, 64), ["gemlite"], 1)
+    assert row["gemlite: unavailable"] == "it is not installed"
