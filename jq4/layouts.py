@@ -41,7 +41,7 @@ from pallas_kernels.int4_matmul.gpu_fragments import STRIP, of_fragments, padded
 from pallas_kernels.int4_matmul.mosaic_gpu import layout_refusal
 from pallas_kernels.int4_matmul.spec import GPU, HOPPER, TPU, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
-from pallas_kernels.int4_matmul.tpu import GROUP_MULTIPLE
+from pallas_kernels.int4_matmul.tpu import refusal
 from pallas_kernels.int4_matmul.words import int4_to_words, words_to_int4
 from pallas_kernels.int4_matmul.xla import as_int4
 
@@ -137,7 +137,7 @@ def _relaid(q: QArray, layout: str) -> QArray:
 
 def _fits_words(q: QArray) -> bool:
     """Whether the TPU kernel takes the groups."""
-    return q.num_groups == 1 or q.group_size % GROUP_MULTIPLE == 0
+    return refusal(PackedSpec(q.shape[q.axis], group_size=q.group_size, layout=TPU)) is None
 
 
 def _has_fragments(q: QArray) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from typing import Any
 
 import jax
@@ -11,15 +12,16 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import jq4
-from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, int4_matmul
+from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, int4_matmul, tpu_tuned
 from pallas_kernels.int4_matmul.registry import BACKENDS, choose
 from pallas_kernels.int4_matmul.shapes import SHAPES
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu import int4_matmul_tpu
-from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan, vmem_of
+from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan, find_plan, ranked, vmem_of
 from pallas_kernels.int4_matmul.tpu_chips import CHIPS, UNKNOWN, chip_named, traced_chip
 from pallas_kernels.int4_matmul.tpu_forms import magic_order
 from pallas_kernels.int4_matmul.tpu_transposed import int4_matmul_tpu_transposed
+from pallas_kernels.int4_matmul.tpu_tuned import entry_of, key_of, plan_of, table, tuned_plan
 from pallas_kernels.int4_matmul.words import int4_to_words, words_to_int4
 
 ROUNDED = ("wscale", "shifted")  # the weights, as dense bf16 ones are
@@ -275,3 +277,78 @@ def test_second_derivatives_and_named_algorithms_have_a_form():
     found = jax.grad(lambda x: jnp.vdot(jax.grad(loss)(x), x))(x)
     wanted = 4 * (np.asarray(x, np.float64) @ dense) @ dense.T
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("shape", [(0, 64, 128), (3, 0, 128), (3, 64, 0)], ids=["rows", "depth", "columns"])
+@pytest.mark.parametrize("implementation", [None, "tpu_interpret"])
+def test_of_nothing_come_zeros(shape, implementation):
+    m, k, n = shape
+    spec, groups = PackedSpec(k, group_size=32, layout="tpu"), -(-k // 32)
+    codes, scale = jnp.zeros((k // 8, n), jnp.int32), jnp.ones((groups, 1, n), jnp.bfloat16)
+    out = int4_matmul(jnp.ones((m, k), jnp.bfloat16), codes, scale, spec=spec, implementation=implementation)
+    assert (out.shape, out.dtype) == ((m, n), jnp.bfloat16) and not out.any()
+
+
+def test_what_fits_no_memory_is_left_to_xla():
+    tiny = dataclasses.replace(chip_named("v6e"), vmem=2**20)
+    w, spec, dense = weight(256, 128, 128, True)
+    x = rows_of_x(5, 256, jnp.float32)
+    assert find_plan(Problem(5, 256, 128, 2, 128, True), tiny) is None
+    out = int4_matmul_tpu(x, w, spec, chip=tiny, interpret=True)
+    assert relative_error(out, np.asarray(x, np.float64) @ dense) < 1e-6
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+def test_every_tuned_plan_is_legal_fits_and_is_taken(chip):
+    for key, entry in table().get(chip.name, {}).items():
+        rows, k, n, group = (int(number) for number in re.findall(r"\d+", key))
+        problem = Problem(rows, k, n, k // group if group else 1, group or k, key.endswith("z"), out_bytes=2)
+        plan = plan_of(entry, rows, chip)
+        where = (chip.name, key, plan)
+        assert find_plan(problem, chip) == plan and key_of(problem) == key, where
+        assert plan in ranked(problem, chip, False, False, False) and entry_of(plan) == entry, where
+        fewer = dataclasses.replace(problem, m=rows - 7)  # of the same bucket
+        assert find_plan(fewer, chip) == dataclasses.replace(plan, block_m=min(plan.block_m, rows - 7)), where
+        assert tuned_plan(dataclasses.replace(problem, m=2 * rows + 1), chip, False) is None, where
+
+
+def test_a_plan_of_the_table_goes_before_the_models(monkeypatch):
+    chip, problem = chip_named("v5e"), Problem(16, 1024, 1024, 8, 128, out_bytes=2)
+    entry = ["wscale", 16, 256, 512, True, 256]
+    assert find_plan(problem, chip) != plan_of(entry, 16, chip)
+    monkeypatch.setattr(tpu_tuned, "table", lambda: {"v5e": {"16 x 1024 x 1024 g 128": entry}})
+    find_plan.cache_clear()
+    assert find_plan(problem, chip) == Plan("wscale", 16, 256, 512, True, 256, wide=True)
+    assert find_plan(problem, chip, True) != Plan("wscale", 16, 256, 512, True, 256, wide=True)  # it rounds weights
+    find_plan.cache_clear()
+
+
+def test_forms_that_round_weights_err_as_dense_bf16_weights_do():
+    """Roundings of 2^-9 at most, of weights (1.4e-3) and of the result (1.7e-3): 2.2e-3 together; `direct` has one."""
+    w, spec, dense = weight(1024, 128, 128)
+    x = rows_of_x(16, 1024)
+    exact = np.asarray(x, np.float64) @ dense
+    product = jnp.asarray(np.asarray(x, np.float64) @ as_bf16(dense), jnp.float32).astype(jnp.bfloat16)
+    of_dense = relative_error(product, exact)
+
+    def error(form, dtype):
+        plan = Plan(form, 16, 1024, 128)
+        return relative_error(int4_matmul_tpu(x, w, spec, plan=plan, dtype=dtype, interpret=True), exact)
+
+    assert 1.3e-3 < error("wscale", jnp.float32) < 1.6e-3
+    assert 2e-3 < of_dense < 2.4e-3
+    for form in ROUNDED:
+        assert error(form, jnp.bfloat16) == pytest.approx(of_dense, rel=1e-3)
+    for form in ("direct", "magic"):
+        assert error(form, jnp.bfloat16) < 1.8e-3
+
+
+@pytest.mark.parametrize(("group", "dtype"), [(512, jnp.int32), (544, jnp.int4), (40, jnp.int4)])
+def test_words_are_made_for_groups_that_the_kernel_takes(group, dtype):
+    leaf = jq4.quantize({"w": jnp.ones((1632, 128), jnp.bfloat16)}, jq4.Rule(("w",), group_size=group, axis=-2))["w"]
+    prepared = jq4.prepare({"w": leaf}, "TPU v6 lite")["w"]
+    assert prepared.codes.dtype == dtype
+    assert choose(None, "tpu", PackedSpec(1632, group_size=group, layout="tpu")) == (
+        "tpu" if dtype == jnp.int32 else "xla"
+    )
+    np.testing.assert_array_equal(prepared.dequantize(), leaf.dequantize())

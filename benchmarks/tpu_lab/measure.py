@@ -27,12 +27,13 @@ def measure(chip: str, contender: str, case: Case) -> dict[str, Any]:
     except ValueError as error:
         return row | {"status": "refused", "error": _one_line(error)}
     for program in programs:
-        found.append(_measured(CHIPS[chip], case, program))
+        found.append(measured(CHIPS[chip], case, program))
     best = min(found, key=lambda one: (one["status"] != "ok", one["status"] != "refused", one.get("us", 0.0)))
     return row | best
 
 
-def _measured(chip: Chip, case: Case, program: Program) -> dict[str, Any]:
+def measured(chip: Chip, case: Case, program: Program) -> dict[str, Any]:
+    """What is known of one program: whether it compiles, and its counts where the compiler dumps."""
     start, stage = time.perf_counter(), TRACE
     compiling.fresh()
     try:

@@ -65,7 +65,9 @@ def int4_matmul(
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _int4_matmul(x, w: Packed, spec: PackedSpec, implementation, dtype, precision, integers) -> jax.Array:
-    batch = w.codes.shape[:-2]
+    batch, columns = w.codes.shape[:-2], spec.columns(w.codes.shape)
+    if x.size == 0 or columns == 0:
+        return jnp.zeros((*x.shape[:-1], columns), dtype)
     rows = x if batch else x.reshape(-1, x.shape[-1])
     out = _product(*vary_alike((rows, w)), spec, implementation, precision, dtype, integers)
     return out.reshape(*x.shape[:-1], out.shape[-1])

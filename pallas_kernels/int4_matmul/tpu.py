@@ -43,10 +43,11 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.int4_matmul import tpu_forms, tpu_tables
 from pallas_kernels.int4_matmul.spec import TPU, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
-from pallas_kernels.int4_matmul.tpu_blocks import choose_plan
+from pallas_kernels.int4_matmul.tpu_blocks import find_plan
 from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
 from pallas_kernels.int4_matmul.tpu_forms import LANES
 from pallas_kernels.int4_matmul.tpu_plan import Plan, Problem, reads_flat_scales
+from pallas_kernels.int4_matmul.xla import int4_matmul_xla
 from pallas_kernels.manual_axes import shape_varying_as
 
 GROUP_MULTIPLE = 32  # rows of int4 that every chip slices without shuffling
@@ -88,7 +89,7 @@ def int4_matmul_tpu(
       precision: of a float32 x.
       dtype: of the result.
       chip: None is the one of the trace.
-      plan: None is chosen for the chip and the sizes.
+      plan: None is chosen for the chip and the sizes; where nothing fits its memory, XLA's form is taken.
       integers: x holds whole numbers of at most 127: they may be multiplied as int8.
       interpret: run on a CPU, by Pallas' interpreter of TPU kernels.
     """
@@ -100,7 +101,9 @@ def int4_matmul_tpu(
     kinds = {"number": number_of(spec), "out_bytes": jnp.dtype(written).itemsize}
     problem = Problem(count * m, k, n, spec.num_groups, spec.group_size, *flags, **kinds)
     chip = chip or traced_chip()
-    plan = plan or choose_plan(problem, chip, count > 1, integers)
+    plan = plan or find_plan(problem, chip, count > 1, integers)
+    if plan is None:
+        return int4_matmul_xla(x, w, spec, platform="tpu", precision=precision)
     rows = terms.reshape(count * m, k).astype(jnp.int8 if plan.form == "integer" else jnp.bfloat16)
     tables = tpu_tables.tables_for(spec.levels, chip.name, count)
     out = functools.reduce(jnp.add, [_call(rows, w, table, plan, spec, written, interpret) for table in tables])

@@ -26,6 +26,7 @@ from pallas_kernels.int4_matmul.tpu_chips import Chip
 from pallas_kernels.int4_matmul.tpu_forms import LANES
 from pallas_kernels.int4_matmul.tpu_model import counted, seconds, vmem_of
 from pallas_kernels.int4_matmul.tpu_plan import EXACT, Plan, Problem
+from pallas_kernels.int4_matmul.tpu_tuned import tuned_plan
 
 BLOCKS_N = (2048, 1024, 512, 256, 128)
 LARGEST_WIDTH = 2048
@@ -36,19 +37,29 @@ MANY_ROWS = 128
 UNROLLED_GROUPS = (64, 16)  # of a block, for fewer rows and from MANY_ROWS on: more of them compile slowly
 
 
-@functools.lru_cache(maxsize=4096)
 def choose_plan(
     problem: Problem, chip: Chip, exact: bool = False, integers: bool = False, resident: bool = False
 ) -> Plan:
-    """The plan of the shortest modelled time that fits the chip's memory.
+    """What `find_plan` finds; an error where that is nothing."""
+    plan = find_plan(problem, chip, exact, integers, resident)
+    if plan is None:
+        raise ValueError(f"no block of {problem} fits the {chip.vmem >> 20} MiB of a {chip.name}: {problem.unit=}")
+    return plan
+
+
+@functools.lru_cache(maxsize=4096)
+def find_plan(
+    problem: Problem, chip: Chip, exact: bool = False, integers: bool = False, resident: bool = False
+) -> Plan | None:
+    """The plan of tuned.json, or the one of the shortest modelled time, that fits the chip's memory.
 
     `exact` leaves out the forms that round weights; `integers` lets in the one for whole numbers;
     `resident` asks for plans that keep the rows of x.
     """
+    if not (integers or resident) and (plan := tuned_plan(problem, chip, exact)):
+        return plan
     plans = ranked(problem, chip, exact, integers, resident)
-    if not plans:
-        raise ValueError(f"no block of {problem} fits the {chip.vmem >> 20} MiB of a {chip.name}: {problem.unit=}")
-    return plans[0]
+    return plans[0] if plans else None
 
 
 def ranked(problem: Problem, chip: Chip, exact: bool, integers: bool, resident: bool) -> list[Plan]:

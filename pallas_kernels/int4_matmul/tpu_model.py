@@ -135,7 +135,8 @@ def vmem_of(problem: Problem, plan: Plan) -> int:
 def _stack(problem: Problem, plan: Plan, bm: int, bn: int) -> int:
     chunk = min(plan.chunk, plan.block_k)
     corrected = problem.zero_points or problem.offsets
-    of_a_weight = {"wscale": 1.75, "shifted": 5.5 if corrected else 3.0}.get(plan.form, 1.5 if corrected else 0.75)
+    shifted = 5.5 if corrected else 2.5 if problem.group_size < 64 else 1.65
+    of_a_weight = {"wscale": 1.75, "shifted": shifted}.get(plan.form, 1.5 if corrected else 0.75)
     if problem.number != "int4":
         of_a_weight = max(of_a_weight, 5.0)
     sums = 0
