@@ -176,6 +176,7 @@ def ragged_dot(
         return grouped_int4_matmul(
             x, q.codes, q.scale, q.zero_point, q.offset, group_sizes=group_sizes, spec=spec_of(q),
             preferred_element_type=accumulator, precision=precision, implementation=implementation,
+            integers=step is not None,
         )  # fmt: skip
 
     out = sharded_ragged_product(product, x, q, group_sizes, partition, path)

@@ -1,6 +1,7 @@
 """Oracle: numpy in float64, expert by expert. The kernel runs in Pallas' interpreter of TPU kernels, and (marker aot)
 goes through the TPU compiler; memory that it never wrote is NaN."""
 
+import functools
 import subprocess
 import sys
 
@@ -11,10 +12,12 @@ import pytest
 
 from benchmarks.aot import environment, missing
 from benchmarks.provenance import ROOT
+from jq4.formats import FORMATS
 from jq4.matmul import ragged_dot
 from jq4.qarray import QArray
 from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
 from pallas_kernels.grouped_int4_matmul.tpu import grouped_int4_matmul_tpu, work_items
+from pallas_kernels.grouped_int4_matmul.tpu_transposed import grouped_int4_matmul_tpu_transposed
 from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu_chips import chip_named
@@ -140,6 +143,82 @@ def test_a_ragged_product_of_packed_experts_reaches_it():
     out = ragged_dot(rows_of_x(9, 128), q, jnp.asarray((6, 3)), implementation="tpu_interpret")
     assert out.dtype == jnp.bfloat16 and error(out, in_turn(rows_of_x(9, 128), dense, (6, 3))) < 5e-3
     assert spec.num_groups == 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_transposed_kernel_matches_float64(case):
+    sizes, *rest = CASES[case]
+    w, spec, dense = experts(sizes, *rest)
+    dy = rows_of_x(sum(sizes) + 5, dense.shape[2])
+    run = functools.partial(grouped_int4_matmul_tpu_transposed, tile_rows=16, block=128, interpret=True)
+    out = run(dy, w, jnp.asarray(sizes), spec)
+    assert out.shape == (dy.shape[0], spec.length) and bool(jnp.all(jnp.isfinite(out)))
+    assert error(out, in_turn(dy, dense.transpose(0, 2, 1), sizes)) < 2.5e-3
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_experts_of_other_formats_match_float64_with_their_gradient(name):
+    sizes = jnp.asarray((9, 0, 4))
+    rng, form = np.random.default_rng(5), FORMATS[name]
+    codes = rng.integers(0, 2**form.bits, (3, 200, 128))
+    levels = codes - 128.0 if form.levels is None else np.asarray(form.levels)[codes]
+    scale = jnp.asarray(rng.uniform(0.5, 1.5, (3, 4, 1, 128)), jnp.bfloat16)
+    dense = levels * np.repeat(np.asarray(scale, np.float64)[:, :, 0], 64, 1)[:, :200]
+    stored = jnp.asarray(codes - 128, jnp.int8) if name == "int8" else int4_to_words(jnp.asarray(codes - 8, jnp.int4))
+    spec = PackedSpec(200, form.bits, form.levels, 64, layout="tpu")
+    x, dy = rows_of_x(15, 200), rows_of_x(15, 128)
+
+    def product(x, implementation):
+        return grouped_int4_matmul(x, stored, scale, group_sizes=sizes, spec=spec, implementation=implementation)
+
+    for implementation in ("tpu_interpret", "xla"):
+        out, pull = jax.vjp(functools.partial(product, implementation=implementation), x)
+        assert error(out, in_turn(x, dense, (9, 0, 4))) < 3e-3
+        assert error(pull(dy)[0], in_turn(dy, dense.transpose(0, 2, 1), (9, 0, 4))) < 4e-3
+
+
+def test_whole_numbers_go_as_int8_and_are_summed_exactly():
+    sizes = (9, 0, 23)
+    w, spec, dense = experts(sizes, 256, 128, 128, True, True)
+    x = jnp.round(20 * rows_of_x(34, 256, jnp.float32))
+    run = functools.partial(grouped_int4_matmul_tpu, integers=True, chip=chip_named("v5e"))
+    assert error(run(x, w, jnp.asarray(sizes), spec, interpret=True), in_turn(x, dense, sizes)) < 1e-6
+    struct, wide = jax.ShapeDtypeStruct, PackedSpec(4096, layout="tpu")
+    scale = struct((4, 32, 1, 4096), jnp.bfloat16)
+    many = (struct((4096, 4096), jnp.bfloat16), Packed(struct((4, 512, 4096), jnp.int32), scale))
+    traced = jax.make_jaxpr(lambda *args: run(*args, wide))(*many, struct((4,), jnp.int32))
+    assert "preferred_element_type=int32" in str(traced)
+
+
+def test_a_batch_of_ragged_products_and_their_gradients_is_one_after_the_other():
+    sizes = [(5, 0, 8), (0, 13, 0)]
+    made = [experts((0, 0, 0), 128, 128, 64, False, False, seed=seed) for seed in range(2)]
+    w, spec = jax.tree.map(lambda *parts: jnp.stack(parts), *(one[0] for one in made)), made[0][1]
+    x = jnp.stack([rows_of_x(13, 128, jnp.float32), -rows_of_x(13, 128, jnp.float32)])
+
+    def total(x, w, sizes):
+        out = grouped_int4_matmul(x, *w, group_sizes=sizes, spec=spec, implementation="tpu_interpret")
+        return jnp.sum(out), out
+
+    batch = (x, w, jnp.asarray(sizes))
+    (_, outs), gradients = jax.vmap(jax.value_and_grad(total, has_aux=True))(*batch)
+    summed = jax.grad(lambda x: jnp.sum(jax.vmap(total)(x, *batch[1:])[0]))(x)
+    np.testing.assert_allclose(summed, gradients, rtol=1e-6)
+    for i, (_, _, dense) in enumerate(made):
+        assert error(outs[i], in_turn(x[i], dense, sizes[i])) < 4e-3
+        ones = in_turn(np.ones((13, 128)), dense.transpose(0, 2, 1), sizes[i])
+        assert error(gradients[i], ones) < 4e-3
+
+
+def test_scales_of_another_shape_are_refused_and_no_rows_give_none():
+    w, spec, _ = experts((3, 3), 128, 128, 64, True, False)
+    sizes = jnp.asarray((3, 3))
+    for name in ("scale", "zero_point"):
+        short = w._replace(**{name: getattr(w, name)[:, :1]})
+        with pytest.raises(ValueError, match=rf"{name} has shape \(2, 1, 1, 128\), wanted \(2, 2, 1, 128\) for codes"):
+            grouped_int4_matmul(rows_of_x(6, 128), *short, group_sizes=sizes, spec=spec)
+    out = grouped_int4_matmul(rows_of_x(0, 128), *w, group_sizes=0 * sizes, spec=spec, implementation="tpu_interpret")
+    assert out.shape == (0, 128) and out.dtype == jnp.bfloat16
 
 
 @pytest.mark.aot

@@ -2,10 +2,11 @@
 
     reference       all platforms   the oracle of reference.py: the experts appear dense
     xla             all platforms   xla.py: a form for each platform
-    tpu             tpu             tpu.py: a Pallas kernel, for the tpu layout
+    tpu             tpu             tpu.py: a Pallas kernel, for the tpu layout; tpu_transposed.py for its gradient
     tpu_interpret   cpu             the same by Pallas' interpreter, for tests
 
-None takes the kernel on a TPU where it takes the weight, and XLA's form for the platform elsewhere.
+None takes the kernel on a TPU where it takes the weight, and XLA's form for the platform elsewhere. Under `jax.vmap`
+the kernel runs once for each element, as its grid depends on the rows of each.
 """
 
 import functools
@@ -17,12 +18,14 @@ from jax import lax
 
 from pallas_kernels.grouped_int4_matmul import tpu
 from pallas_kernels.grouped_int4_matmul.reference import grouped_int4_matmul_reference
+from pallas_kernels.grouped_int4_matmul.tpu_transposed import grouped_int4_matmul_tpu_transposed
 from pallas_kernels.grouped_int4_matmul.xla import grouped_input_cotangent, grouped_xla, rows_of_expert
 from pallas_kernels.int4_matmul import gradients, tiles, xla
 from pallas_kernels.int4_matmul.api import by_lowering_platform, no_cotangent, resolved_precision
 from pallas_kernels.int4_matmul.registry import UnsupportedError, in_rows
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.tpu import asks_for_float32
 from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.partitioned import alone_or_partitioned
 
@@ -41,6 +44,7 @@ def grouped_int4_matmul(
     implementation: str | None = None,
     preferred_element_type: Any = None,
     precision: Any = None,
+    integers: bool = False,
 ) -> jax.Array:
     """`lax.ragged_dot(x, W, group_sizes)` with W[E, K, N] packed -> [M, N].
 
@@ -52,6 +56,7 @@ def grouped_int4_matmul(
       implementation: None, or a name of those above: that one or an error.
       preferred_element_type: dtype of the result; None is x's. Sums are float32 in any case.
       precision: of the products.
+      integers: x holds whole numbers of at most 127, which may be multiplied as int8 where that is faster.
 
     Raises:
       UnsupportedError: no such implementation, or it does not take the weight.
@@ -66,50 +71,72 @@ def grouped_int4_matmul(
         )
     if implementation in ("tpu", "tpu_interpret") and (reason := tpu.refusal(spec)):
         raise UnsupportedError(f"{implementation} of grouped_int4_matmul does not take {spec}: {reason}")
+    _check(x, w, group_sizes, spec)
+    dtype = jnp.dtype(preferred_element_type or x.dtype)
+    if 0 in (x.shape[0], codes.shape[0]):
+        return jnp.zeros((x.shape[0], spec.columns(codes.shape)), dtype)
+    return _jitted(x, w, group_sizes, spec, implementation, dtype, resolved_precision(precision), integers)
+
+
+def _check(x: jax.Array, w: Packed, group_sizes: jax.Array, spec: PackedSpec) -> None:
+    codes = w.codes
     stored = -(-spec.length // 8) if spec.layout == "tpu" and codes.dtype == jnp.int32 else spec.packed_length
     if codes.ndim != 3 or x.ndim != 2 or x.shape[1] != spec.length or codes.shape[spec.k_axis] != stored:
         raise ValueError(f"x {x.shape} and codes {codes.shape} are not [M, K] and packed [E, K, N] of {spec}")
     if group_sizes.shape != codes.shape[:1]:
         raise ValueError(f"group_sizes has shape {group_sizes.shape}, wanted ({codes.shape[0]},), one for each expert")
-    dtype = jnp.dtype(preferred_element_type or x.dtype)
-    return _jitted(x, w, group_sizes, spec, implementation, dtype, resolved_precision(precision))
+    experts, groups, columns = codes.shape[0], spec.num_groups, spec.columns(codes.shape)
+    for name, part in zip(("scale", "zero_point", "offset"), w[1:], strict=True):
+        if part is None:
+            continue
+        wanted = [(experts, groups, n) if spec.orientation == "kn" else (experts, n, groups) for n in (columns, 1)]
+        if spec.layout == "tpu":
+            wanted = [(*shape[:2], 1, shape[2]) for shape in wanted]
+        if part.shape not in wanted:
+            raise ValueError(f"{name} has shape {part.shape}, wanted {wanted[0]} for codes {codes.shape} of {spec}")
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def _jitted(x, w: Packed, group_sizes, spec: PackedSpec, implementation, dtype, precision) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
+def _jitted(x, w: Packed, group_sizes, spec: PackedSpec, implementation, dtype, precision, integers) -> jax.Array:
     if implementation == "reference":
         return grouped_int4_matmul_reference(x, *w, group_sizes, spec=spec, precision=precision).astype(dtype)
     x, w, group_sizes = vary_alike((x, w, group_sizes))
-    return _product(x, w, group_sizes, spec, implementation, precision).astype(dtype)
+    return _product(x, w, group_sizes, spec, implementation, precision, integers).astype(dtype)
 
 
-def _value(x, w: Packed, group_sizes, spec: PackedSpec, implementation, precision) -> Any:
+def _value(x, w: Packed, group_sizes, spec: PackedSpec, implementation, precision, integers) -> Any:
     def by_xla(platform: str):
         run = functools.partial(grouped_xla, spec=spec, platform=platform, precision=precision)
         return lambda x, w, sizes: run(x, tiles.flat_scales(w, spec), sizes).astype(xla.accumulator(x.dtype))
 
+    @jax.custom_batching.sequential_vmap
     def by_kernel(x, w, sizes):
         interpret = implementation == "tpu_interpret"
-        out = tpu.grouped_int4_matmul_tpu(x, w, sizes, spec, precision=precision, interpret=interpret)
-        return out.astype(xla.accumulator(x.dtype))
+        run = functools.partial(tpu.grouped_int4_matmul_tpu, precision=precision, interpret=interpret)
+        return run(x, w, sizes, spec, integers=integers).astype(xla.accumulator(x.dtype))
 
-    forms: dict[str, Any] = {platform: by_xla(platform) for platform in ("cpu", "tpu", "gpu")}
+    return by_lowering_platform(_forms(by_kernel, by_xla, spec, implementation), x, w, group_sizes)
+
+
+def _forms(by_kernel: Any, by_xla: Any, spec: PackedSpec, implementation: str | None) -> dict[str, Any]:
+    """The form for each platform."""
+    if implementation in ("tpu", "tpu_interpret"):
+        return {"tpu" if implementation == "tpu" else "cpu": by_kernel}
+    forms = {platform: by_xla(platform) for platform in ("cpu", "tpu", "gpu")}
     if implementation is None and tpu.refusal(spec) is None:
         forms["tpu"] = alone_or_partitioned(by_kernel, forms["tpu"])
-    elif implementation in ("tpu", "tpu_interpret"):
-        forms = {"tpu" if implementation == "tpu" else "cpu": by_kernel}
-    return by_lowering_platform(forms, x, w, group_sizes)
+    return forms
 
 
-_product: Any = jax.custom_vjp(_value, nondiff_argnums=(3, 4, 5))
+_product: Any = jax.custom_vjp(_value, nondiff_argnums=(3, 4, 5, 6))
 
 
-def _forward(x, w, group_sizes, spec, implementation, precision):
-    return _product(x, w, group_sizes, spec, implementation, precision), (x, w, group_sizes)
+def _forward(x, w, group_sizes, spec, implementation, precision, integers):
+    return _product(x, w, group_sizes, spec, implementation, precision, integers), (x, w, group_sizes)
 
 
-def _backward(spec, implementation, precision, residuals, dy):
-    del implementation  # XLA's forms serve the transpose everywhere
+def _backward(spec, implementation, precision, integers, residuals, dy):
+    del integers
     x, own, group_sizes = residuals
     w = tiles.flat_scales(own, spec)
 
@@ -117,9 +144,15 @@ def _backward(spec, implementation, precision, residuals, dy):
         run = functools.partial(
             grouped_input_cotangent, spec=spec, dtype=x.dtype, platform=platform, precision=precision
         )
-        return lambda dy, w, sizes: run(dy, w, sizes).astype(x.dtype)
+        return lambda dy, own, sizes: run(dy, tiles.flat_scales(own, spec), sizes).astype(x.dtype)
 
-    dx = by_lowering_platform({p: to_input(p) for p in ("cpu", "tpu", "gpu")}, dy, w, group_sizes)
+    @jax.custom_batching.sequential_vmap
+    def by_kernel(dy, own, sizes):
+        run = functools.partial(grouped_int4_matmul_tpu_transposed, interpret=implementation == "tpu_interpret")
+        return run(dy, own, sizes, spec).astype(x.dtype)
+
+    exact = "xla" if asks_for_float32(x.dtype, precision) else implementation
+    dx = by_lowering_platform(_forms(by_kernel, to_input, spec, exact), dy, own, group_sizes)
 
     def to_scale(pair):
         expert, weight = pair

@@ -25,10 +25,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.int4_matmul import tpu_forms
+from pallas_kernels.int4_matmul import tpu_forms, tpu_tables
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
-from pallas_kernels.int4_matmul.tpu import bf16_terms
+from pallas_kernels.int4_matmul.tpu import bf16_terms, number_of
 from pallas_kernels.int4_matmul.tpu import refusal as refusal
 from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan, fitting
 from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
@@ -56,36 +56,40 @@ def grouped_int4_matmul_tpu(
     precision: Any = None,
     chip: Chip | None = None,
     tile_rows: int | None = None,
+    integers: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """f32[M, N]: each row of x[M, K] times its expert's W[K, N]; rows after the last group give zeros.
 
     Args:
       x: float[M, K], sorted by expert.
-      w: codes i32[E, ceil(K / 8), N] or int4[E, K, N], scale and its kin [E, G, 1, N].
+      w: codes i32[E, ceil(K / 8), N], int4[E, K, N] or int8[E, K, N], scale and its kin [E, G, 1, N].
       group_sizes: i32[E].
       spec: layout "tpu".
       precision: of a float32 x, as the dense kernel's.
       chip: None is the one of the trace.
       tile_rows: bm; None is chosen.
+      integers: x holds whole numbers of at most 127: they may be multiplied as int8.
       interpret: run on a CPU, by Pallas' interpreter of TPU kernels.
     """
     rows, experts, columns = x.shape[0], w.codes.shape[0], w.codes.shape[2]
-    bm = min(tile_rows or _tile_rows(rows, experts), -(-rows // SMALLEST_TILE) * SMALLEST_TILE)
+    bm = min(tile_rows or tile_rows_of(rows, experts), -(-rows // SMALLEST_TILE) * SMALLEST_TILE)
     flags = (w.zero_point is not None, w.offset is not None)
-    problem = Problem(bm, spec.length, columns, spec.num_groups, spec.group_size, *flags)
-    terms = bf16_terms(x, precision)
+    problem = Problem(bm, spec.length, columns, spec.num_groups, spec.group_size, *flags, number=number_of(spec))
+    terms = bf16_terms(x, lax.Precision.DEFAULT if integers else precision)
     chip, exact = chip or traced_chip(), terms.shape[0] > 1
-    while problem.m > SMALLEST_TILE and not fitting(problem, chip, exact, integers=False, resident=True):
+    while problem.m > SMALLEST_TILE and not fitting(problem, chip, exact, integers, resident=True):
         problem = dataclasses.replace(problem, m=max(SMALLEST_TILE, problem.m // 2 // SMALLEST_TILE * SMALLEST_TILE))
     bm = problem.m
-    plan = dataclasses.replace(choose_plan(problem, chip, exact, resident=True), vmem_limit=chip.vmem)
+    plan = dataclasses.replace(choose_plan(problem, chip, exact, integers, resident=True), vmem_limit=chip.vmem)
     items = work_items(group_sizes.astype(jnp.int32), rows, bm)
-    out = [_call(term, w, items, bm, plan, spec, interpret) for term in terms]
+    terms = terms.astype(jnp.int8 if plan.form == "integer" else jnp.bfloat16)
+    tables = tpu_tables.tables_for(spec.levels, chip.name, len(terms))
+    out = [_call(term, w, table, items, bm, plan, spec, interpret) for term in terms for table in tables]
     return functools.reduce(jnp.add, out)
 
 
-def _tile_rows(rows: int, experts: int) -> int:
+def tile_rows_of(rows: int, experts: int) -> int:
     size = SMALLEST_TILE
     while size < LARGEST_TILE and size * experts < rows:
         size *= 2
@@ -108,7 +112,9 @@ def work_items(group_sizes: jax.Array, rows: int, bm: int) -> Items:
     return Items(tile, expert, first, end, count[None])
 
 
-def _call(x: jax.Array, w: Packed, items: Items, bm: int, plan: Plan, spec: PackedSpec, interpret: bool) -> jax.Array:
+def _call(
+    x: jax.Array, w: Packed, table: Any, items: Items, bm: int, plan: Plan, spec: PackedSpec, interpret: bool
+) -> jax.Array:
     (rows, k), n = x.shape, w.codes.shape[2]
     bk, bn = plan.block_k, plan.block_n
     steps = pl.cdiv(k, bk)
@@ -116,7 +122,7 @@ def _call(x: jax.Array, w: Packed, items: Items, bm: int, plan: Plan, spec: Pack
     repeat = steps if spec.num_groups == 1 else max(1, spec.group_size // bk)  # blocks that share a row of scales
     per_block = bk // group
     x = jnp.pad(x, ((0, -rows % bm), (0, steps * bk - k)))
-    x = tpu_forms.in_order(x, group, plan.form)
+    x = tpu_forms.in_order(x, group, plan.form, from_table=table is not None)
     missing = 0 if repeat > 1 else max(0, steps * per_block - w.scale.shape[1])
 
     def block_of(step: Any, item: Any, used: Any) -> Any:
@@ -131,11 +137,13 @@ def _call(x: jax.Array, w: Packed, items: Items, bm: int, plan: Plan, spec: Pack
 
     parts = {"codes": w.codes}
     blocks = {"x": pl.BlockSpec((bm, x.shape[1]), lambda j, i, k, tile, *_: (tile[i], 0))}
-    blocks["codes"] = pl.BlockSpec((None, bk // tpu_forms.rows_of_a_code(w.codes), bn), of_expert)
+    blocks["codes"] = pl.BlockSpec((None, bk // tpu_forms.rows_of_a_code(w.codes, spec.bits), bn), of_expert)
     for name, part in zip(("scale", "zero_point", "offset"), w[1:], strict=True):
         if part is not None:
-            parts[name] = _by_blocks(part, n, missing)
+            parts[name] = by_blocks(part, n, missing)
             blocks[name] = pl.BlockSpec((None, per_block, 1, bn), of_groups)
+    if table is not None:
+        parts["table"], blocks["table"] = tpu_tables.operand(table)
     kernel = functools.partial(_kernel, names=tuple(blocks), plan=plan, group=group, steps=steps, interpret=interpret)
     out = pl.pallas_call(
         kernel,
@@ -153,15 +161,15 @@ def _call(x: jax.Array, w: Packed, items: Items, bm: int, plan: Plan, spec: Pack
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
     )(*items, x, *parts.values())
-    return jnp.where((jnp.arange(rows) < _rows_of(items, bm))[:, None], out[:rows], 0.0)
+    return jnp.where((jnp.arange(rows) < rows_of(items, bm))[:, None], out[:rows], 0.0)
 
 
-def _rows_of(items: Items, bm: int) -> jax.Array:
+def rows_of(items: Items, bm: int) -> jax.Array:
     """i32[]: how many rows have an expert."""
     return jnp.where(items.used[0] > 0, items.tile[-1] * bm + items.end[-1], 0)
 
 
-def _by_blocks(part: jax.Array, n: int, missing: int) -> jax.Array:
+def by_blocks(part: jax.Array, n: int, missing: int) -> jax.Array:
     """[E, G, 1, N] of [E, G, 1, N or 1], and rows of zeros for the groups that the last block of K has too many."""
     wide = jnp.broadcast_to(tpu_forms.without_float16(part), (*part.shape[:-1], n))
     return jnp.pad(wide, ((0, 0), (0, missing), (0, 0), (0, 0)))
@@ -177,7 +185,7 @@ def _kernel(
     x = operands["x"]
     if steps > 1:
         x = x.at[:, pl.ds(pl.multiple_of(step * plan.block_k, plan.block_k), plan.block_k)]
-    rest = [operands.get(name) for name in ("scale", "zero_point", "offset")]
+    rest = [operands.get(name) for name in ("scale", "zero_point", "offset", "table")]
     options = {"direct": {"upcast": interpret}, "wscale": {"wide": plan.wide}}.get(plan.form, {})
 
     @pl.when(item < used[0])

@@ -142,6 +142,8 @@ def by_lowering_platform(forms: dict[str, Any], *args: Any) -> jax.Array:
         per["tpu"] = forms["tpu"]
     if "gpu" in forms:
         per["cuda"] = per["rocm"] = forms["gpu"]
+    if "cpu" in forms and not per:
+        return forms["cpu"](*args)
     if "cpu" in forms:
         return lax.platform_dependent(*args, **per, default=forms["cpu"])
     return lax.platform_dependent(*args, **per)
