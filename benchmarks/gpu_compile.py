@@ -58,11 +58,12 @@ def counted(case: Case, row: dict[str, Any]) -> dict[str, Any]:
     assert gpu is not None
     counts, plan = sass.counts_of(row["ptx"]), GpuPlan(**row["plan"])
     problem = GpuProblem(case.rows, case.k, case.n, case.groups, case.group)
-    per_weight = counts.instructions / (64 * plan.tile_k / 128)  # a thread unpacks half of a row of 64 codes' worth
+    per_weight = counts.instructions / (plan.strips * 64 * plan.tile_k / 128)
     nbytes = case.weights * (0.5 + 2 / case.group) + 2 * case.rows * (case.k + case.n)
     row_blocks = -(-case.rows // plan.tile_m)
     return {
-        "label": f"{plan.form} {plan.tile_m}x{plan.columns}x{plan.tile_k} stages {plan.stages} splits {plan.splits}",
+        "label": f"{plan.form} {plan.tile_m}x{plan.warpgroups}x{plan.strips}x64x{plan.tile_k} "
+        f"stages {plan.stages} splits {plan.splits}",
         "us": round(1e6 * modelled_seconds(problem, plan, gpu), 1),
         "hbm_us": round(1e6 * nbytes / gpu.bandwidth, 1),
         "issue_us": round(1e6 * per_weight * case.weights * row_blocks / (LANES * gpu.clock * gpu.cores), 1),
@@ -89,6 +90,8 @@ def small_cases() -> list[Case]:
         {"form": "sums", "tile_m": 16, "tile_k": 128, "splits": 2},
         {"form": "sums", "tile_m": 8, "tile_k": 256, "stages": 2},
         {"form": "weights", "tile_m": 128, "warpgroups": 2, "tile_k": 64, "stages": 3},
+        {"form": "weights", "tile_m": 16, "warpgroups": 4, "tile_k": 256, "stages": 4},
+        {"form": "sums", "tile_m": 32, "warpgroups": 1, "strips": 2, "splits": 2},
     ]
     chosen = [
         Case(m, k, n, g, z)

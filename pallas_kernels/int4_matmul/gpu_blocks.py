@@ -44,10 +44,11 @@ class GpuPlan:
     Attributes:
       form: "sums", "weights" or "column" of mosaic_gpu_kernel.py.
       tile_m: rows of x of a block, a multiple of 8, at most 256.
-      warpgroups: that multiply, 64 columns each.
+      warpgroups: that multiply.
       tile_k: rows of codes of a step, a multiple of 64.
       stages: steps that are in shared memory at a time.
       splits: blocks along K, whose sums are added afterwards.
+      strips: of 64 columns, that a warpgroup has. warpgroups * strips is at most 4: a row of scales is one copy.
     """
 
     form: str
@@ -56,15 +57,16 @@ class GpuPlan:
     tile_k: int = 128
     stages: int = 4
     splits: int = 1
+    strips: int = 1
 
     @property
     def columns(self) -> int:
-        return self.warpgroups * STRIP
+        return self.warpgroups * self.strips * STRIP
 
 
 SUMS_ROWS = 64
-INSTRUCTIONS = {"column": 2.2, "sums": 2.4, "weights": 3.1}  # of a thread, a weight; "sums" at 16 rows
-INSTRUCTIONS_OF_A_SUM = 64 / 128 / 64  # more of them for each row of x beyond 16: one a sum and group
+INSTRUCTIONS = {"column": (2.25, 1.9), "sums": (2.4, 2.1), "weights": (2.9, 2.5)}  # of a thread, a weight, by strips
+INSTRUCTIONS_OF_A_SUM = 64 / 128 / 64  # more of them for each row of x beyond 16: one a sum and group of 128
 LEAST_ROWS_OF_TENSOR_CORE = 16  # fewer take as long
 TENSOR_SHARE = 0.7
 FILLING = 1.5e-6  # seconds before a block's first product
@@ -72,10 +74,20 @@ ADDING = 3e-6  # seconds that the kernel which adds the splits costs in any case
 ROWS = (8, 16, 32, 64, 128, 256)
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 MOST_STAGES, LEAST_STAGES = 8, 3
-# By rows of a block: warpgroups, and rows of codes of a step. Four warpgroups and the copying one leave a thread 96
-# registers: more sums, or more weights in flight beside 64 rows' sums, are spilled or make wgmma wait for each other.
-WARPGROUPS = {8: 4, 16: 4, 32: 4, 64: 4, 128: 2, 256: 2}
-DEPTHS = {8: (256, 128), 16: (256, 128), 32: (256, 128), 64: (128,), 128: (128,), 256: (64,)}
+# By rows of a block: (warpgroups, strips of each), and rows of codes of a step. Four warpgroups and the copying one
+# leave a thread about 100 registers, two leave it 230: what does not fit is spilled, or makes wgmma wait for each other.
+_FEW_ROWS = ((2, 2), (4, 1))
+WARPGROUPS: dict[int, tuple[tuple[int, int], ...]] = {
+    **dict.fromkeys((8, 16, 32, 64), _FEW_ROWS), 128: ((2, 2), (2, 1)), 256: ((2, 1),)
+}  # fmt: skip
+DEPTHS: dict[int, tuple[int, ...]] = {
+    8: (256, 128),
+    16: (256, 128),
+    32: (256, 128),
+    64: (128,),
+    128: (128,),
+    256: (64,),
+}
 
 
 def form_of(problem: GpuProblem) -> str:
@@ -94,7 +106,7 @@ def modelled_seconds(problem: GpuProblem, plan: GpuPlan, gpu: Gpu) -> float:
     steps = math.ceil(math.ceil(problem.k / plan.tile_k) / plan.splits)
     blocks = math.ceil(problem.m / plan.tile_m) * math.ceil(problem.n / plan.columns) * plan.splits
     weights = plan.columns * plan.tile_k
-    instructions = INSTRUCTIONS[plan.form]
+    instructions = INSTRUCTIONS[plan.form][plan.strips - 1]
     if plan.form == "sums":
         instructions += INSTRUCTIONS_OF_A_SUM * (plan.tile_m - 16)
     rows = max(plan.tile_m, LEAST_ROWS_OF_TENSOR_CORE)
@@ -107,7 +119,8 @@ def modelled_seconds(problem: GpuProblem, plan: GpuPlan, gpu: Gpu) -> float:
         busy * w_bytes / gpu.bandwidth / max(1, math.ceil(problem.m / plan.tile_m) / 2),
         busy * (w_bytes + x_bytes) / gpu.cache_bandwidth,
     )
-    adding = ADDING + 8 * plan.splits * problem.m * problem.n / gpu.bandwidth if plan.splits > 1 else 0.0
+    added = plan.splits * max(problem.m, ROWS[0]) * problem.n  # rows of a tile are written whole
+    adding = ADDING + 8 * added / gpu.bandwidth if plan.splits > 1 else 0.0
     return math.ceil(blocks / gpu.cores) * (steps * step + FILLING) + adding
 
 
@@ -125,10 +138,10 @@ def _plans(problem: GpuProblem, gpu: Gpu) -> Iterator[GpuPlan]:
     limit = next((rows for rows in ROWS if rows >= problem.m), ROWS[-1])
     wanted = [rows for rows in ROWS if rows == limit or 128 <= rows <= limit]
     for tile_m, splits in itertools.product(wanted, SPLITS):
-        for tile_k in DEPTHS[tile_m]:
+        for tile_k, (warpgroups, strips) in itertools.product(DEPTHS[tile_m], WARPGROUPS[tile_m]):
             if splits > 1 and 2 * splits * tile_k > problem.k:
                 continue
-            plan = GpuPlan(form_of(problem), tile_m, WARPGROUPS[tile_m], tile_k, MOST_STAGES, splits)
+            plan = GpuPlan(form_of(problem), tile_m, warpgroups, tile_k, MOST_STAGES, splits, strips)
             while plan.stages > LEAST_STAGES and shared_bytes(problem, plan) > gpu.shared_memory:
                 plan = dataclasses.replace(plan, stages=plan.stages - 1)
             if shared_bytes(problem, plan) <= gpu.shared_memory:
