@@ -75,7 +75,7 @@ ROWS = (8, 16, 32, 64, 128, 256)
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 MOST_STAGES, LEAST_STAGES = 8, 3
 # By rows of a block: (warpgroups, strips of each), and rows of codes of a step. Four warpgroups and the copying one
-# leave a thread about 100 registers, two leave it 230: what does not fit is spilled, or makes wgmma wait for each other.
+# leave a thread about 100 registers, two leave it 230: what does not fit is spilled, or serializes wgmma.
 _FEW_ROWS = ((2, 2), (4, 1))
 WARPGROUPS: dict[int, tuple[tuple[int, int], ...]] = {
     **dict.fromkeys((8, 16, 32, 64), _FEW_ROWS), 128: ((2, 2), (2, 1)), 256: ((2, 1),)
