@@ -186,7 +186,7 @@ def test_whole_numbers_go_as_int8_and_are_summed_exactly():
     struct, wide = jax.ShapeDtypeStruct, PackedSpec(4096, layout="tpu")
     scale = struct((4, 32, 1, 4096), jnp.bfloat16)
     many = (struct((4096, 4096), jnp.bfloat16), Packed(struct((4, 512, 4096), jnp.int32), scale))
-    traced = jax.make_jaxpr(lambda *args: run(*args, wide))(*many, struct((4,), jnp.int32))
+    traced = jax.make_jaxpr(lambda x, w, sizes: run(x, w, sizes, wide))(*many, struct((4,), jnp.int32))
     assert "preferred_element_type=int32" in str(traced)
 
 
@@ -253,3 +253,39 @@ for rows in (128, 8192):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["1", "True", "1", "True"]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_a_scan_over_layers_of_experts_reads_them_in_place(chip):
+    """128 experts of 4096 x 1536: 384 MiB of codes in a layer, which no memory but HBM could hold a copy of."""
+    if reason := missing("v5e:2x2"):
+        pytest.skip(reason)
+    script = f"""
+import jax, jax.numpy as jnp
+from benchmarks.tpu_lab.chips import CHIPS
+from benchmarks.tpu_lab.compiling import compiled, traced
+from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
+from pallas_kernels.int4_matmul import PackedSpec
+chip, struct, spec = CHIPS["{chip}"], jax.ShapeDtypeStruct, PackedSpec(4096, group_size=128, layout="tpu")
+def scanned(x, codes, scale, sizes):
+    def layer(total, weight):
+        out = grouped_int4_matmul(x, *weight, group_sizes=sizes, spec=spec)
+        return total + jnp.sum(out.astype(jnp.float32)), None
+    return jax.lax.scan(layer, 0.0, (codes, scale))[0]
+args = (struct((128, 4096), jnp.bfloat16), struct((4, 128, 512, 1536), jnp.int32),
+        struct((4, 128, 32, 1, 1536), jnp.bfloat16), struct((128,), jnp.int32))
+for function, kernel in ((scanned, "grouped_int4_matmul"), (jax.grad(scanned), "grouped_int4_matmul_transposed")):
+    made = compiled(chip, traced(chip, function, args))
+    print(kernel in made.as_text(), made.memory_analysis().temp_size_in_bytes < 2**25)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment("v5e:2x2"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["True"] * 4

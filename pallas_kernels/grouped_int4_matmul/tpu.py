@@ -17,6 +17,7 @@ experts is multiplied once for each of them, whole: bm is no larger than the exp
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -157,11 +158,19 @@ def _call(
         ),
         out_shape=shape_varying_as((x.shape[0], n), jnp.float32, [x, *parts.values()]),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=plan.vmem_limit
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=plan.vmem_limit,
+            allow_input_fusion=reads_in_place(items, blocks, w, plan.loops),
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
     )(*items, x, *parts.values())
     return jnp.where((jnp.arange(rows) < rows_of(items, bm))[:, None], out[:rows], 0.0)
+
+
+def reads_in_place(items: Items, names: Iterable[str], w: Packed, loops: bool) -> list[bool]:
+    """Which operands XLA may slice out of a stack of layers while the kernel reads them (int4_matmul/tpu.py): words."""
+    words = w.codes.dtype == jnp.int32 and not loops
+    return [False] * len(items) + [name == "codes" and words for name in names]
 
 
 def rows_of(items: Items, bm: int) -> jax.Array:

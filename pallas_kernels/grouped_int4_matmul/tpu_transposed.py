@@ -18,7 +18,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_int4_matmul.tpu import SMALLEST_TILE, by_blocks, rows_of, tile_rows_of, work_items
+from pallas_kernels.grouped_int4_matmul.tpu import (
+    SMALLEST_TILE,
+    by_blocks,
+    reads_in_place,
+    rows_of,
+    tile_rows_of,
+    work_items,
+)
 from pallas_kernels.int4_matmul import tpu_forms, tpu_tables
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
@@ -89,7 +96,9 @@ def grouped_int4_matmul_tpu_transposed(
         ),
         out_shape=shape_varying_as((dy.shape[0], steps_k * bk), jnp.float32, arrays),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=chip.vmem
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=chip.vmem,
+            allow_input_fusion=reads_in_place(items, operands, w, loops=False),
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
     )(*items, *arrays)
