@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packed_oracle import pack_bits
 
 import jq4
+from jq4.apply import quantized
 from jq4.errors import JQ4Error
 from jq4.layouts import prepare, to_neutral
+from jq4.partition import check_grouped_axis, part_specs
 from jq4.qarray import QArray
 from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, int4_matmul
 from pallas_kernels.int4_matmul.gpu_blocks import GpuProblem, choose_plan, shared_bytes
@@ -93,6 +96,26 @@ def test_gradients_of_a_hopper_weight_are_those_of_the_dense_one():
     for one, other in zip(jax.grad(loss, (0, 1))(x, prepared.scale, prepared), wanted, strict=True):
         assert one.shape == other.shape
         np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(None, "model"), PartitionSpec("model", None)])
+def test_a_sharded_hopper_weight_is_multiplied_part_by_part(spec):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("model",))
+    q = prepare(hopper((512, 256), zero_points=True), "NVIDIA H200", layout="hopper")
+    specs = part_specs(q, list(spec))
+    placed = jax.tree.map(lambda part, own: jax.device_put(part, NamedSharding(mesh, own)), q, specs)
+    held = placed.codes.addressable_shards[1].data
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(5, 512)), jnp.float32)
+    product = jax.jit(quantized(jnp.matmul, strict=True, shardings=NamedSharding(mesh, spec)))
+    np.testing.assert_allclose(product(x, placed), x @ q.dequantize(), rtol=1e-4, atol=1e-3)
+    assert held.size * 4 == q.codes.size
+
+
+def test_shards_of_k_hold_whole_tiles():
+    q = prepare(hopper((384, 64), group_size=32), "NVIDIA H200", layout="hopper")
+    mesh = Mesh(np.array(jax.devices()[:4]), ("model",))
+    with pytest.raises(JQ4Error, match="4 shards over 'model' leave 96 rows each; wanted whole groups of 32"):
+        check_grouped_axis(q, "model", mesh, "w")
 
 
 def test_what_has_no_fragments_gets_the_gpu_layout():

@@ -24,7 +24,7 @@ from pallas_kernels.int4_matmul.mosaic_gpu_forms import FORMS, Rows, Shape
 from pallas_kernels.int4_matmul.mosaic_gpu_registers import ROW, WORDS_SHAPE
 from pallas_kernels.int4_matmul.mosaic_gpu_seams import load
 
-COPY_REGISTERS = 40
+COPY_REGISTERS = 56
 SWIZZLE = 128
 
 
