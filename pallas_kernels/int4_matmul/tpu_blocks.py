@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 from pallas_kernels.int4_matmul.tpu_chips import Chip
 from pallas_kernels.int4_matmul.tpu_forms import LANES
-from pallas_kernels.int4_matmul.tpu_model import counted, seconds, vmem_of
+from pallas_kernels.int4_matmul.tpu_model import counted, largest_block, seconds, vmem_of
 from pallas_kernels.int4_matmul.tpu_plan import EXACT, Plan, Problem
 from pallas_kernels.int4_matmul.tpu_tuned import tuned_plan
 
@@ -72,9 +72,10 @@ def ranked(problem: Problem, chip: Chip, exact: bool, integers: bool, resident: 
 
 
 def fitting(problem: Problem, chip: Chip, exact: bool, integers: bool, resident: bool) -> list[Plan]:
-    """The plans that fit the chip's memory."""
-    plans = (plan for plan in candidates(problem, chip, exact, integers) if plan.resident or not resident)
-    return [plan for plan in plans if vmem_of(problem, plan) <= chip.vmem]
+    """The plans that fit the chip's memory, with small blocks where there are such."""
+    plans = [plan for plan in candidates(problem, chip, exact, integers) if plan.resident or not resident]
+    plans = [plan for plan in plans if vmem_of(problem, plan) <= chip.vmem]
+    return [plan for plan in plans if largest_block(problem, plan) <= chip.block] or plans
 
 
 def candidates(problem: Problem, chip: Chip, exact: bool, integers: bool) -> Iterator[Plan]:

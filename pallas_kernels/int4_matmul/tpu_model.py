@@ -1,6 +1,6 @@
 """The time and the memory of a plan on a TPU, without compiling it.
 
-    step   max(bundles / clock, HBM bytes / bandwidth) + what a step costs in any case
+    step   max(bundles / clock, HBM bytes / bandwidth), with the bundles that a step has in any case
     all    steps / cores * step + the first step's bytes, which nothing hides, + the copy of the codes out of a stack
            of layers, which a kernel with a loop over chunks cannot read in place, + what XLA rewrites before the
            kernel: x in another order, scales in single rows
@@ -68,11 +68,10 @@ def seconds(problem: Problem, plan: Plan, chip: Chip) -> float:
         -(-size // block)
         for size, block in ((problem.m, plan.block_m), (problem.n, plan.block_n), (problem.k, plan.block_k))
     )
-    bundles = bundles_of_step(problem, plan, chip) / chip.clock
+    bundles = (bundles_of_step(problem, plan, chip) + STEP_BUNDLES) / chip.clock
     transfer = bytes_of_step(problem, plan, steps_n, steps_k) / chip.bandwidth
-    step = max(bundles, transfer) + STEP_BUNDLES / chip.clock
     steps = -(-steps_m * steps_n // chip.cores) * steps_k
-    return steps * step + transfer + _before(problem, plan, chip)
+    return steps * max(bundles, transfer) + transfer + _before(problem, plan, chip)
 
 
 def _before(problem: Problem, plan: Plan, chip: Chip) -> float:
@@ -130,6 +129,12 @@ def vmem_of(problem: Problem, plan: Plan) -> int:
     codes = bk * bn * problem.bits // 8 * (1 if plan.loops else 2)  # and as much for a slice that is read in place
     out = problem.out_bytes * bm * bn
     return 2 * (codes + columns + x + out) + 4 * bm * bn + _stack(problem, plan, bm, bn) + 2**20
+
+
+def largest_block(problem: Problem, plan: Plan) -> int:
+    """Bytes of the largest of the blocks that a step reads and of the sums."""
+    x = 2 * plan.block_m * (problem.k if plan.resident else plan.block_k)
+    return max(plan.block_k * plan.block_n * problem.bits // 8, x, 4 * plan.block_m * plan.block_n)
 
 
 def _stack(problem: Problem, plan: Plan, bm: int, bn: int) -> int:
