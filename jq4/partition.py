@@ -32,6 +32,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jq4.errors import JQ4Error
 from jq4.qarray import NEUTRAL, QArray
+from jq4.qarray_ops import plain_scales
 from jq4.record import note_uncut
 from pallas_kernels import packing
 from pallas_kernels.int4_matmul.gpu_fragments import MULTIPLE_K
@@ -114,6 +115,7 @@ def sharded_product(
     """
     if partition is None or jax.sharding.get_abstract_mesh().manual_axes:
         return product(x, q)
+    q = plain_scales(q)
     *batch, k, n = _canonical_entries(q, partition)
     check_grouped_axis(q, k, partition.mesh, path)
     rows = _axes_of_rows(partition, x.shape[-2])
@@ -138,6 +140,7 @@ def sharded_ragged_product(
     """
     if partition is None or jax.sharding.get_abstract_mesh().manual_axes:
         return product(x, q, group_sizes)
+    q = plain_scales(q)
     e, k, n = _canonical_entries(q, partition)
     check_grouped_axis(q, k, partition.mesh, path)
 

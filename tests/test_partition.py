@@ -20,6 +20,8 @@ from jq4.apply import quantized
 from jq4.errors import JQ4Error
 from jq4.layouts import prepare
 from jq4.partition import part_specs
+from jq4.quantize import quantize
+from jq4.recipe import Recipe
 from jq4.shardings import shardings_of
 from pallas_kernels.partitioned import alone_or_partitioned
 
@@ -53,6 +55,14 @@ def test_each_device_multiplies_its_own_part(device_kind, spec, collectives, row
     operands = (x, placed(q, spec))
     close(product(*operands), x @ q.dequantize())
     assert kinds_of(product.lower(*operands).compile()) == collectives
+
+
+def test_scales_that_are_packed_themselves_are_cut_as_plain_ones():
+    weight = jax.random.normal(jax.random.key(0), (256, 64))
+    q, x = quantize({"kernel": weight}, Recipe.preset("nf4-dq"))["kernel"], inputs(4, 256)
+    for spec in (COLUMNS, ROWS):
+        out = jax.jit(quantized(jnp.matmul, strict=True, shardings=NamedSharding(MESH, spec)))(x, q)
+        np.testing.assert_allclose(out, x @ q.dequantize(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_weight_taken_from_the_other_side_is_cut_along_its_own_axes():
@@ -215,6 +225,8 @@ from benchmarks.tpu_lab.chips import CHIPS
 from benchmarks.tpu_lab.compiling import devices
 from benchmarks.tpu_lab.hlo import Program
 from jq4.partition import part_specs
+from jq4.quantize import quantize
+from jq4.recipe import Recipe
 from jq4.qarray import QArray
 mesh = Mesh(np.array(devices(CHIPS["v5e"])), ("model",))
 columns = PartitionSpec(None, "model")
