@@ -154,6 +154,16 @@ def test_the_kernel_is_for_hopper_alone_and_says_so():
         int4_matmul(jnp.ones((1, 300), jnp.bfloat16), *w, spec=PackedSpec(300, layout="hopper"))
 
 
+def test_a_hopper_weight_elsewhere_is_reported_as_unpacked_at_every_call():
+    product = quantized(lambda x, w: x @ w["layer"])
+    tree = {"layer": prepare(hopper((128, 64)), "NVIDIA H200", layout="hopper")}
+    jax.eval_shape(product, jax.ShapeDtypeStruct((2, 128), jnp.float32), tree)
+    assert [entry.path for entry in product.record.relaid] == ["layer"]
+    with traced_for("NVIDIA H200"):
+        jax.eval_shape(product, jax.ShapeDtypeStruct((3, 128), jnp.float32), tree)
+    assert not product.record.relaid
+
+
 def test_rows_of_a_hopper_weight_are_int4():
     codes = np.random.default_rng(0).integers(0, 16, (130, 64)).astype(np.uint8)
     w = Packed(to_fragments(jnp.asarray(codes)), jnp.ones((2, 64), jnp.bfloat16))
