@@ -214,32 +214,42 @@ def test_the_body_of_a_shard_map_is_left_alone_and_explicit_types_are_not():
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("told, kernels", [(True, 1), (False, 0)])
-def test_on_tpus_the_kernel_runs_where_it_is_told_of_the_shards_and_xla_does_elsewhere(told, kernels):
+@pytest.mark.parametrize(
+    "batch, spec, told, kernels, collectives",
+    [
+        ((), (None, "model"), True, 1, {}),
+        ((), (None, "model"), False, 0, {}),
+        ((8,), ("model", None, None), True, 1, {"all-reduce": 1}),
+    ],
+    ids=["told", "untold", "experts"],
+)
+def test_on_tpus_the_kernel_runs_where_it_is_told_of_the_shards_and_xla_does_elsewhere(
+    batch, spec, told, kernels, collectives
+):
     if reason := missing("v5e:2x2"):
         pytest.skip(reason)
     script = f"""
 import jax, jax.numpy as jnp, numpy as np, jq4
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.tpu_lab.chips import CHIPS
 from benchmarks.tpu_lab.compiling import devices
 from benchmarks.tpu_lab.hlo import Program
 from jq4.partition import part_specs
-from jq4.quantize import quantize
-from jq4.recipe import Recipe
 from jq4.qarray import QArray
 mesh = Mesh(np.array(devices(CHIPS["v5e"])), ("model",))
-columns = PartitionSpec(None, "model")
-weight = jax.eval_shape(lambda: jq4.prepare(QArray(jnp.zeros((512, 2048), jnp.uint8), jnp.ones((8, 2048), jnp.bfloat16),
-                                                   dtype="bfloat16"), "TPU v5 lite"))
+spec, batch = PartitionSpec(*{spec}), {batch}
+codes, scale = ((*batch, 512, 2048), jnp.uint8), ((*batch, 8, 2048), jnp.bfloat16)
+weight = jax.eval_shape(lambda: jq4.prepare(QArray(jnp.zeros(*codes), jnp.ones(*scale), dtype="bfloat16"), "TPU v5 lite"))
 place = lambda part, spec: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=NamedSharding(mesh, spec))
-weight = jax.tree.map(place, weight, part_specs(weight, columns))
+weight = jax.tree.map(place, weight, part_specs(weight, spec))
 x = place(jax.ShapeDtypeStruct((16, 1024), jnp.bfloat16), PartitionSpec())
-f = jq4.quantized(jnp.matmul, strict=True, shardings=NamedSharding(mesh, columns) if {told} else None)
-text = jax.jit(f).trace(x, weight).lower(lowering_platforms=("tpu",)).compile().as_text()
+sizes = [place(jax.ShapeDtypeStruct(batch, jnp.int32), PartitionSpec())] if batch else []
+f = jq4.quantized(jax.lax.ragged_dot if batch else jnp.matmul, strict=True,
+                  shardings=NamedSharding(mesh, spec) if {told} else None)
+text = jax.jit(f).trace(x, weight, *sizes).lower(lowering_platforms=("tpu",)).compile().as_text()
 print(Program(text).custom_calls(), Program(text).collectives())
 """
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment("v5e:2x2"), cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == [str(kernels), "{}"]
+    assert done.stdout.strip() == f"{kernels} {collectives}"
