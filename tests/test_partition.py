@@ -239,7 +239,8 @@ from jq4.qarray import QArray
 mesh = Mesh(np.array(devices(CHIPS["v5e"])), ("model",))
 spec, batch = PartitionSpec(*{spec}), {batch}
 codes, scale = ((*batch, 512, 2048), jnp.uint8), ((*batch, 8, 2048), jnp.bfloat16)
-weight = jax.eval_shape(lambda: jq4.prepare(QArray(jnp.zeros(*codes), jnp.ones(*scale), dtype="bfloat16"), "TPU v5 lite"))
+make = lambda: jq4.prepare(QArray(jnp.zeros(*codes), jnp.ones(*scale), dtype="bfloat16"), "TPU v5 lite")
+weight = jax.eval_shape(make)
 place = lambda part, spec: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=NamedSharding(mesh, spec))
 weight = jax.tree.map(place, weight, part_specs(weight, spec))
 x = place(jax.ShapeDtypeStruct((16, 1024), jnp.bfloat16), PartitionSpec())
