@@ -1,6 +1,7 @@
 """The kernel itself: out[M, N] = x[M, K] @ W[K, N] on Hopper, W in the hopper layout, by Pallas' Mosaic GPU backend.
 
-    block         `columns` columns by `tile_m` rows of x; the grid is rows x columns x splits of K
+    block         `columns` columns by `tile_m` rows of x; the grid is columns x splits of K x rows, the
+                  last running fastest, so that blocks which read the same codes run at the same time
     warpgroups    one copies (TMA) blocks of codes, scales and x into `stages` rings of shared memory; each of the
                   others has `strips` strips of 64 columns: it unpacks a tile's codes in registers and multiplies
                   (mosaic_gpu_forms.py)
@@ -46,8 +47,8 @@ def call(x: jax.Array, words: jax.Array, scale: jax.Array, zero_point: Any, shap
     kernel = plgpu.kernel(
         functools.partial(_kernel, shape=shape, plan=plan),
         out_type=jax.ShapeDtypeStruct((*split, shape.m, shape.n), out_dtype),
-        grid=(pl.cdiv(shape.m, plan.tile_m), pl.cdiv(shape.n, plan.columns), plan.splits),
-        grid_names=("rows", "columns", "splits"),
+        grid=(pl.cdiv(shape.n, plan.columns), plan.splits, pl.cdiv(shape.m, plan.tile_m)),
+        grid_names=("columns", "splits", "rows"),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types={"staged": _tiled((plan.columns // STRIP, plan.tile_m, STRIP), out_dtype)},
