@@ -134,14 +134,19 @@ def shared_bytes(problem: GpuProblem, plan: GpuPlan) -> int:
     return plan.stages * (x + codes + scales) + staged + 2048
 
 
+def _spills(problem: GpuProblem, plan: GpuPlan) -> bool:
+    """Found by compiling: two strips' totals and sums of 64 rows, with two groups' scales and zero points at a time."""
+    return plan.form == "sums" and plan.strips == 2 and plan.tile_m == 64 and problem.group_size < plan.tile_k
+
+
 def _plans(problem: GpuProblem, gpu: Gpu) -> Iterator[GpuPlan]:
     limit = next((rows for rows in ROWS if rows >= problem.m), ROWS[-1])
     wanted = [rows for rows in ROWS if rows == limit or 128 <= rows <= limit]
     for tile_m, splits in itertools.product(wanted, SPLITS):
         for tile_k, (warpgroups, strips) in itertools.product(DEPTHS[tile_m], WARPGROUPS[tile_m]):
-            if splits > 1 and 2 * splits * tile_k > problem.k:
-                continue
             plan = GpuPlan(form_of(problem), tile_m, warpgroups, tile_k, MOST_STAGES, splits, strips)
+            if (splits > 1 and 2 * splits * tile_k > problem.k) or _spills(problem, plan):
+                continue
             while plan.stages > LEAST_STAGES and shared_bytes(problem, plan) > gpu.shared_memory:
                 plan = dataclasses.replace(plan, stages=plan.stages - 1)
             if shared_bytes(problem, plan) <= gpu.shared_memory:
