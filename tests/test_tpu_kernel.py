@@ -19,7 +19,7 @@ from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu import int4_matmul_tpu
 from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan, find_plan, ranked, vmem_of
 from pallas_kernels.int4_matmul.tpu_chips import CHIPS, UNKNOWN, chip_named, traced_chip
-from pallas_kernels.int4_matmul.tpu_forms import magic_order
+from pallas_kernels.int4_matmul.tpu_order import magic_order
 from pallas_kernels.int4_matmul.tpu_transposed import int4_matmul_tpu_transposed
 from pallas_kernels.int4_matmul.tpu_tuned import entry_of, key_of, plan_of, table, tuned_plan
 from pallas_kernels.int4_matmul.words import int4_to_words, words_to_int4

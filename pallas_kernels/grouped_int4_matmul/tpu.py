@@ -33,6 +33,7 @@ from pallas_kernels.int4_matmul.tpu import bf16_terms, number_of
 from pallas_kernels.int4_matmul.tpu import refusal as refusal
 from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan, fitting
 from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
+from pallas_kernels.int4_matmul.tpu_order import in_order
 from pallas_kernels.manual_axes import shape_varying_as
 
 SMALLEST_TILE, LARGEST_TILE = 16, 256  # rows
@@ -123,7 +124,7 @@ def _call(
     repeat = steps if spec.num_groups == 1 else max(1, spec.group_size // bk)  # blocks that share a row of scales
     per_block = bk // group
     x = jnp.pad(x, ((0, -rows % bm), (0, steps * bk - k)))
-    x = tpu_forms.in_order(x, group, plan.form, from_table=table is not None)
+    x = in_order(x, group, plan.form, from_table=table is not None)
     missing = 0 if repeat > 1 else max(0, steps * per_block - w.scale.shape[1])
 
     def block_of(step: Any, item: Any, used: Any) -> Any:

@@ -16,12 +16,17 @@ tpu_forms.py, which of them is taken when in tpu_blocks.py):
                        sums of x; both are hidden by HBM at decode
             wscale     the same, vmul.f32 and a pack, for many rows; there are no bf16 vectors to scale in
     v4      magic      as on v5; its compiler's own unpacking goes through memory and takes 3 to 6 times as long
+            shifted    vshll, vshra, vcvt.s32.f32, vmul.f32 and half a pack for 1024 codes, for many rows
     v5, v6e integer    vunpack.s4.s8 and an s8 push, for whole numbers
 
 Of a stack of layers in a `lax.scan` each layer is a dynamic slice of the stack. XLA writes a kernel's operand to memory
 first, which would move every weight three times, unless it may fuse the slice into the kernel's own reading, which its
 TPU compiler does for 32-bit types alone, in kernels without loops that are content with the default share of VMEM:
 hence words of eight codes, `allow_input_fusion`, and blocks of a few MiB.
+
+Scales are [G, 1, N] in the caller's tree, which XLA lays in memory as [G, N]: the kernel reads them as that wherever a
+block has eight rows of them. Read as [G, 1, N] they were padded to registers by XLA before every call, 5 us of 56 with
+groups of 128 and 21 of 96 with groups of 32 (v5p, 16 x 8192 x 28672).
 
 Where K is no multiple of the block, x is padded with zeros, which codes beyond the end meet, and scales beyond the end
 are overwritten in VMEM. Rows beyond M and columns beyond N are computed from what memory holds, and dropped.
@@ -46,6 +51,7 @@ from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu_blocks import find_plan
 from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
 from pallas_kernels.int4_matmul.tpu_forms import LANES
+from pallas_kernels.int4_matmul.tpu_order import in_order
 from pallas_kernels.int4_matmul.tpu_plan import Plan, Problem, reads_flat_scales
 from pallas_kernels.int4_matmul.xla import int4_matmul_xla
 from pallas_kernels.manual_axes import shape_varying_as
@@ -153,7 +159,7 @@ def _call(x: jax.Array, w: Packed, table: Any, plan: Plan, spec: PackedSpec, dty
     per_block = bk // group
     over = 0 if repeat > 1 else steps * per_block - spec.num_groups  # groups that the last block has too many
     x = jnp.pad(x, ((0, 0), (0, steps * bk - k)))
-    x = tpu_forms.in_order(x, group, plan.form, from_table=table is not None)
+    x = in_order(x, group, plan.form, from_table=table is not None)
     flat = reads_flat_scales(spec.num_groups, spec.group_size, plan)
     by_group = pl.BlockSpec((per_block, 1, bn), lambda i, j, k: (lax.div(k, jnp.int32(repeat)), 0, j))
     if flat:

@@ -5,8 +5,8 @@ one for these sizes (tpu_tuned.py). What follows, chip by chip (see tpu_forms.py
 
     v4      decode: magic, bound by its pushes of 1024 weights (others push 2048); prefill: shifted. Its compiler
             unpacks int4 through memory, 3 to 6 times slower than the MXU, so no other form is considered
-    v5e/v5p decode: magic, or direct where x is a row or groups are short; prefill: wscale, whose unpacking to f32 is
-            then hidden by the MXU
+    v5e/v5p decode: direct where HBM hides it (v5e), else magic; of groups of 32 direct; prefill: wscale, whose
+            unpacking to f32 is then hidden by the MXU
     v6e     decode: direct, one unpacking instruction and no slack, or wscale for groups of 32 and 64; prefill: wscale
     tpu7x   the same; bound by the vector unit at decode where groups are short, as 3.7 TB/s a core outrun it
 

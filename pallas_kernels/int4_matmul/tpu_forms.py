@@ -16,7 +16,7 @@ a total by `accumulate`):
                  (word >> 4j) & 0x000F000F ^ 0x43084308    is two bf16, of the codes j and j + 4 of the word
              (0x4300 is 128 with the code's bits at its end; ^ 8 turns the sign bit into + 8), so that no conversion is
              needed at all, and 136 * sums_i is taken off the product. Words run down K and the halves of a word become
-             neighbouring rows: x must come with its columns in `magic_order`.
+             neighbouring rows: x must come with its columns in `magic_order` (tpu_order.py).
     integer  direct with x as int8, whole numbers: int8 by int8 into exact int32 sums, twice bf16's rate on v5 and v6e
              (v4 and TPU7x have no integer MXU; there, whole numbers go through the others as bf16, which holds them).
     wscale   one dot with bf16(weight) of the whole block. Costs bk * bn scalings, whatever bm is; the MXU sees one deep
@@ -30,19 +30,17 @@ The magic numbers are those of FasterTransformer's and Marlin's GPU kernels (Kim
 for bf16 and for the order in which a TPU holds int4.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.int4_matmul import tpu_tables
-
-LANES = 128
+from pallas_kernels.int4_matmul.tpu_order import LANES as LANES
+from pallas_kernels.int4_matmul.tpu_order import chunk_of, rows_at_a_time
 
 
 class Block(NamedTuple):
@@ -162,7 +160,7 @@ def shifted(block: Block, group: int) -> jax.Array:
     For a chip whose compiler unpacks int4 through memory.
     """
     rows = rows_at_a_time(group)
-    affine, step = _affine(block, group, jnp.float32), _chunk(rows) // 8
+    affine, step = _affine(block, group, jnp.float32), chunk_of(rows) // 8
     parts = []
     for start in range(0, block.x.shape[1], rows):
         words = _words(block.codes[_stored(block, start) : _stored(block, start + rows), :])  # [rows / 8, bn]
@@ -200,45 +198,9 @@ def _halves(upper: jax.Array, lower: jax.Array, shape: tuple[int, ...]) -> jax.A
     return jnp.where(place < shape[0] // 2, upper.astype(jnp.float32), lower.astype(jnp.float32))
 
 
-def rows_at_a_time(group: int) -> int:
-    """Rows that `magic` and `shifted` unpack together: two groups of 32 fill the registers that one half fills."""
-    return 2 * group if group == 32 else group
-
-
 def row_of(part: Any, i: int) -> Any:
     """[1, bn]: the values of group i."""
     return part[i] if part.ndim == 3 else part[i : i + 1]
-
-
-def in_order(x: jax.Array, group: int, form: str, *, from_table: bool = False) -> jax.Array:
-    """x[M, K] with its columns as a form wants them."""
-    if form == "magic":
-        return magic_order(x, rows_at_a_time(group))
-    if from_table:
-        return magic_order(x, group)
-    return shifted_order(x, group) if form == "shifted" else x
-
-
-def magic_order(x: jax.Array, group: int) -> jax.Array:
-    """bf16[M, K], K a multiple of LANES, with the columns of a chunk as `magic` wants them: 8r + 4h + j at (j, r, h).
-
-    A product with a permutation matrix is exact, and moves columns where a TPU moves them fastest.
-    """
-    chunk = _chunk(group)
-    return _ordered(x, np.arange(LANES).reshape(LANES // chunk, chunk // 8, 2, 4).transpose(0, 3, 1, 2))
-
-
-def shifted_order(x: jax.Array, group: int) -> jax.Array:
-    """The same for `shifted`: column 8r + j of a chunk at (j, r)."""
-    chunk = _chunk(rows_at_a_time(group))
-    return _ordered(x, np.arange(LANES).reshape(LANES // chunk, chunk // 8, 8).transpose(0, 2, 1))
-
-
-def _ordered(x: jax.Array, places: np.ndarray) -> jax.Array:
-    matrix = np.zeros((LANES, LANES), np.float32)
-    matrix[places.reshape(-1), np.arange(LANES)] = 1
-    moved = product(x.reshape(-1, LANES), jnp.asarray(matrix, jnp.bfloat16))
-    return moved.astype(jnp.bfloat16).reshape(x.shape)
 
 
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -305,7 +267,7 @@ def _levels(block: Block, codes: jax.Array, rows: int, group: int) -> jax.Array:
     if block.table is None:
         return as_elements(codes, rows)
     words = _words(codes)
-    return tpu_tables.levels_of(words, block.table[...], _chunk(group))
+    return tpu_tables.levels_of(words, block.table[...], chunk_of(group))
 
 
 def _magic_weight(codes: jax.Array) -> jax.Array:
@@ -314,15 +276,10 @@ def _magic_weight(codes: jax.Array) -> jax.Array:
     fields = [lax.shift_right_logical(words, jnp.int32(4 * j)) if j else words for j in range(4)]
     bits = [(field & jnp.int32(0x000F000F)) ^ jnp.int32(0x43084308) for field in fields]
     halves = [pltpu.bitcast(field, jnp.bfloat16) for field in bits]  # bf16[group / 4, bn]: rows (r, h)
-    step = _chunk(8 * words.shape[0]) // 4
+    step = chunk_of(8 * words.shape[0]) // 4
     chunks = range(0, 2 * words.shape[0], step)
     return jnp.concatenate([half[start : start + step] for start in chunks for half in halves], 0)
 
 
 def _words(codes: jax.Array) -> jax.Array:
     return codes if codes.dtype == jnp.int32 else pltpu.bitcast(codes, jnp.int32)
-
-
-def _chunk(group: int) -> int:
-    """Rows that are reordered among themselves."""
-    return math.gcd(group, LANES)
