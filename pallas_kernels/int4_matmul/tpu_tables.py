@@ -14,8 +14,18 @@ Two codes at a time, of the nibbles j and j + 4 of a word, become the two bf16 h
                the cross-lane unit is slower than the vector unit: v5e 4043 bundles for 1024 x 1024 codes, v6e 3416.
 
 v4's compiler has no gather along sublanes. A mixture of both (a half of the codes by each unit) schedules no better
-than sublanes alone: v6e 2545 bundles against 2503, v5e 2893 against 2246. XLA's own form, a tree of fifteen selects in
-tiles of columns, issues 9600 (v6e) and 9700 (v5e).
+than sublanes alone: v6e 2545 bundles against 2503, v5e 2893 against 2246.
+
+Sixteen selects, or this, is more than the vector unit does for int4, and it is what bounds a product. Modelled
+microseconds at 4096 x 4096 in groups of 64 (benchmarks/results/tpu-nf4.json): the kernel, XLA's form on the same words
+(a tree of fifteen selects), and the product of bf16 weights:
+
+    rows    v4                 v5e                v5p               v6e               tpu7x
+    16      47.0  186   27.6   33.5  102   41.5   14.9  50.3 12.3   21.9  113  20.7   17.5  90.9  9.2
+    512     99.1  275   67.8    113  277   87.2   54.7   109 37.4   41.6  177  33.2   27.6   133 15.9
+
+XLA's tiles of neutral bytes take 87.7 and 120 on v6e, 104 and 158 on v5e. So the kernel is taken everywhere, and nf4
+decodes faster than bf16 on v5e alone: elsewhere what it saves is memory.
 
 Levels are rounded to bf16 once, when the table is made (fp4's are exact).
 """
