@@ -87,10 +87,10 @@ def small_cases() -> list[Case]:
     """Forms, formats and tails, small enough to be emulated."""
     plans: list[dict[str, Any] | None] = [
         None,
-        {"form": "sums", "tile_m": 16, "tile_k": 128, "splits": 2},
+        {"form": "sums", "tile_m": 16, "tile_k": 128, "strips": 2, "splits": 2},
         {"form": "sums", "tile_m": 8, "tile_k": 256, "stages": 2},
         {"form": "weights", "tile_m": 128, "warpgroups": 2, "tile_k": 64, "stages": 3},
-        {"form": "weights", "tile_m": 16, "warpgroups": 4, "tile_k": 256, "stages": 4},
+        {"form": "weights", "tile_m": 16, "warpgroups": 3, "tile_k": 256, "stages": 4},
         {"form": "sums", "tile_m": 32, "warpgroups": 1, "strips": 2, "splits": 2},
     ]
     chosen = [

@@ -24,7 +24,7 @@ CHOSEN = [
     Case(1, 512, 64, 0, True, "float16", "float32"),
     Case(20, 640, 192, 128, True, plan={"form": "sums", "tile_m": 16, "splits": 2}),
     Case(130, 256, 128, 64, plan={"form": "weights", "tile_m": 128, "warpgroups": 2, "tile_k": 64}),
-    Case(16, 512, 192, 128, plan={"form": "sums", "tile_m": 16, "tile_k": 256, "warpgroups": 4, "strips": 1}),
+    Case(16, 512, 192, 128, plan={"form": "sums", "tile_m": 16, "tile_k": 256, "warpgroups": 3, "strips": 1}),
 ]
 
 
@@ -56,6 +56,15 @@ def test_the_emulator_notices_a_program_that_does_not_wait(rows):
     except WrongProgramError:
         return
     assert not np.allclose(given.result, given.wanted, rtol=0.02, atol=0.5)
+
+
+@pytest.mark.aot
+def test_the_emulator_notices_that_registers_are_never_given_back(rows):
+    case, row = CHOSEN[4], rows[4]
+    assert (row["plan"]["warpgroups"], row["ptx"].count("setmaxnreg.inc.sync.aligned.u32 224;")) == (2, 1)
+    greedy = row["ptx"].replace("setmaxnreg.inc.sync.aligned.u32 224;", "setmaxnreg.inc.sync.aligned.u32 232;")
+    with pytest.raises(WrongProgramError, match=r"nothing can go on: .*setmaxnreg\.inc"):
+        run_kernel(parse(greedy), launch_of(row["host"]), operands(case, 2).arrays)
 
 
 @pytest.mark.aot

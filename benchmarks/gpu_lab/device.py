@@ -18,6 +18,7 @@ from benchmarks.gpu_lab.host_code import DevicePointer, Launch, TensorMap
 from benchmarks.gpu_lab.memory import (
     ARRAY_BASE,
     PARAMETER_BASE,
+    REGISTERS,
     SHARED_BASE,
     THREADS,
     Copy,
@@ -38,6 +39,11 @@ def run_kernel(program: Program, launch: Launch, arrays: Sequence[np.ndarray], s
         Block(program, launch, memory, itemsizes, (x, y, z), random).run()
 
 
+def registers_at_launch(threads: int) -> int:
+    """Of a thread, in a block that has a core to itself: what `setmaxnreg` shares out anew, and no more than that."""
+    return min(255, REGISTERS // threads) // 8 * 8
+
+
 class Block:
     """Shared memory, barriers and warpgroups of one block."""
 
@@ -52,6 +58,8 @@ class Block:
         self.barriers: dict[int, set[int]] = {}
         self.copies: list[Copy] = []
         self.warpgroups = [Warpgroup(self, i) for i in range(launch.threads // THREADS)]
+        self.registers = [registers_at_launch(launch.threads)] * len(self.warpgroups)  # of a thread
+        self.register_pool = sum(self.registers)
 
     def run(self) -> None:
         """Warpgroups and copies in an order drawn at random, until all is done."""

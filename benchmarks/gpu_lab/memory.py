@@ -8,6 +8,7 @@ import numpy as np
 from benchmarks.gpu_lab.host_code import TensorMap
 
 THREADS = 128
+REGISTERS = 65536  # of a core
 SHARED_BASE = 1024  # where shared memory begins: swizzles count from multiples of 1024
 ARRAY_BASE = 1 << 40  # argument i of the kernel lies at (i + 1) * ARRAY_BASE
 PARAMETER_BASE = 1 << 60

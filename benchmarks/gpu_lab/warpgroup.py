@@ -41,6 +41,9 @@ class Warpgroup:
         if "try_wait" in instruction.name:
             barrier = self.block.mbarrier(self.address(instruction.operands[1]))
             return barrier.phase % 2 != int(self.value(instruction.operands[2], "b32")[0]) % 2
+        if instruction.name.startswith("setmaxnreg.inc"):
+            others = sum(count for i, count in enumerate(self.block.registers) if i != self.index)
+            return others + int(instruction.operands[0]) <= self.block.register_pool
         if instruction.name.startswith("cp.async.bulk.wait_group"):
             return not any(copy.is_store and copy.warpgroup == self.index for copy in self.block.copies)
         return True
@@ -146,9 +149,13 @@ class Warpgroup:
             arrived.clear()
 
     def _nothing(self, instruction: Instruction, words: Sequence[str], active: np.ndarray) -> None:
-        """Fences, hints, and the number of registers."""
+        """Fences and hints."""
 
-    do_prefetch = do_fence = do_setmaxnreg = do_griddepcontrol = do_membar = _nothing
+    do_prefetch = do_fence = do_griddepcontrol = do_membar = _nothing
+
+    def do_setmaxnreg(self, instruction: Instruction, words: Sequence[str], active: np.ndarray) -> None:
+        """Registers of a thread: more of them only as others have given back (`is_ready` waits for it)."""
+        self.block.registers[self.index] = int(instruction.operands[0])
 
     # --- memory --------------------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ class GpuPlan:
     Attributes:
       form: "sums", "weights" or "column" of mosaic_gpu_kernel.py.
       tile_m: rows of x of a block, a multiple of 8, at most 256.
-      warpgroups: that multiply.
+      warpgroups: that multiply, at most MOST_WARPGROUPS.
       tile_k: rows of codes of a step, a multiple of 64.
       stages: steps that are in shared memory at a time.
       splits: blocks along K, whose sums are added afterwards.
@@ -53,7 +53,7 @@ class GpuPlan:
 
     form: str
     tile_m: int
-    warpgroups: int = 4
+    warpgroups: int = 2
     tile_k: int = 128
     stages: int = 4
     splits: int = 1
@@ -73,10 +73,12 @@ FILLING = 1.5e-6  # seconds before a block's first product
 ADDING = 3e-6  # seconds that the kernel which adds the splits costs in any case
 ROWS = (8, 16, 32, 64, 128, 256)
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
-MOST_STAGES, LEAST_STAGES = 8, 3
-# By rows of a block: (warpgroups, strips of each), and rows of codes of a step. Four warpgroups and the copying one
-# leave a thread about 100 registers, two leave it 230: what does not fit is spilled, or serializes wgmma.
-_FEW_ROWS = ((2, 2), (4, 1))
+MOST_STAGES, LEAST_STAGES = 6, 3
+MOST_WARPGROUPS = 3
+# By rows of a block: (warpgroups, strips of each), and rows of codes of a step. Two warpgroups and the copying one leave
+# a thread 224 registers, three leave it 152. Pallas shares out 512 registers for each thread of a warpgroup, of which a
+# block with four and the copying one is launched with 480: one would wait for registers for ever.
+_FEW_ROWS = ((2, 2), (3, 1))
 WARPGROUPS: dict[int, tuple[tuple[int, int], ...]] = {
     **dict.fromkeys((8, 16, 32, 64), _FEW_ROWS), 128: ((2, 2), (2, 1)), 256: ((2, 1),)
 }  # fmt: skip

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan
+from pallas_kernels.int4_matmul.gpu_blocks import MOST_WARPGROUPS, GpuPlan
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
 from pallas_kernels.int4_matmul.mosaic_gpu_forms import FORMS, Rows, Shape
 from pallas_kernels.int4_matmul.mosaic_gpu_registers import ROW, WORDS_SHAPE
@@ -40,6 +40,8 @@ def call(x: jax.Array, words: jax.Array, scale: jax.Array, zero_point: Any, shap
       shape: sizes, dtypes.
       plan: how it is cut.
     """
+    if plan.warpgroups > MOST_WARPGROUPS:
+        raise ValueError(f"{plan} would wait for registers for ever: wanted at most {MOST_WARPGROUPS} warpgroups")
     codes = words.reshape(shape.n // STRIP, -1, *WORDS_SHAPE)  # [N / 64, K / 64, 2, 256]
     operands = [x, codes, scale] if zero_point is None else [x, codes, scale, zero_point]
     split = (plan.splits,) if plan.splits > 1 else ()
