@@ -3,6 +3,8 @@
 The emulator itself is held to instructions worked out by hand from the PTX ISA, and must notice programs that race.
 """
 
+import re
+
 import numpy as np
 import pytest
 
@@ -61,8 +63,8 @@ def test_the_emulator_notices_a_program_that_does_not_wait(rows):
 @pytest.mark.aot
 def test_the_emulator_notices_that_registers_are_never_given_back(rows):
     case, row = CHOSEN[4], rows[4]
-    assert (row["plan"]["warpgroups"], row["ptx"].count("setmaxnreg.inc.sync.aligned.u32 224;")) == (2, 1)
-    greedy = row["ptx"].replace("setmaxnreg.inc.sync.aligned.u32 224;", "setmaxnreg.inc.sync.aligned.u32 232;")
+    greedy, count = re.subn(r"(setmaxnreg\.inc\S*\s+)224;", r"\g<1>232;", row["ptx"])
+    assert row["plan"]["warpgroups"] == 2 and count > 0
     with pytest.raises(WrongProgramError, match=r"nothing can go on: .*setmaxnreg\.inc"):
         run_kernel(parse(greedy), launch_of(row["host"]), operands(case, 2).arrays)
 

@@ -75,9 +75,9 @@ ROWS = (8, 16, 32, 64, 128, 256)
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 MOST_STAGES, LEAST_STAGES = 6, 3
 MOST_WARPGROUPS = 3
-# By rows of a block: (warpgroups, strips of each), and rows of codes of a step. Two warpgroups and the copying one leave
-# a thread 224 registers, three leave it 152. Pallas shares out 512 registers for each thread of a warpgroup, of which a
-# block with four and the copying one is launched with 480: one would wait for registers for ever.
+# By rows of a block: (warpgroups, strips of each), and rows of codes of a step. Beside the copying one, two warpgroups
+# leave a thread 224 registers, three leave it 152. Pallas shares out 512 registers among the threads of one number in
+# all warpgroups, but a block with four and the copying one is launched with 480: it would wait for more for ever.
 _FEW_ROWS = ((2, 2), (3, 1))
 WARPGROUPS: dict[int, tuple[tuple[int, int], ...]] = {
     **dict.fromkeys((8, 16, 32, 64), _FEW_ROWS), 128: ((2, 2), (2, 1)), 256: ((2, 1),)
