@@ -10,6 +10,7 @@ import pytest
 import jq4
 from jq4 import qarray
 from jq4.chain import TreeSource
+from jq4.driver import block as block_module
 from jq4.driver import quantize_blocks
 from jq4.errors import JQ4Error
 from jq4.evaluate import evaluate
@@ -144,6 +145,20 @@ def test_gptq_fits_each_block_to_the_inputs_it_meets(config, many_rows, calibrat
     assert found["driver"] < found["whole"] < found["rtn"]
     assert all(0 < row.weighted_error < 0.1 and row.seconds > 0 for row in result.rows)
     assert (result.calibration_rows, result.context) == (128, 16)
+
+
+def test_the_dense_block_is_let_go_of_before_its_last_stage_is_quantized(config, params, many_rows, monkeypatch):
+    """Oracle: the arrays that JAX holds, of the shape of gate_proj and up_proj."""
+    held = []
+    quantize_leaves = block_module.quantize_leaves
+
+    def watched(leaves, *rest):
+        held.append(sum(array.shape == (32, 48) and array.dtype == jnp.float32 for array in jax.live_arrays()))
+        return quantize_leaves(leaves, *rest)
+
+    monkeypatch.setattr(block_module, "quantize_leaves", watched)
+    quantize_blocks(decoder_chain(config), TreeSource(params, LAYERS), "gptq-w4g16", many_rows[:32])
+    assert held == [2, 2, 2, 0] * config.num_layers
 
 
 def test_eight_devices_give_the_bytes_of_one(config, params, many_rows):
