@@ -78,7 +78,7 @@ MOST_WARPGROUPS = 3
 # By rows of a block: (warpgroups, strips of each), and rows of codes of a step. Beside the copying one, two warpgroups
 # leave a thread 224 registers, three leave it 152. Pallas shares out 512 registers among the threads of one number in
 # all warpgroups, but a block with four and the copying one is launched with 480: it would wait for more for ever.
-_FEW_ROWS = ((2, 2), (3, 1))
+_FEW_ROWS = ((2, 2), (2, 1))  # of 192 columns, zero points are not whole 128 bytes, which a copy must be
 WARPGROUPS: dict[int, tuple[tuple[int, int], ...]] = {
     **dict.fromkeys((8, 16, 32, 64), _FEW_ROWS), 128: ((2, 2), (2, 1)), 256: ((2, 1),)
 }  # fmt: skip
