@@ -22,8 +22,8 @@ from jq4.checkpoint import orbax
 from jq4.checkpoint.manifest import MANIFEST
 from jq4.errors import JQ4Error
 from jq4.layouts import prepare
-from jq4.shardings import shardings_of
 from jq4.record import Record
+from jq4.shardings import shardings_of
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.generate import generate

@@ -228,6 +228,6 @@ def test_decoding_is_bound_by_the_memory_and_several_times_faster_than_bf16():
         ours, dense = rows[chip, "tpu"], rows[chip, "pallas-bf16"]
         assert (ours["status"], ours["bound"]) == ("ok", "HBM"), ours
         assert ours["bundles_us"] < ours["hbm_us"]
-        assert ours["spills"] <= ours["step_bundles"] / 8
-        assert dense["us"] / ours["us"] >= 3.6
+        assert ours["spills"] <= ours["step_bundles"] / 6  # they are among the bundles, which the memory hides
+        assert dense["us"] / ours["us"] >= 3.8
         assert math.isclose(dense["hbm_us"], 1e6 * 2 * 8192 * 28672 / CHIPS[chip].bandwidth, rel_tol=0.02)

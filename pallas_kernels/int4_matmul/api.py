@@ -170,7 +170,8 @@ def _batched(one: Callable[[Any, Packed], jax.Array], platform: str) -> Callable
 
 def resolved_precision(precision: Any) -> Any:
     """`precision`, hashable; None is what `jax.default_matmul_precision` says, as for lax.dot_general."""
-    precision = jax.config.jax_default_matmul_precision if precision is None else precision
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return tuple(precision) if isinstance(precision, list) else precision
 
 
