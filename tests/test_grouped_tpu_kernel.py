@@ -1,6 +1,7 @@
 """Oracle: numpy in float64, expert by expert. The kernel runs in Pallas' interpreter of TPU kernels, and (marker aot)
 goes through the TPU compiler; memory that it never wrote is NaN."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from jq4.qarray import QArray
 from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
 from pallas_kernels.grouped_int4_matmul.tpu import grouped_int4_matmul_tpu, work_items
 from pallas_kernels.grouped_int4_matmul.tpu_transposed import grouped_int4_matmul_tpu_transposed
+from pallas_kernels.grouped_int4_matmul.xla import grouped_input_cotangent, grouped_xla
 from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError
-from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.tiles import Packed, squeezed_scales
 from pallas_kernels.int4_matmul.tpu_chips import chip_named
 from pallas_kernels.int4_matmul.words import int4_to_words, words_to_int4
 
@@ -126,6 +128,35 @@ def test_the_public_function_and_its_gradient_take_it_by_name():
     (_, out), dx = jax.value_and_grad(total, has_aux=True)(x)
     assert error(out, in_turn(x, dense, (9, 0, 4))) < 3e-3
     assert error(dx, in_turn(weights, dense.transpose(0, 2, 1), (9, 0, 4))) < 3e-3
+
+
+WORDS = {  # K, N, group: blocks of K of one group, of parts of one that are no whole words, of one scale a column
+    "a group a block": (300, 75, 64),
+    "blocks cut from groups": (600, 40, 288),
+    "a column": (1004, 24, 2048),
+    "groups of other than whole words": (700, 16, 108),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_xlas_form_for_tpus_unpacks_words_block_by_block(case):
+    sizes = (5, 0, 9)
+    w, spec, dense = experts(sizes, *WORDS[case], True, True)
+    w, x = squeezed_scales(w, spec), rows_of_x(17, spec.length, jnp.float32)
+    out = jax.jit(lambda x: grouped_xla(x, w, jnp.asarray(sizes), spec, platform="tpu", precision="highest"))(x)
+    assert error(out, in_turn(x, dense, sizes)) < 1e-6
+    dy, back = rows_of_x(17, dense.shape[2], jnp.float32), functools.partial(grouped_input_cotangent, spec=spec)
+    back = functools.partial(back, dtype=jnp.float32, platform="tpu", precision="highest")
+    dx = jax.jit(lambda dy: back(dy, w, jnp.asarray(sizes)))(dy)
+    assert error(dx, in_turn(dy, dense.transpose(0, 2, 1), sizes)) < 1e-6
+
+
+def test_where_no_block_fits_the_memory_it_is_xlas_form():
+    sizes = (5, 0, 9)
+    w, spec, dense = experts(sizes, 256, 128, 128, True, True)
+    chip = dataclasses.replace(chip_named("v5e"), vmem=2**20)
+    out = grouped_int4_matmul_tpu(rows_of_x(17, 256), w, jnp.asarray(sizes), spec, chip=chip, interpret=True)
+    assert error(out, in_turn(rows_of_x(17, 256), dense, sizes)) < 2.5e-3
 
 
 def test_a_weight_it_does_not_read_is_refused_by_name():

@@ -107,7 +107,7 @@ def _jitted(x, w: Packed, group_sizes, spec: PackedSpec, implementation, dtype, 
 def _value(x, w: Packed, group_sizes, spec: PackedSpec, implementation, precision, integers) -> Any:
     def by_xla(platform: str):
         run = functools.partial(grouped_xla, spec=spec, platform=platform, precision=precision)
-        return lambda x, w, sizes: run(x, tiles.flat_scales(w, spec), sizes).astype(xla.accumulator(x.dtype))
+        return lambda x, w, sizes: run(x, tiles.squeezed_scales(w, spec), sizes).astype(xla.accumulator(x.dtype))
 
     @jax.custom_batching.sequential_vmap
     def by_kernel(x, w, sizes):
@@ -144,7 +144,7 @@ def _backward(spec, implementation, precision, integers, residuals, dy):
         run = functools.partial(
             grouped_input_cotangent, spec=spec, dtype=x.dtype, platform=platform, precision=precision
         )
-        return lambda dy, own, sizes: run(dy, tiles.flat_scales(own, spec), sizes).astype(x.dtype)
+        return lambda dy, own, sizes: run(dy, tiles.squeezed_scales(own, spec), sizes).astype(x.dtype)
 
     @jax.custom_batching.sequential_vmap
     def by_kernel(dy, own, sizes):

@@ -26,12 +26,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.int4_matmul import tpu_forms, tpu_tables
+from pallas_kernels.grouped_int4_matmul.xla import grouped_xla
+from pallas_kernels.int4_matmul import tiles, tpu_forms, tpu_tables
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu import bf16_terms, number_of
 from pallas_kernels.int4_matmul.tpu import refusal as refusal
-from pallas_kernels.int4_matmul.tpu_blocks import choose_plan, fitting
+from pallas_kernels.int4_matmul.tpu_blocks import fitting
 from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
 from pallas_kernels.int4_matmul.tpu_model import bytes_of_step, seconds
 from pallas_kernels.int4_matmul.tpu_order import in_order
@@ -72,7 +73,7 @@ def grouped_int4_matmul_tpu(
       spec: layout "tpu".
       precision: of a float32 x, as the dense kernel's.
       chip: None is the one of the trace.
-      tile_rows: bm; None is chosen.
+      tile_rows: bm; None is chosen; where no block fits the chip's memory, XLA's form is taken.
       integers: x holds whole numbers of at most 127: they may be multiplied as int8.
       interpret: run on a CPU, by Pallas' interpreter of TPU kernels.
     """
@@ -85,7 +86,10 @@ def grouped_int4_matmul_tpu(
     while problem.m > SMALLEST_TILE and not fitting(problem, chip, exact, integers, resident=True):
         problem = dataclasses.replace(problem, m=max(SMALLEST_TILE, problem.m // 2 // SMALLEST_TILE * SMALLEST_TILE))
     bm = problem.m
-    plan = dataclasses.replace(plan_of(problem, chip, exact, integers), vmem_limit=chip.vmem)
+    plan = plan_of(problem, chip, exact, integers)
+    if plan is None:
+        return grouped_xla(x, tiles.squeezed_scales(w, spec), group_sizes, spec, platform="tpu", precision=precision)
+    plan = dataclasses.replace(plan, vmem_limit=chip.vmem)
     items = work_items(group_sizes.astype(jnp.int32), rows, bm)
     terms = terms.astype(jnp.int8 if plan.form == "integer" else jnp.bfloat16)
     tables = tpu_tables.tables_for(spec.levels, chip.name, len(terms))
@@ -93,16 +97,18 @@ def grouped_int4_matmul_tpu(
     return functools.reduce(jnp.add, out)
 
 
-def plan_of(problem: Problem, chip: Chip, exact: bool, integers: bool) -> Plan:
-    """The fastest plan of an item: as for one product, but for its first block, which the item before hides."""
+def plan_of(problem: Problem, chip: Chip, exact: bool, integers: bool) -> Plan | None:
+    """The fastest plan of an item: as for one product, but for its first block, which the item before hides.
+
+    None where no block fits.
+    """
 
     def time_of(plan: Plan) -> float:
         steps_n, steps_k = pl.cdiv(problem.n, plan.block_n), pl.cdiv(problem.k, plan.block_k)
         hidden = bytes_of_step(problem, plan, steps_n, steps_k) / chip.bandwidth
         return (seconds(problem, plan, chip) - hidden) * (1.0 if plan.form in EXACT else 1.05)
 
-    plans = fitting(problem, chip, exact, integers, resident=True)
-    return min(plans, key=time_of) if plans else choose_plan(problem, chip, exact, integers, resident=True)
+    return min(fitting(problem, chip, exact, integers, resident=True), key=time_of, default=None)
 
 
 def tile_rows_of(rows: int, experts: int) -> int:
@@ -117,12 +123,12 @@ def work_items(group_sizes: jax.Array, rows: int, bm: int) -> Items:
     experts = group_sizes.shape[0]
     ends = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), rows)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-    tiles = jnp.where(ends > starts, (ends - 1) // bm - starts // bm + 1, 0)  # i32[E]: tiles that an expert is in
-    item_ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    in_tiles = jnp.where(ends > starts, (ends - 1) // bm - starts // bm + 1, 0)  # i32[E]: how many an expert is in
+    item_ends = jnp.cumsum(in_tiles, dtype=jnp.int32)
     count = item_ends[-1]
     number = jnp.minimum(jnp.arange(-(-rows // bm) + experts - 1, dtype=jnp.int32), jnp.maximum(count - 1, 0))
     expert = jnp.minimum(jnp.searchsorted(item_ends, number, side="right").astype(jnp.int32), experts - 1)
-    tile = starts[expert] // bm + number - (item_ends[expert] - tiles[expert])
+    tile = starts[expert] // bm + number - (item_ends[expert] - in_tiles[expert])
     first = jnp.clip(starts[expert] - tile * bm, 0, bm)
     end = jnp.clip(ends[expert] - tile * bm, 0, bm)
     return Items(tile, expert, first, end, count[None])

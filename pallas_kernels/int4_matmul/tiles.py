@@ -24,7 +24,7 @@ from jax import lax
 
 from pallas_kernels import packing
 from pallas_kernels.int4_matmul.spec import NEUTRAL, TPU, PackedSpec
-from pallas_kernels.int4_matmul.words import words_to_int4
+from pallas_kernels.int4_matmul.words import words_to_int4, words_to_integers
 
 # Floats of one tile: they stay in a CPU's cache, yet are enough for a product to run at full speed. One row of x is
 # bound by the unpacking, and gains from fewer, larger steps.
@@ -59,6 +59,11 @@ def flat_scales(w: Packed, spec: PackedSpec) -> Packed:
 
 def holds_words(w: Packed, spec: PackedSpec) -> bool:
     return spec.layout == TPU and w.codes.dtype == jnp.int32
+
+
+def unpacked_words(w: Packed, spec: PackedSpec) -> Packed:
+    """Words as int8[K, N]; others as they are."""
+    return w._replace(codes=words_to_integers(w.codes, spec.length).astype(jnp.int8)) if holds_words(w, spec) else w
 
 
 def squeezed_scales(w: Packed, spec: PackedSpec) -> Packed:
@@ -112,12 +117,16 @@ def _at_most_a_part(elements: int, weight: int) -> int:
 
 
 def rows(w: Packed, spec: PackedSpec, block: Any, size: int, length: int) -> tuple[Packed, PackedSpec]:
-    """The packed weight of rows [block * size, block * size + length), for `size` from `row_block`, length <= size."""
+    """The packed weight of rows [block * size, block * size + length), for `size` from `row_block`, length <= size.
+
+    Of words, `size` is a multiple of 8, and what comes is int8: that XLA fuses into what reads it.
+    """
     if length == spec.length:
-        return w, spec
-    unit = unit_of(spec)
+        return unpacked_words(w, spec), spec
+    words = holds_words(w, spec)
+    unit = 8 if words else unit_of(spec)
     sub = dataclasses.replace(spec, length=length)
-    stored = sub.packed_length if spec.layout == NEUTRAL else length
+    stored = -(-length // 8) if words else sub.packed_length
     per_block = size // unit * (w.codes.shape[spec.k_axis] // -(-spec.length // unit))
     codes = lax.dynamic_slice_in_dim(w.codes, block * per_block, stored, w.codes.ndim + spec.k_axis)
     groups = -(-length // spec.group_size)
@@ -128,7 +137,7 @@ def rows(w: Packed, spec: PackedSpec, block: Any, size: int, length: int) -> tup
         first = block * size // spec.group_size
         return lax.dynamic_slice_in_dim(part, first, groups, part.ndim + spec.k_axis)
 
-    return Packed(codes, *map(cut, w[1:])), sub
+    return unpacked_words(Packed(codes, *map(cut, w[1:])), sub), sub
 
 
 def on_all_threads(index: jax.Array) -> jax.Array:
