@@ -29,7 +29,7 @@ from jq4.paths import leaf_path
 from jq4.qarray import QArray, is_qarray
 from jq4.qarray_ops import NoPackedForm
 from jq4.record import DENSE, DensifiedWarning, Record, recording
-from jq4.shardings import Shardings, check_used, chooser
+from jq4.shardings import Shardings, check_used, chooser, is_chooser
 
 RULES: dict[str, Callable[[Any, Values], Values]] = {
     **rules_product.RULES,
@@ -128,8 +128,9 @@ class Quantized:
         self.record.clear()
         if not any(map(is_qarray, leaves)):
             return self.function(*args, **kwargs)
-        values = [self._placed(value) for value in _name_packed(args, kwargs, leaves)]
-        check_used(self.shardings, _paths_within(args, kwargs), "the arguments")
+        within, named = _paths_within(args, kwargs)
+        values = [self._placed(*each) for each in zip(_name_packed(args, kwargs, leaves), within, named, strict=True)]
+        check_used(self.shardings, [*within, *named], "the arguments")
         dynamic = [place for place, value in enumerate(values) if is_packed(value) or _is_array(value)]
         outputs = _Outputs()
 
@@ -145,10 +146,13 @@ class Quantized:
         jaxpr, _ = jax_compat.trace(flat_function, *map(interpreter.aval, inputs))
         return outputs.rebuild([_unwrap(value) for value in interpreter.evaluate(jaxpr, inputs)])
 
-    def _placed(self, value: Any) -> Any:
+    def _placed(self, value: Any, within: str, named: str) -> Any:
+        """A packed value with its partition; a tree may name it within its argument, or with the argument's name."""
         if not is_packed(value):
             return value
-        sharding = self._sharding_of(value.path, value.shape)
+        paths = [value.path] if is_chooser(self.shardings) else [value.path, named, within]
+        found = (self._sharding_of(path, value.shape) for path in paths)
+        sharding = next((one for one in found if one is not None), None)
         return dataclasses.replace(value, partition=partition_of(value.path, value.shape, sharding))
 
     def __repr__(self) -> str:
@@ -220,12 +224,12 @@ def _unwrap(value: Any) -> Any:
     return value.settle() if is_packed(value) else value
 
 
-def _paths_within(args: Any, kwargs: Any) -> list[str]:
-    """The paths of all leaves, packed or dense, each in its argument and with the argument's name before it."""
+def _paths_within(args: Any, kwargs: Any) -> tuple[list[str], list[str]]:
+    """The paths of all leaves, packed or dense: in their arguments, and with the arguments' names before."""
     keyed, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_qarray)
     names = [f"argument {keys[1].idx}" if keys[0].idx == 0 else keys[1].key for keys, _ in keyed]  # type: ignore[attr-defined]
     within = [leaf_path(keys[2:]) for keys, _ in keyed]
-    return [*within, *("/".join(filter(None, pair)) for pair in zip(names, within, strict=True))]
+    return within, ["/".join(filter(None, pair)) for pair in zip(names, within, strict=True)]
 
 
 def _name_packed(args: Any, kwargs: Any, leaves: list[Any]) -> list[Any]:

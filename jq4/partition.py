@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jq4.errors import JQ4Error
 from jq4.qarray import NEUTRAL, QArray
@@ -51,6 +51,11 @@ class Partition:
 
     mesh: Any
     entries: tuple[Names, ...]
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether shardings on the mesh are part of the types of arrays."""
+        return any(kind == AxisType.Explicit for kind in self.mesh.axis_types)
 
     def of_axis(self, axis: int) -> Names:
         """The mesh axes that cut axis `axis`, a negative number."""
@@ -118,7 +123,7 @@ def sharded_product(
     q = plain_scales(q)
     *batch, k, n = _canonical_entries(q, partition)
     check_grouped_axis(q, k, partition.mesh, path)
-    rows = _axes_of_rows(partition, x.shape[-2])
+    rows = _axes_of_rows(partition, x)
 
     def of_shard(x: jax.Array, q: QArray) -> jax.Array:
         out = product(x, q)
@@ -126,7 +131,8 @@ def sharded_product(
 
     specs = (PartitionSpec(*batch, rows, k), _specs(q, [*batch, k, n]))
     out_specs = PartitionSpec(*batch, rows, n)
-    return jax.shard_map(of_shard, mesh=partition.mesh, in_specs=specs, out_specs=out_specs)(x, q)
+    mapped = jax.shard_map(of_shard, mesh=partition.mesh, in_specs=specs, out_specs=out_specs)
+    return mapped(*_typed((x, q), specs, partition))
 
 
 def sharded_ragged_product(
@@ -156,7 +162,7 @@ def sharded_ragged_product(
 
     specs = (PartitionSpec(None, k), _specs(q, [e, k, n]), PartitionSpec())
     mapped = functools.partial(jax.shard_map, mesh=partition.mesh, in_specs=specs, out_specs=PartitionSpec(None, n))
-    return mapped(of_shard)(x, q, group_sizes)
+    return mapped(of_shard)(*_typed((x, q, group_sizes), specs, partition))
 
 
 def merged_or_noted(partition: Partition | None, q: QArray, axes: Sequence[Sequence[int]]) -> Partition | None:
@@ -181,11 +187,26 @@ def _specs(q: QArray, entries: Sequence[Any]) -> QArray:
     return part_specs(q, [*batch, k, n] if q.axis == -2 else [*batch, n, k])
 
 
-def _axes_of_rows(partition: Partition, count: int) -> Names:
-    """The mesh axes that cut the rows of x: those that the weight does not lie along, as many as divide them."""
+def _typed(operands: tuple[Any, ...], specs: tuple[Any, ...], partition: Partition) -> tuple[Any, ...]:
+    """The operands; on a mesh of explicit axes of the types that the specs say, which `shard_map` does not change."""
+    if not partition.is_explicit:
+        return operands
+    return jax.tree.map(
+        lambda part, spec: jax.sharding.reshard(part, NamedSharding(partition.mesh, spec)), operands, specs
+    )
+
+
+def _axes_of_rows(partition: Partition, x: jax.Array) -> Names:
+    """The mesh axes that cut the rows of x: those that the weight does not lie along, as many as divide them.
+
+    Explicit axes are in x's type, and those are the ones.
+    """
     taken = {name for entry in partition.entries for name in entry}
     free = [name for name in partition.mesh.axis_names if name not in taken]
-    while free and count % partition.ways(tuple(free)):
+    if partition.is_explicit:
+        of_rows = [*jax.typeof(x).sharding.spec, *[None] * x.ndim][x.ndim - 2]
+        free = [name for name in jax.tree.leaves(of_rows) if name in free]
+    while free and x.shape[-2] % partition.ways(tuple(free)):
         free.pop()
     return tuple(free)
 

@@ -5,6 +5,7 @@ the weights' own tree: an inner node speaks for all below it). What is said of a
 `jq4.partition` and `jq4.checkpoint.placement` turn it into shardings of its parts.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,7 +28,7 @@ def chooser(shardings: Shardings, error: type[JQ4Error] = JQ4Error) -> Callable[
     """
     if shardings is None or isinstance(shardings, Sharding):
         return lambda path, shape: shardings
-    if callable(shardings) and not is_qarray(shardings):
+    if is_chooser(shardings):
         return lambda path, shape: _checked(path, shardings(path, shape), error)
     known = {path: _checked(path, value, error) for path, value in _entries(shardings)}
 
@@ -37,11 +38,17 @@ def chooser(shardings: Shardings, error: type[JQ4Error] = JQ4Error) -> Callable[
     return choose
 
 
+def is_chooser(shardings: Shardings) -> bool:
+    """Whether it is a callable (path, shape) -> Sharding: a module whose leaves are shardings can be called as well."""
+    plain = isinstance(shardings, functools.partial) or jax.tree_util.all_leaves([shardings])
+    return callable(shardings) and plain
+
+
 def check_used(shardings: Shardings, paths: Iterable[str], of_what: str, error: type[JQ4Error] = JQ4Error) -> None:
     """Raises `error` for an entry of a tree of shardings that stands above none of these leaves of `of_what`."""
-    if shardings is None or isinstance(shardings, Sharding) or (callable(shardings) and not is_qarray(shardings)):
+    if shardings is None or isinstance(shardings, Sharding) or is_chooser(shardings):
         return
-    paths = list(paths)
+    paths = list(filter(None, paths))
     above = {name for path in paths for name in _above(path)}
     idle = [path for path, _ in _entries(shardings) if path not in above]
     if idle:

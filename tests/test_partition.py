@@ -254,3 +254,53 @@ print(Program(text).custom_calls(), Program(text).collectives())
         [sys.executable, "-c", script], env=environment("v5e:2x2"), cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == f"{kernels} {collectives}"
+
+
+def test_a_tree_names_a_weight_within_its_argument_or_with_the_arguments_name():
+    q, x, columns = packed((64, 24)), inputs(5, 64), NamedSharding(MESH, COLUMNS)
+
+    def shards(function, shardings, *args, **kwargs):
+        traced = jax.make_jaxpr(quantized(function, strict=True, shardings=shardings))(*args, **kwargs)
+        return str(traced).count("shard_map[")
+
+    def two(a, b, x):
+        return x @ a["first"] + x @ b["second"]
+
+    both = ({"first": q}, {"second": q})
+    assert shards(two, {"first": columns, "second": columns}, *both, x) == 2
+    assert shards(two, {"argument 1": columns}, *both, x) == 1
+    assert shards(lambda *, params, x: x @ params["w"], {"params": {"w": columns}}, params={"w": q}, x=x) == 1
+    assert shards(lambda params, x: x @ params["w"], {"argument 0": columns}, {"w": q}, x) == 1
+
+
+def test_a_module_of_shardings_is_a_tree_though_it_can_be_called():
+    @jax.tree_util.register_pytree_with_keys_class
+    class Module(list):
+        def __call__(self, x):
+            return x @ self[0]
+
+        def tree_flatten_with_keys(self):
+            return [(jax.tree_util.SequenceKey(i), leaf) for i, leaf in enumerate(self)], None
+
+        @classmethod
+        def tree_unflatten(cls, _, leaves):
+            return cls(leaves)
+
+    q, x = packed((64, 24)), inputs(5, 64)
+    product = quantized(lambda w, x: w(x), shardings=Module([NamedSharding(MESH, COLUMNS)]))
+    assert "shard_map[" in str(jax.make_jaxpr(product)(Module([q]), x))
+
+
+@pytest.mark.parametrize("spec", [COLUMNS, ROWS])
+@pytest.mark.parametrize("of_x", [PartitionSpec(), PartitionSpec("data"), None])
+def test_a_mesh_of_explicit_axes_takes_told_weights(spec, of_x):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    q, x = packed((64, 24)), inputs(6, 64)
+    rows = x if of_x is None else jax.device_put(x, NamedSharding(mesh, of_x))
+    out = jax.jit(quantized(jnp.matmul, strict=True, shardings=NamedSharding(mesh, spec)))(rows, q)
+    close(out, x @ q.dequantize())
+    columns = "model" if spec == COLUMNS else None
+    assert out.sharding.spec == PartitionSpec("data" if of_x == PartitionSpec("data") else None, columns)
+    experts, sizes = packed((8, 64, 24)), jnp.asarray([1, 0, 2, 0, 0, 1, 1, 0])
+    told = quantized(jax.lax.ragged_dot, strict=True, shardings=NamedSharding(mesh, PartitionSpec("model")))
+    close(jax.jit(told)(x, experts, sizes), jax.lax.ragged_dot(x, experts.dequantize(), sizes))
