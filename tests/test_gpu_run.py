@@ -2,6 +2,9 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+
 from benchmarks import gpu_run
 from benchmarks.gpu_lab import running
 from benchmarks.gpu_lab.cases import Case
@@ -23,6 +26,20 @@ def test_the_script_runs_from_ceilings_to_decoding(tmp_path, monkeypatch):
     for row in found["rows"]:
         assert row["speedup"] > 0 and row["bytes_share"] > 0 and "tinygemm: unavailable" in row
     assert found["tokens_per_second"]["packed"] != 0
+
+
+def test_a_repeat_launches_short_programs_often_and_long_ones_once(monkeypatch):
+    assert [running.launches_for(once) for once in (1e-6, 1e-3, 0.2)] == [running.MOST_LAUNCHES, 5, 1]
+    monkeypatch.setattr(running, "launches_for", lambda once: 4)
+    launched = []
+
+    def product(x, weight):
+        jax.debug.callback(lambda: launched.append(weight is None))
+        return x + weight
+
+    assert running.seconds_of(product, 1.0, [jnp.ones(3)] * 2, repeats=3) > 0
+    jax.effects_barrier()
+    assert len(launched) == 2 * (1 + 1 + 3 * 4)
 
 
 def test_a_wrong_product_stops_the_script(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Products on the device at hand: are they right, and how long do they take?
 
 A time is the median over repeats of one program that multiplies by COPIES different weights in turn, which together are
-several times as large as the second-level cache, divided by their number. Before a result is looked at, free memory is
-filled with NaNs, so that what a kernel forgets to write is seen.
+several times as large as the second-level cache, divided by their number. A repeat launches the program until
+LEAST_SECONDS are full and waits for the last, so that the host's part hides behind the device's. Before a result is
+looked at, free memory is filled with NaNs, so that what a kernel forgets to write is seen.
 """
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ from jq4.matmul import packed_matmul
 
 CACHE_BYTES = 256 * 2**20  # what the weights of one program are larger than
 MOST_COPIES = 64
+LEAST_SECONDS, MOST_LAUNCHES = 5e-3, 64  # of a repeat
 TOLERANCE = {"bfloat16": 2**-7, "float16": 2**-8, "float32": 2**-12}  # of a result, whose weights may be rounded too
 HOPPER_KIND = "NVIDIA H200"
 
@@ -80,13 +83,20 @@ def copies_for(nbytes: int) -> int:
 def seconds_of(product: Callable[[Any, Any], Any], x: Any, weights: Sequence[Any], repeats: int) -> float:
     """The median time of one product."""
     program = jax.jit(lambda x, weights: [product(x, weight) for weight in weights])
-    jax.block_until_ready(program(x, weights))
-    times = []
-    for _ in range(repeats):
+
+    def seconds(launches: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(program(x, weights))
-        times.append((time.perf_counter() - start) / len(weights))
-    return statistics.median(times)
+        jax.block_until_ready([program(x, weights) for _ in range(launches)])
+        return (time.perf_counter() - start) / launches
+
+    seconds(1)  # compiles
+    launches = launches_for(seconds(1))
+    return statistics.median(seconds(launches) for _ in range(repeats)) / len(weights)
+
+
+def launches_for(once: float) -> int:
+    """Of a program that takes so many seconds, those of a repeat."""
+    return max(1, min(MOST_LAUNCHES, math.ceil(LEAST_SECONDS / once)))
 
 
 def ceilings(repeats: int, size: int = 8192, megabytes: int = 2048) -> dict[str, float]:
