@@ -212,13 +212,16 @@ def _releases(plan: QuantizeReport, stats: Any) -> dict[str, Callable[[str], Non
     """Path -> what deletes the sums, called by their names, that no leaf after this one is served by."""
     last: dict[int, tuple[str, str, jax.Array]] = {}
     kept: set[int] = set()
+    least: dict[int, Any] = {}
     for entry in plan.leaves:
         known = find_path(stats or {}, entry.path)
         sums = {name: getattr(known, name, None) for name in _DONATED} if entry.is_planned else {}
         for name, total in sums.items():
             if isinstance(total, jax.Array) and not _is_traced(total):
                 last[id(total)] = entry.path, name, total
-                if not _is_done_with(entry, name) or sum(each is total for each in sums.values()) > 1:
+                rows = _rows_wanted(entry)  # leaves that saw fewer are to be measured by a Hessian, also afterwards
+                is_asked_again = name == "outer_total" and least.setdefault(id(total), rows) != rows
+                if not _is_done_with(entry, name) or is_asked_again or sum(each is total for each in sums.values()) > 1:
                     kept.add(id(total))
     found: dict[str, dict[str, jax.Array]] = {}
     for key, (path, name, total) in last.items():
@@ -230,6 +233,10 @@ def _releases(plan: QuantizeReport, stats: Any) -> dict[str, Callable[[str], Non
 def _is_done_with(entry: LeafReport, name: str) -> bool:
     """Whether a leaf's sum is of no use once it is packed: a Hessian is, where its method says what it lost."""
     return name != "outer_total" or (entry.rule is not None and get_method(entry.rule.method).diagnosed is not None)
+
+
+def _rows_wanted(entry: LeafReport) -> Any:
+    return None if entry.rule is None else entry.rule.method_options.get("min_rows")
 
 
 def _delete_sum(sums: Mapping[str, jax.Array], name: str) -> None:

@@ -214,6 +214,23 @@ def test_a_table_that_is_only_looked_up_has_no_inputs_to_calibrate_on(untied_con
         quantize_blocks(chain, source, recipe, rows)
 
 
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_a_poisoned_weight_is_named_and_not_the_inputs_or_outputs_of_its_block(config, params, rows, method):
+    down = {"kernel": params["layers"]["mlp"]["down_proj"]["kernel"].at[1, 3].set(jnp.nan)}
+    ill = params | {"layers": params["layers"] | {"mlp": params["layers"]["mlp"] | {"down_proj": down}}}
+    rules = [jq4.Rule(("down_proj",), method=method), jq4.Rule(("o_proj",), method="gptq")]
+    with pytest.raises(JQ4Error, match=r"block 1: layers/mlp/down_proj/kernel: holds NaN or Inf"):
+        quantize_blocks(decoder_chain(config), TreeSource(ill, LAYERS), jq4.Recipe(tuple(rules)), rows)
+
+
+def test_leaves_of_one_stage_may_want_different_numbers_of_rows(config, params, rows):
+    rules = [jq4.Rule(("k_proj",), method="gptq", options={"min_rows": 1000}), jq4.Rule(("v_proj",), method="gptq")]
+    result = quantize_blocks(decoder_chain(config), TreeSource(params, LAYERS), jq4.Recipe(tuple(rules)), rows)
+    starved, fitted = result.rows[:2]
+    assert "fewer than 1000 rows" in starved.note and not fitted.note
+    assert starved.weighted_error > 0 and fitted.weighted_error > 0
+
+
 def test_a_poisoned_norm_is_named_and_not_the_weights_behind_it(config, params, rows, tmp_path):
     norm = {"scale": params["layers"]["input_norm"]["scale"].at[1, 3].set(jnp.nan)}
     ill = params | {"layers": params["layers"] | {"input_norm": norm}}

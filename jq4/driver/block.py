@@ -14,7 +14,7 @@ stage: it is passed on, and let go of.
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -69,13 +69,16 @@ class BlockQuantizer:
         """
         dense = block = read()
         rows: list[LeafRow] = []
+        name = f"block {index}: "
         if self._last < 0:
+            check_dense_leaves(name, block)
             passed(dense)
         for number, (stage, (collector, serves)) in enumerate(zip(self._plan.stages, self._collectors, strict=True)):
             statistics = None
             if collector is not None:
                 assert inputs is not None
-                progress(f"block {index}: {', '.join(path.split('/')[-2] for path in stage)}")
+                progress(name + ", ".join(path.split("/")[-2] for path in stage))
+                _check_looked_at(name, block, collector.alone, everything=number == self._last)
                 statistics = stage_statistics(
                     self._chain, index, collector, serves, block, inputs,
                     *((dense, dense_inputs) if self._pairs else ()),
@@ -83,7 +86,6 @@ class BlockQuantizer:
                 give_back_freed_pages()
             leaves = {path: leaf for path, leaf in paths_of(block).items() if path in stage}
             if number == self._last:
-                check_dense_leaves(f"block {index}: ", leaves)
                 passed(dense)
                 dense = dense if self._keeps_dense else None
             made, more = quantize_leaves(leaves, self._plan.recipe, statistics, self._plan.axes, index)
@@ -91,6 +93,12 @@ class BlockQuantizer:
             rows += more
             block = replaced(block, made)
         return dense if self._keeps_dense else None, block, rows
+
+
+def _check_looked_at(name: str, block: Any, alone: Collection[str], everything: bool) -> None:
+    """Raises JQ4Error, naming the leaf, for a NaN or Inf that would go into statistics or through the dense block."""
+    leaves = paths_of(block).items()
+    check_dense_leaves(name, {path: leaf for path, leaf in leaves if everything or path in alone})
 
 
 def quantize_leaves(
