@@ -17,7 +17,7 @@ rows.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,8 +30,8 @@ from jq4.observe import Collect, Programs, accumulate, as_arguments, collector
 from jq4.outer_rows import OuterRows
 from jq4.paths import flatten_with_paths
 from jq4.qarray import is_qarray
-from jq4.statistics import Statistics
-from jq4.watch import Watcher
+from jq4.statistics import Statistics, WeightStatistics, settled
+from jq4.watch import Key, Watcher
 
 
 def observe_pair(
@@ -55,7 +55,7 @@ def observe_pair(
         row for row; may be a generator, of which one pair is held at a time.
       collect: as in jq4.observe. "hessian" brings the cross-correlation along.
       alone: paths of weights [K, N] whose statistics serve no other: "hessian" brings sum y (x - y)^T W along, which
-        is what a method makes of the cross-correlation, f32[K, N]; where a path's rows cannot be kept, the latter.
+        is what a method makes of the cross-correlation, f32[K, N]; of other weights the latter.
       programs: as in jq4.observe; of a call with this `alone`.
 
     Returns:
@@ -80,6 +80,7 @@ def observe_pair(
         watcher = Watcher(collects, {path: -leaf.ndim for path, leaf in weights if is_array(leaf)})
         leaves, run = watched_call(_over_pairs(function), watcher, tree, args, {})
         run(leaves)
+        watcher.frame |= _ways(watcher, _matrices(dense, alone))
         return watcher
 
     here = beside((dense_tree, quantized_tree))
@@ -105,14 +106,35 @@ def _one_after_the_other(
 
     mine = watched(quantized, collects)
     theirs = watched(dense, lambda path: collects(path) & {"hessian"})
-    weights = {path: leaf for path, leaf in flatten_with_paths(dense[0]) if path in alone}
+    weights = _matrices(dense[0], alone)
     for key, statistics in mine.frame.items():
         if "hessian" in collects(key.path):
             x, y = (getattr(side.frame.get(key), "outer_total", None) for side in (theirs, mine))
             if not isinstance(x, OuterRows) or not isinstance(y, OuterRows) or x.x.shape != y.x.shape:
                 return None
-            mine.frame[key] = dataclasses.replace(statistics, **_across(x.x, y.x, weights.get(key.path)))
+            mine.frame[key] = dataclasses.replace(statistics, **_across(x.x, y.x, _weight_of(key, weights)))
     return mine
+
+
+def _matrices(tree: Any, alone: Collection[str]) -> dict[str, jax.Array]:
+    return {path: leaf for path, leaf in flatten_with_paths(tree) if path in alone and leaf.ndim == 2}
+
+
+def _weight_of(key: Key, weights: Mapping[str, jax.Array]) -> jax.Array | None:
+    """The weight [K, N] that rows [M, K] are multiplied by, if it is one whose statistics serve no other."""
+    return weights.get(key.path) if not key.leading and key.features == (-2,) else None
+
+
+def _ways(watcher: Watcher, weights: Mapping[str, jax.Array]) -> dict[Key, WeightStatistics]:
+    """What the cross-correlations make of these weights, in place of them."""
+    found = {}
+    for key, statistics in watcher.frame.items():
+        weight, summed = _weight_of(key, weights), settled(statistics)
+        if weight is not None and summed.cross_total is not None:
+            turned = jnp.transpose(summed.cross_total - summed.outer_total)
+            way = jnp.matmul(turned, weight.astype(jnp.float32), precision="highest")
+            found[key] = dataclasses.replace(summed, cross_total=None, way_total=way)
+    return found
 
 
 def _across(x: jax.Array, y: jax.Array, weight: jax.Array | None) -> dict[str, OuterRows]:

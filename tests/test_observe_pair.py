@@ -57,6 +57,31 @@ def test_a_weight_alone_has_what_the_cross_correlation_makes_of_it():
     np.testing.assert_allclose(stats["b"].way_total, y.T @ (x - y) @ np.asarray(dense["b"]), rtol=1e-4, atol=1e-4)
 
 
+def test_a_weight_alone_may_be_used_twice_by_batches_of_any_size():
+    dense = {"a": normal(24, 8), "b": normal(8, 24, seed=1)}
+    other = {name: leaf + 0.1 for name, leaf in dense.items()}
+    pairs = [(normal(rows, 24, seed=rows), normal(rows, 24, seed=rows) + 0.1) for rows in (3, 40)]
+    stats = observe_pair(lambda tree, x: x @ tree["a"] @ tree["b"] @ tree["a"], dense, other, pairs, alone=["a"])["a"]
+    x, y = (np.concatenate([pair[side] for pair in pairs]).astype(np.float64) for side in (0, 1))
+    x, y = (np.concatenate([rows, rows @ tree["a"] @ tree["b"]]) for rows, tree in ((x, dense), (y, other)))
+    np.testing.assert_allclose(stats.way_total, y.T @ (x - y) @ np.asarray(dense["a"]), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "shape, product",
+    [
+        ((6, 6), lambda tree, x: x @ tree["w"].T),
+        ((4, 6), lambda tree, x: x @ tree["w"].T),
+        ((2, 3, 4), lambda tree, x: jnp.einsum("bhd,hdo->bo", x.reshape(-1, 2, 3), tree["w"])),
+    ],
+)
+def test_a_weight_alone_that_is_no_matrix_by_inputs_and_outputs_keeps_the_cross_correlation(shape, product):
+    dense, x = {"w": normal(*shape)}, normal(5, 6, seed=2)
+    stats = observe_pair(product, dense, dense, [(x, x + 0.1)], alone=["w"])["w"]
+    np.testing.assert_allclose(stats.cross_total, x.T @ (x + 0.1), rtol=1e-4, atol=1e-4)
+    assert stats.way_total is None
+
+
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
