@@ -5,7 +5,7 @@
 Needs no network, and of jq4's dependencies all; torch and gemlite are compared with where they are. In turn:
 
     ceilings      bytes read and bf16 products a second, by XLA on this device
-    correctness   every form, format and tail against float64; free memory is NaN, operands are fresh. If anything is
+    correctness   forms, formats and tails against float64; free memory is NaN, operands are fresh. If anything is
                   wrong, the rest is not run
     speed         1 to 4096 rows on the products of Llama 3 8B and 70B
     decoding      tokens a second of an 8B-shaped decoder with random weights, packed and bf16

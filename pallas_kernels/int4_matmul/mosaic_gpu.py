@@ -79,10 +79,10 @@ def int4_matmul_mosaic_gpu(
       gpu: None is the one of the trace.
       plan: None is chosen for the GPU and the sizes.
     """
-    if x.shape[0] > MOST_ROWS and plan is None:
-        return int4_matmul_xla(x, *rows_of(w, spec), platform=platform, precision=precision)
     terms = _terms(x, precision)  # bf16 or f16 [T, M, K]
     count, m, k = terms.shape
+    if count * m > MOST_ROWS and plan is None:
+        return int4_matmul_xla(x, *rows_of(w, spec), platform=platform, precision=precision)
     rows = terms.reshape(count * m, k)
     n = spec.columns(w.codes.shape)
     dtype = jnp.dtype(jnp.float32 if count > 1 or dtype not in (jnp.bfloat16, jnp.float16) else dtype)
