@@ -40,6 +40,7 @@ def sample(chips: Sequence[str] = tuple(CHIPS), contender: str = "tpu") -> list[
         ("odd/prime", 32, 64, True),
         ("llama-3-8b/qkv_proj", 0, 512, False),
         ("odd/short-group", 128, 2048, True),
+        ("llama-3-8b/qkv_proj", 32, 64, True),
     )
     return [_job(chip, contender, *cell) for chip in chips for cell in chosen]
 

@@ -110,6 +110,8 @@ def int4_matmul_tpu(
     plan = plan or find_plan(problem, chip, count > 1, integers)
     if plan is None:
         return int4_matmul_xla(x, w, spec, platform="tpu", precision=precision)
+    if w.zero_point is not None and plan.loops and chip.name in ("v4", "unknown"):
+        w = w._replace(zero_point=w.zero_point.astype(jnp.int32))  # v4 slices bytes by multiples of 32 rows alone
     rows = terms.reshape(count * m, k).astype(jnp.int8 if plan.form == "integer" else jnp.bfloat16)
     tables = tpu_tables.tables_for(spec.levels, chip.name, count)
     out = functools.reduce(jnp.add, [_call(rows, w, table, plan, spec, written, interpret) for table in tables])
