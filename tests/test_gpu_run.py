@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from benchmarks import gpu_run
 from benchmarks.gpu_lab import running
@@ -14,6 +15,7 @@ from pallas_kernels.int4_matmul.shapes import SHAPES, Shape
 
 def test_the_script_runs_from_ceilings_to_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "CACHE_BYTES", 2**20)
+    pytest.importorskip("matplotlib")
     figures, drawn = tmp_path / "figures.json", tmp_path / "plot.png"
     monkeypatch.setitem(SHAPES, "odd/prime", Shape(256, 128))
     words = "--rows 1 3 --named odd/prime --rival mosaic_gpu xla-bf16 tinygemm --cases 3 --repeats 1"
