@@ -25,8 +25,8 @@ not fitted to them: it is quantized by `fallback`, which looks at no data. (Of r
 than none at K of 128 and of 512; those of one text are not independent, hence 32.) Slices go one after another, each in
 a few programs (jq4.methods.gptq_solver), so that the work space is that of one: besides the statistics (of a stack, a
 copy of one slice's; they may be given up for it) one f32[K, K] and about five f32[K, N], more where groups are longer
-than 512. What is traded for
-time: a refinement takes 2 K^2 N flops where the first sweep takes K^2 N, and the factor K^3 / 3.
+than 512. What is traded for time: a refinement takes 2 K^2 N flops where the first sweep takes K^2 N, and the factor
+K^3 / 3.
 """
 
 import dataclasses

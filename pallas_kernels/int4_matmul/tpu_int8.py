@@ -12,13 +12,13 @@ was timed), the best of XLA's forms and the kernel's:
     512, the same, x int8  as above    87.2 / 67.5  37.4 / 28.9  37.4 / 26.3  as above        kernel where there is an
                                                                                               integer MXU
 
+Those are the best of several forms; the one that xla.py has for many rows by groups, tiles of columns, takes 120, 98.5,
+70.9, 36.8 and 28.3 (benchmarks/results/tpu-int8.json): on v4, v5e and v5p there is time left to win.
+
 Activations in fp8 (e4m3) beside int4 weights, which e4m3 holds, were counted for TPU7x, whose MXU takes them at twice
 the rate, and left out. Bundles of a step of 1024 x 1024 codes, bf16 x and fp8 x: 16 rows 510 and 542 in groups of 128,
 433 and 434 by the column; 512 rows 4758 and 4028 (scaled weights beside bf16 take 2372), 1900 and 1370. Only many rows
 by the column would gain, and jq4's rounded activations are whole numbers up to 127, which e4m3 does not hold.
-
-Those are the best of several forms; the one that xla.py has for many rows by groups, tiles of columns, takes 120, 98.5,
-70.9, 36.8 and 28.3 (benchmarks/results/tpu-int8.json): on v4, v5e and v5p there is time left to win.
 
 The kernel is that of tpu.py. Words of four codes would let it read a layer of a stack in place (tpu.py says why), but
 would keep XLA from fusing; rows are many where it is used, so that a layer is copied (two bytes of traffic a weight).
