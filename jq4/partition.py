@@ -22,7 +22,6 @@ and experts W[E, K, N], whose rows of x are ragged and stay whole, by N and K al
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +33,7 @@ from jq4.errors import JQ4Error
 from jq4.qarray import NEUTRAL, QArray
 from jq4.qarray_ops import plain_scales
 from jq4.record import note_uncut
+from jq4.shardings import ways
 from pallas_kernels import packing
 from pallas_kernels.int4_matmul.gpu_fragments import MULTIPLE_K
 from pallas_kernels.int4_matmul.spec import HOPPER, TPU
@@ -62,7 +62,7 @@ class Partition:
         return self.entries[axis] if -axis <= len(self.entries) else ()
 
     def ways(self, names: Names) -> int:
-        return math.prod(self.mesh.shape[name] for name in names)
+        return ways(self.mesh, names)
 
     def permuted(self, axes: Sequence[int]) -> "Partition":
         """That of a weight whose axis i is this one's axis axes[i], counted from 0."""
@@ -249,7 +249,7 @@ def _entries_of_layout(q: QArray, entries: Sequence[Any]) -> tuple[Sequence[Any]
 
 def check_grouped_axis(q: QArray, entry: Any, mesh: Any, path: str) -> None:
     """Raises JQ4Error where shards of the grouped axis over the mesh axes `entry` would not hold whole groups."""
-    shards = math.prod(mesh.shape[name] for name in jax.tree.leaves(entry))
+    shards = ways(mesh, entry)
     if shards == 1:
         return
     length, unit = q.shape[q.axis], _stored_unit(q)

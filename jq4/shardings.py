@@ -6,6 +6,7 @@ the weights' own tree: an inner node speaks for all below it). What is said of a
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -62,6 +63,11 @@ def shardings_of(tree: Any) -> Callable[[str, tuple[int, ...]], NamedSharding | 
     """Where a tree's packed weights lie, as `quantized(f, shardings=...)` takes it; shapes with shardings will do."""
     known = {path: _of_dense(leaf) for path, leaf in flatten_with_paths(tree) if is_qarray(leaf)}
     return lambda path, shape: find_path(known, path)
+
+
+def ways(mesh: Any, entry: Any) -> int:
+    """Over how many devices an entry of a spec (None, a name, a tuple of names, or unconstrained) cuts its axis."""
+    return 1 if entry is PartitionSpec.UNCONSTRAINED else math.prod(mesh.shape[name] for name in jax.tree.leaves(entry))
 
 
 def _entries(tree: Any) -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jq4.errors import CheckpointError
 from jq4.qarray import PARTS, QArray, is_qarray
+from jq4.shardings import ways
 
 
 def default_sharding() -> Sharding:
@@ -25,9 +26,10 @@ def check_array(path: str, shape: tuple[int, ...], sharding: Sharding) -> Shardi
     if isinstance(sharding, NamedSharding):
         spec = _full_spec(path, len(shape), sharding)
         for axis, (size, names) in enumerate(zip(shape, spec, strict=True)):
-            if size % _ways(sharding, names):
+            shards = ways(sharding.mesh, names)
+            if size % shards:
                 raise CheckpointError(
-                    f"{path}: axis {axis} of {shape} has {size} elements, which {_ways(sharding, names)} shards over "
+                    f"{path}: axis {axis} of {shape} has {size} elements, which {shards} shards over "
                     f"mesh axis {names!r} do not divide; shard another axis or replicate this one"
                 )
     return sharding
@@ -49,7 +51,7 @@ def qarray_shardings(path: str, weight: QArray, sharding: Any) -> QArray:
     check_array(path, weight.shape, sharding)
     spec = _full_spec(path, weight.ndim, sharding)
     grouped = weight.axis % weight.ndim
-    _check_grouped_axis(path, weight, _ways(sharding, spec[grouped]))
+    _check_grouped_axis(path, weight, ways(sharding.mesh, spec[grouped]))
 
     def shrunk(part: Any) -> NamedSharding:
         kept = (names if size > 1 else None for names, size in zip(spec, part.shape, strict=True))
@@ -68,13 +70,13 @@ def qarray_shardings(path: str, weight: QArray, sharding: Any) -> QArray:
     return _replace_parts(weight, {name: place(name, getattr(weight, name)) for name in PARTS})
 
 
-def _check_grouped_axis(path: str, weight: QArray, ways: int) -> None:
-    if ways == 1:
+def _check_grouped_axis(path: str, weight: QArray, shards: int) -> None:
+    if shards == 1:
         return
     length = weight.shape[weight.axis]
-    groups, rest = weight.num_groups, length // ways
+    groups, rest = weight.num_groups, length // shards
     whole_groups = groups == 1 or rest % weight.group_size == 0
-    whole_bytes = weight.padding == 0 and rest * weight.bits % 8 == 0 and weight.codes.shape[weight.axis] % ways == 0
+    whole_bytes = weight.padding == 0 and rest * weight.bits % 8 == 0 and weight.codes.shape[weight.axis] % shards == 0
     if whole_groups and whole_bytes and weight.permutation is None:
         return
     reason = (
@@ -84,7 +86,7 @@ def _check_grouped_axis(path: str, weight: QArray, ways: int) -> None:
     )
     raise CheckpointError(
         f"{path}: axis {weight.axis} is the grouped one, its {length} elements in {groups} groups give shards of "
-        f"{rest} over {ways} devices, but {reason}; shard another axis, or over fewer devices"
+        f"{rest} over {shards} devices, but {reason}; shard another axis, or over fewer devices"
     )
 
 
@@ -107,13 +109,3 @@ def _full_spec(path: str, ndim: int, sharding: NamedSharding) -> tuple[Any, ...]
     if len(spec) > ndim:
         raise CheckpointError(f"{path}: found the partition {sharding.spec} for an array of {ndim} axes")
     return (*spec, *(None,) * (ndim - len(spec)))
-
-
-def _ways(sharding: NamedSharding, names: Any) -> int:
-    """Over how many devices the mesh axes `names` (None, a name or a tuple of names) split one axis."""
-    if names is None or names is PartitionSpec.UNCONSTRAINED:
-        return 1
-    ways = 1
-    for name in names if isinstance(names, tuple) else (names,):
-        ways *= sharding.mesh.shape[name]
-    return ways
