@@ -17,7 +17,7 @@ from pallas_kernels.int4_matmul.registry import BACKENDS, choose
 from pallas_kernels.int4_matmul.shapes import SHAPES
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu import int4_matmul_tpu
-from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, choose_plan, find_plan, ranked, vmem_of
+from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, find_plan, ranked, vmem_of
 from pallas_kernels.int4_matmul.tpu_chips import CHIPS, UNKNOWN, chip_named, traced_chip
 from pallas_kernels.int4_matmul.tpu_order import magic_order
 from pallas_kernels.int4_matmul.tpu_transposed import int4_matmul_tpu_transposed
@@ -165,10 +165,10 @@ def test_whole_numbers_go_as_int8_and_are_summed_exactly(case):
 
 def test_whole_numbers_go_by_the_integer_mxu_where_there_is_one():
     problem = Problem(128, 4096, 4096, 32, 128)
-    forms = {chip.name: choose_plan(problem, chip, integers=True).form for chip in CHIPS}
+    forms = {chip.name: find_plan(problem, chip, integers=True).form for chip in CHIPS}
     assert forms["v5e"] == forms["v5p"] == "integer"
-    assert "integer" not in (forms["v4"], forms["tpu7x"], choose_plan(problem, UNKNOWN, integers=True).form)
-    assert all(choose_plan(problem, chip).form != "integer" for chip in CHIPS)
+    assert "integer" not in (forms["v4"], forms["tpu7x"], find_plan(problem, UNKNOWN, integers=True).form)
+    assert all(find_plan(problem, chip).form != "integer" for chip in CHIPS)
 
 
 def test_one_value_for_all_columns():
@@ -233,7 +233,7 @@ def test_plans_fit_the_chip_and_read_enough_at_a_time(chip):
     for (k, n), m, group, zero in itertools.product(sizes, (1, 16, 128, 2048), (32, 96, 128, 10**9), (False, True)):
         groups = -(-k // group)
         problem = Problem(m, k, n, groups, min(group, k), zero)
-        plan = choose_plan(problem, chip)
+        plan = find_plan(problem, chip)
         where = (chip.name, problem, plan)
         assert vmem_of(problem, plan) <= chip.vmem, where
         assert plan.block_k % 128 == 0 and (plan.block_n % 128 == 0 or plan.block_n == n), where

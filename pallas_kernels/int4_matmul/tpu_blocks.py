@@ -37,16 +37,6 @@ MANY_ROWS = 128
 UNROLLED_GROUPS = (64, 16)  # of a block, for fewer rows and from MANY_ROWS on: more of them compile slowly
 
 
-def choose_plan(
-    problem: Problem, chip: Chip, exact: bool = False, integers: bool = False, resident: bool = False
-) -> Plan:
-    """What `find_plan` finds; an error where that is nothing."""
-    plan = find_plan(problem, chip, exact, integers, resident)
-    if plan is None:
-        raise ValueError(f"no block of {problem} fits the {chip.vmem >> 20} MiB of a {chip.name}: {problem.unit=}")
-    return plan
-
-
 @functools.lru_cache(maxsize=4096)
 def find_plan(
     problem: Problem, chip: Chip, exact: bool = False, integers: bool = False, resident: bool = False
