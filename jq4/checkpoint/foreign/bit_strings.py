@@ -5,6 +5,8 @@ A little-endian int32 word that holds codes from its lowest bit on is four bytes
 nothing needs to be unpacked, and the byte views below do.
 """
 
+from typing import Any
+
 import numpy as np
 
 from pallas_kernels.packing import codes_per_unit, packed_length
@@ -49,9 +51,9 @@ def bytes_of_words(words: np.ndarray) -> np.ndarray:
     return words.view(np.uint8).reshape(*words.shape[:-1], -1)
 
 
-def words_of_bytes(packed: np.ndarray, dtype: object = np.int32) -> np.ndarray:
+def words_of_bytes(packed: np.ndarray, dtype: Any = np.int32) -> np.ndarray:
     """Bytes u8[..., B] as words [..., ceil(B / itemsize)]; zeros fill the last word."""
-    size = np.dtype(dtype).itemsize  # pyright: ignore[reportArgumentType]
+    size = np.dtype(dtype).itemsize
     return np.ascontiguousarray(_filled(packed, -(-packed.shape[-1] // size) * size)).view(dtype)
 
 
