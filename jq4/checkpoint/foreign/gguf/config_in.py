@@ -154,7 +154,7 @@ def _rope(read: _Values, config: Mapping[str, Any]) -> dict[str, Any]:
     kind = read.get("rope.scaling.type", "none")
     if LONG in tensors and SHORT in tensors:
         settings["rope_scaling"] = {"type": "longrope"} | {
-            key: _factors(tensors[name]).tolist() for key, name in (("long_factor", LONG), ("short_factor", SHORT))
+            key: _decimal(_factors(tensors[name])) for key, name in (("long_factor", LONG), ("short_factor", SHORT))
         }
         settings["original_max_position_embeddings"] = trained or config["max_position_embeddings"]
     elif FREQUENCIES in tensors:
@@ -177,6 +177,11 @@ def _factors(tensor: GGUFTensor) -> np.ndarray:
     return tensor.blocks().reshape(-1).view(np.float32).astype(np.float64)
 
 
+def _decimal(factors: np.ndarray) -> list[float]:
+    """As they were before they were rounded to float32."""
+    return [float(f"{one:.7g}") for one in factors]
+
+
 def _stretched(factors: np.ndarray, config: Mapping[str, Any], turned: int) -> dict[str, Any]:
     """Llama 3's settings, where its formula gives these factors; else the factors themselves, for any length."""
     for trained in (8192, 4096, 2048, 16384, 32768):
@@ -190,7 +195,7 @@ def _stretched(factors: np.ndarray, config: Mapping[str, Any], turned: int) -> d
         formula = llama3_factors(settings, config["rope_theta"], turned)
         if formula.shape == factors.shape and np.allclose(formula, factors, rtol=1e-5, atol=0):
             return settings
-    table = factors.tolist()
+    table = _decimal(factors)
     return {"rope_type": "longrope", "long_factor": table, "short_factor": table, "attention_factor": 1.0}
 
 

@@ -4,6 +4,7 @@ llama.cpp builds some things from code that a config.json could say otherwise (G
 which layers of Qwen look back over a window): where it does, a note tells what llama.cpp will do.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -171,11 +172,12 @@ def _scaling(settings: Settings) -> dict[str, Any]:
         return scaling | ({"rope.scaling.original_context_length": int(trained)} if trained else {})
     if kind == "longrope" and LONG in factors_of(settings):
         longest = settings.size("max_position_embeddings")
-        stretch = max(1.0, longest / int(trained or longest))
-        sharpness = 1.0 if stretch == 1.0 else float(np.sqrt(1 + np.log(stretch) / np.log(int(trained))))
+        trained = int(trained or longest)
+        stretch = max(1.0, longest / trained)
+        sharpness = 1.0 if stretch == 1.0 else math.sqrt(1 + math.log(stretch) / math.log(trained))
         return {
             "rope.scaling.type": "longrope",
-            "rope.scaling.original_context_length": int(trained or longest),
+            "rope.scaling.original_context_length": trained,
             "rope.scaling.attn_factor": float(rope.get("attention_factor") or sharpness),
         }
     return {}

@@ -5,6 +5,7 @@ It is written beside its place and takes it at the end, whole, once it has reach
 
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -101,18 +102,24 @@ def _outside(
     if "token_embd.weight" not in tensors:
         raise JQ4Error("model.embed_tokens.weight: is missing among the weights, wanted in every GGUF file of a model.")
     vocabulary = tensors["token_embd.weight"][1][0]
-    tokenizer, doubts = tokenizer_metadata(checkpoint.files, vocabulary)
+    tokenizer, doubts = tokenizer_metadata(checkpoint.files, settings.whole, vocabulary)
     model_type = str(settings.whole.get("model_type"))
     metadata: dict[str, Any] = {
         "general.architecture": settings.architecture,
         "general.type": "model",
-        "general.name": str(options.get("name") or model_type),
+        "general.name": _model_name(str(options.get("name") or model_type), tokenizer),
         "general.basename": model_type,
         "general.file_type": file_type_number(options, planned),
         "general.quantization_version": _QUANTIZATION_VERSION,
     }
     metadata |= metadata_of(settings, vocabulary) | tokenizer
     return metadata, factors_of(settings), [*notes_of(settings), *doubts]
+
+
+def _model_name(name: str, tokenizer: Mapping[str, Any]) -> str:
+    """The name, but none that has llama.cpp look up Phi-3's tokens, and give up, where they are not there."""
+    missing = {"<unk>", "<s>", "<|endoftext|>"} - set(tokenizer.get("tokenizer.ggml.tokens", ()))
+    return re.sub("(?i)phi-?3", "phi", name) if missing else name
 
 
 def _append(stream: BinaryIO, name: str, described: tuple[BlockType, tuple[int, ...]], array: np.ndarray) -> int:

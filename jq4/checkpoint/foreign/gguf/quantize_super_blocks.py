@@ -3,8 +3,8 @@
 Q4_K, Q5_K: each sub-block of 32 gets a scale and a minimum by a search. For each of 21 (16) inverse scales around
 15 / (max - min) (31), codes are rounded, and the scale and minimum that minimize sum w (scale q + min - x)^2 for these
 codes are found in closed form, with w = sqrt(mean x^2) + |x| and min <= 0; the smallest error wins, and the search goes
-on from its minimum. Scales and minima are then rounded to six bits against their largest, and the codes are made anew with
-the rounded ones.
+on from its minimum. Scales and minima are then rounded to six bits against their largest, and the codes are made anew
+with the rounded ones.
 
 Q6_K: each sub-block of 16 gets a scale of either sign, by the same kind of search with w = x^2: 19 starts
 around -32 / extreme. The scales are rounded to int8 against the one with the largest magnitude.

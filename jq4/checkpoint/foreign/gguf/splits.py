@@ -61,7 +61,8 @@ def split_name(pre_tokenizer: Any) -> str | None:
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
         return _DIGITS[0]
     if kinds == ["Split", "ByteLevel"]:
-        return _BY_EXPRESSION.get((steps[0].get("pattern") or {}).get("Regex"), (None,))[0]
+        expression = (steps[0].get("pattern") or {}).get("Regex", "")
+        return next((names[0] for one, names in _BY_EXPRESSION.items() if one == expression), None)
     return None
 
 

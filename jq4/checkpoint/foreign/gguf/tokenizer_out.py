@@ -21,11 +21,13 @@ _NEVER_MERGED = -1e9
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
-def tokenizer_metadata(files: Mapping[str, bytes], vocabulary: int) -> tuple[dict[str, Any], list[str]]:
+def tokenizer_metadata(
+    files: Mapping[str, bytes], config: Mapping[str, Any], vocabulary: int
+) -> tuple[dict[str, Any], list[str]]:
     """The values, and notes on what they do not say. `vocabulary`: rows of the embedding, as many as tokens."""
     if "tokenizer.json" not in files:
         return {"tokenizer.ggml.model": "none"}, ["there is no tokenizer.json: llama.cpp gets token ids, and no text"]
-    source = _Source(files)
+    source = _Source(files, config)
     if source.model.get("type") != "BPE":
         raise JQ4Error(
             f"tokenizer.json: the model is {source.model.get('type')!r}, wanted BPE, which is what the models that are "
@@ -46,12 +48,13 @@ def tokenizer_metadata(files: Mapping[str, bytes], vocabulary: int) -> tuple[dic
 class _Source:
     """The files, parsed."""
 
-    def __init__(self, files: Mapping[str, bytes]) -> None:
+    def __init__(self, files: Mapping[str, bytes], config: Mapping[str, Any]) -> None:
         parsed = {
             name: parse_json(files.get(name, b"{}"), name)
             for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
         }
         self.whole, self.config, self.generation = parsed.values()
+        self.model_config = config
         self.template = files.get("chat_template.jinja")
         self.model: dict[str, Any] = self.whole.get("model") or {}
         self.added = {one["id"]: one for one in self.whole.get("added_tokens") or []}
@@ -130,7 +133,7 @@ class _Source:
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and token in self.numbers:
             return self.numbers[token]
-        number = self.generation.get(f"{key}_token_id")
+        number = self.generation.get(f"{key}_token_id", self.model_config.get(f"{key}_token_id"))
         number = number[0] if isinstance(number, list) and number else number
         return number if type(number) is int else None
 
