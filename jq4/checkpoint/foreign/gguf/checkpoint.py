@@ -31,9 +31,7 @@ def open_gguf(file: Path) -> Checkpoint:
     config = config_of(container)
     files, notes = tokenizer_files(container.metadata, str(container.file))
     if config is None:
-        notes.append(
-            f"the architecture {architecture!r} is not known: weights keep GGUF's names, and there is no config"
-        )
+        notes.append(f"the architecture {architecture!r} is not known: weights keep GGUF's names; there is no config")
     weights: dict[str, LazyWeight] = {}
     for tensor in container.tensors.values():
         if config is not None and tensor.name in (FREQUENCIES, LONG, SHORT):
