@@ -19,6 +19,9 @@ import numpy as np
 from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.checkpoint.safetensors_files import DTYPES
 
+# the modules of this package that write a format
+WRITERS: tuple[str, ...] = ("compressed_tensors_writing", "gptq_writing", "awq_writing", "mxfp4_writing")
+
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
