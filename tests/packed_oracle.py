@@ -11,8 +11,12 @@ NF4 = [
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ]  # fmt: skip
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
-CODEBOOKS = {"nf4": NF4, "fp4": FP4}
-BITS = {"nf4": 4, "fp4": 4} | {f"int{bits}": bits for bits in range(2, 9)}
+E4M3 = [  # a sign, 4 bits of exponent, 3 of mantissa; no infinities
+    (-1.0) ** (b >> 7) * (2.0 ** ((b >> 3 & 15) - 7) * (1 + (b & 7) / 8) if b >> 3 & 15 else (b & 7) * 2.0**-9)
+    for b in range(256)
+]
+CODEBOOKS = {"nf4": NF4, "fp4": FP4, "e4m3": E4M3}
+BITS = {"nf4": 4, "fp4": 4, "e4m3": 8} | {f"int{bits}": bits for bits in range(2, 9)}
 
 
 def pack_bits(codes: np.ndarray, bits: int, axis: int, garbage: int = 0) -> np.ndarray:

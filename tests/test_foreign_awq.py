@@ -1,4 +1,4 @@
-"""Oracle: a real slice with AutoAWQ's own dequantized weights; each layout written nibble by nibble as its formula says."""
+"""Oracle: a real slice with AutoAWQ's own dequantized weights; each layout written nibble by nibble by its formula."""
 
 import dataclasses
 
@@ -96,7 +96,9 @@ def test_gemm_gemv_and_fast_hold_the_same_weight(tmp_path):
         "gemv": gemv(codes, zeros, scales, 32),
         "gemv_fast": fast(codes, zeros, scales, 32),
     }
-    read = {name: read_weight(opened(tmp_path / name, made, config(name)), f"{P}.weight") for name, made in layouts.items()}
+    read = {
+        name: read_weight(opened(tmp_path / name, made, config(name)), f"{P}.weight") for name, made in layouts.items()
+    }
     for name in ("gemm", "gemv"):
         np.testing.assert_array_equal(read[name].zero_point, zeros.T)
         np.testing.assert_allclose(dense64(read[name]), dense, rtol=1e-12)

@@ -1,4 +1,4 @@
-"""Oracle: real slices with GPTQModel's own dequantized weights; numpy in float64 over an independent bit string; GPTQModel."""
+"""Oracle: real slices with GPTQModel's own dequantized weights; numpy in float64 over an independent bit string."""
 
 import dataclasses
 
@@ -126,7 +126,9 @@ def test_negative_group_indices_count_from_the_end(tmp_path):
 def test_groups_of_unequal_sizes_are_refused(tmp_path):
     made, _ = make(4, 128, 32, 32)
     made[f"{P}.g_idx"] = np.zeros(128, np.int32)
-    with pytest.raises(JQ4Error, match=r"g_idx' is I32\[128\], wanted 4 groups 0 to 3 of 32 inputs each.*dequantize it"):
+    with pytest.raises(
+        JQ4Error, match=r"g_idx' is I32\[128\], wanted 4 groups 0 to 3 of 32 inputs each.*dequantize it"
+    ):
         opened(tmp_path, made, config(4, 32))
 
 
@@ -140,7 +142,9 @@ def test_labels_give_way_to_contents_with_a_note(tmp_path):
     checkpoint = opened(tmp_path, made, config(4, 64, checkpoint_format="gptq_v2"))
     np.testing.assert_allclose(dense64(read_weight(checkpoint, f"{P}.weight")), dense, rtol=1e-12)
     notes = "\n".join(checkpoint.notes)
-    assert "stored as 127, which is 'gptq'" in notes and "labelled 4 bits" in notes and "labelled group_size 64" in notes
+    assert (
+        "stored as 127, which is 'gptq'" in notes and "labelled 4 bits" in notes and "labelled group_size 64" in notes
+    )
     zeros = np.full((4, 32), 8, np.uint8)
     zeros[2, 5] = 9
     made, dense = make(4, 128, 32, 32, zeros=zeros)
@@ -236,7 +240,9 @@ def test_scales_are_cast_only_where_nothing_is_lost_or_the_loss_is_stated():
     exact = plan(weight_of(packed(ml_dtypes.bfloat16)), {})
     assert (exact.loss, exact.doubt) == ("", "bfloat16 scales must be exact in float16")
     assert exact.encode(exact.weight.read())["m.scales"].dtype == np.float16
-    with pytest.raises(JQ4Error, match=r"m.weight: 128 of 128 scales of bfloat16 .* not exact in float16.*scale_dtype="):
+    with pytest.raises(
+        JQ4Error, match=r"m.weight: 128 of 128 scales of bfloat16 .* not exact in float16.*scale_dtype="
+    ):
         convert("gptq", [weight_of(packed(ml_dtypes.bfloat16, 1e-9))])
     assert plan(weight_of(packed(np.float32, 0.1)), {}).loss == "scales float32 to float16"
     kept = plan(weight_of(packed(np.float32, 0.1)), {"scale_dtype": "float32"})

@@ -1,8 +1,8 @@
 """Writes compressed-tensors, for transformers and vLLM: integers as pack-quantized, FP4 with powers of two as MXFP4.
 
 Tensors are as compressed_tensors.py has them, 3, 5, 6 and 7 bits dense (releases from 0.18 read them). Scales keep
-their dtype. quantization_config has a group for each setting, the most frequent one first with the target "Linear" and
-the others by name, and ignores by name what is dense.
+their dtype. quantization_config has a group for each setting, by name, but for the most frequent one, which comes last
+with the target "Linear" (transformers takes the first group that fits); what is dense is ignored by name.
 """
 
 from collections.abc import Mapping
@@ -42,6 +42,9 @@ def _plan_integers(weight: LazyWeight) -> Planned:
     if dtype is None:
         raise unwritable(weight, NAME, f"scales of {q.scale.dtype}", "scales of float16, bfloat16 or float32")
     *experts, outputs, inputs = q.shape
+    if q.num_groups > 1 and inputs % q.group_size:
+        found = f"a short last group ({inputs} inputs in groups of {q.group_size})"
+        raise unwritable(weight, NAME, found, "whole groups", "Write gptq or orbax, or quantize it in groups that fit.")
     prefix, width = module_of(weight), -(-inputs * q.bits // 32)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         f"{prefix}.weight_packed": ("I32", (*experts, outputs, width)),
@@ -115,9 +118,9 @@ def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> d
     settings = by_setting(packed, _setting)
     everything = [module_of(weight) for weight in packed]
     groups: dict[str, Any] = {}
-    for number, (setting, modules) in enumerate(settings.items()):
-        others = set(everything) - set(modules)
-        targets = patterns(modules, others) if number else ["Linear"]
+    for number, (setting, modules) in enumerate(reversed(settings.items())):
+        last = number == len(settings) - 1
+        targets = ["Linear"] if last else patterns(modules, set(everything) - set(modules))
         groups[f"group_{number}"] = _group(setting, targets, len(settings) > 1)
     formats = {_form(setting) for setting in settings} or {_INTEGERS}
     dense = dense_modules(planned)
