@@ -106,7 +106,7 @@ def _parts_by_name(config: DecoderConfig, leaves: Mapping[str, Any], where: str)
         for layer in range(first, last):
             for name, each in by_name.items():
                 if name not in outside:
-                    found = [
+                    found: list[Part] = [
                         (place, _leaf(leaves, (LAYERS, *key, *path[1:]), place, last - first, where), layer - first)
                         for path, place in each
                     ]

@@ -74,13 +74,16 @@ class LanguageModel:
         object.__setattr__(self, "apply", quantized(decoder.apply, shardings=shardings_of(self.params)))
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> "LanguageModel":
+    def from_folder(
+        cls, folder: str | Path, *, dtype: Any = None, shardings: Any = None, say: Callable[[str], None] | None = None
+    ) -> "LanguageModel":
         """Opens a Hugging Face folder, a .gguf file or a folder of jq4's own, packed weights packed.
 
         A missing tokenizer is an error only once text is given.
 
         dtype: what to compute in; the weights keep the dtype they are stored in. shardings: as `jq4.restore` takes
-        them, for a folder of jq4's own. Raises JQ4Error, naming the file and what is wrong with it.
+        them, for a folder of jq4's own. say: takes notes for the user, where a file's label and contents disagree.
+        Raises JQ4Error, naming the file and what is wrong with it.
         """
         folder = Path(folder)
         if (folder / MANIFEST).exists():
@@ -96,7 +99,11 @@ class LanguageModel:
             return cls(config, params, Tokenizer.from_files(files.get, str(folder)), dtype, files)
         if folder.is_dir():
             load_config(folder)  # its errors come before those of weights
-        return cls.from_checkpoint(open_checkpoint(folder), str(folder), dtype=dtype)
+        checkpoint = open_checkpoint(folder)
+        if say is not None:
+            for note in checkpoint.notes:
+                say(note)
+        return cls.from_checkpoint(checkpoint, str(folder), dtype=dtype)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, where: str, *, dtype: Any = None) -> "LanguageModel":

@@ -104,7 +104,7 @@ def _check_same(where: str, embedding: LazyWeight, head: LazyWeight) -> None:
 def _packed(where: str, method: Any) -> JQ4Error:
     return JQ4Error(
         f"{where}: the weights are packed ({method}), wanted dense ones. Take the dense original; these are "
-        "run as they are by jq4 eval and jq4 generate, and written in other formats by jq4 convert."
+        "run as they are by jq4 eval and jq4 generate, and written in other formats by jq4 convert --to."
     )
 
 

@@ -126,7 +126,9 @@ def dequantized(q: QArray) -> np.ndarray:
     if q.zero_point is not None:
         levels = codes.astype(np.float32) - spread(q.zero_point)
     else:
-        levels = codes.astype(np.float32) - form.center if form.is_integer else np.float32(form.levels)[codes]
+        levels = (
+            codes.astype(np.float32) - form.center if form.is_integer else np.asarray(form.levels, np.float32)[codes]
+        )
     weight = levels * spread(scale)
     if q.offset is not None:
         weight += q.offset if q.offset.shape == (1, 1) else spread(np.asarray(q.offset, np.float32))

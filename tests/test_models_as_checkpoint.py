@@ -67,7 +67,8 @@ def test_scales_that_are_packed_themselves_are_cut_and_joined_exactly():
     found = checkpoint_of_params(config, params_of("here", checkpoint, config))
     for name, weight in checkpoint.weights.items():
         one, other = found.weights[name].read(), weight.read()
-        np.testing.assert_array_equal(*(dequantized(each) if is_qarray(each) else each for each in (one, other)))
+        one, other = (dequantized(each) if is_qarray(each) else each for each in (one, other))
+        np.testing.assert_array_equal(one, other, name)
     assert is_qarray(found.weights["model.layers.0.self_attn.qkv_proj.weight"].read().scale)
 
 
