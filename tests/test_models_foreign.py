@@ -8,11 +8,13 @@ import packed_checkpoint
 import pytest
 from packed_checkpoint import Kind, checkpoint_of, config_of, dense_of, random_checkpoint
 
+from jq4.axes import contraction_axes
 from jq4.errors import JQ4Error
 from jq4.qarray import is_qarray
 from models.as_checkpoint import checkpoint_of_params
+from models.decoder import Decoder
 from models.language_model import LanguageModel
-from models.layer_runs import runs_of
+from models.layer_runs import in_runs, runs_of
 
 TOKENS = np.random.default_rng(5).integers(0, 40, (2, 9))
 
@@ -120,3 +122,23 @@ def test_tied_weights_that_are_packed_are_compared():
     other = packed_checkpoint.random_qarray(np.random.default_rng(9), (40, 32), Kind())
     with pytest.raises(JQ4Error, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight'"):
         LanguageModel.from_checkpoint(checkpoint_of(values | {"lm_head.weight": other}, config), "here")
+
+
+def test_runs_are_traced_like_a_stack():
+    config = config_of("llama", num_hidden_layers=12)
+    tokens = jax.ShapeDtypeStruct((1, 4), np.int32)
+    stacked, cut = Decoder(config), Decoder(config, runs=(0, 5, 11), remat=True)
+    shapes = jax.eval_shape(cut.init, jax.random.key(0), tokens)["params"]
+    assert sorted(shapes["layers"]) == ["00", "05", "11"]
+    whole = jax.eval_shape(stacked.init, jax.random.key(0), tokens)["params"]
+    wanted = jax.eval_shape(lambda params: in_runs(config, params, (5, 11)), whole)
+    jax.tree.map(_same_shape, shapes, wanted)
+    jax.eval_shape(lambda params: in_runs(config, params, (0, 5, 7, 11)), wanted)
+    gradient = jax.grad(lambda params, ids: cut.apply({"params": params}, ids).sum())
+    jax.tree.map(_same_shape, jax.eval_shape(gradient, shapes, tokens), shapes)
+    axes = contraction_axes(lambda params, ids: cut.apply({"params": params}, ids), shapes, tokens)
+    assert axes["layers/05/mlp/up_proj/kernel"] == -2
+
+
+def _same_shape(one, other):
+    assert (one.shape, one.dtype) == (other.shape, other.dtype)
