@@ -53,6 +53,10 @@ class StoredTensor:
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
     def read(self) -> np.ndarray:
         """The tensor as a view of the file, which is read as the view is used."""
         if self.stop == self.start:
@@ -99,14 +103,26 @@ def parse_json(content: bytes, where: str) -> Any:
         raise JQ4Error(f"{where}: is not JSON ({error}). It is damaged; download it again.") from error
 
 
+def holds_tensors(folder: Path) -> bool:
+    """Whether a folder has safetensors files."""
+    return folder.is_dir() and any(folder.glob("*.safetensors*"))
+
+
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors by name, of a folder's one file or of the shards of its index, or of the one file given."""
+    """All tensors by name, of a folder's one file or of the shards of its index, or of the one file given.
+
+    Packers call their files by names of their own: without a model.safetensors or its index, all safetensors files are
+    taken together.
+    """
     if not folder.is_dir():
         return read_header(folder)
     if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
     if (folder / INDEX).exists():
         return _open_shards(folder, read_json(folder / INDEX))
+    others = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    if others:
+        return _of_all(folder, others)
     pickles = [one.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for one in sorted(folder.glob(pattern))]
     if pickles:
         raise JQ4Error(
@@ -114,6 +130,19 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
             "Save the model with save_pretrained(..., safe_serialization=True), or take its safetensors."
         )
     raise JQ4Error(f"{folder}: found neither {SINGLE} nor {INDEX}. Give the folder that holds the weights.")
+
+
+def _of_all(folder: Path, files: list[Path]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise JQ4Error(
+                    f"{folder}: tensor {name!r} is in both {tensors[name].file.name} and {file.name}. Remove the file "
+                    "that is not of this model."
+                )
+            tensors[name] = tensor
+    return tensors
 
 
 def _open_shards(folder: Path, index: Any) -> dict[str, StoredTensor]:
