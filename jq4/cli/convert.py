@@ -9,8 +9,8 @@ HELP = "convert a checkpoint to another format, losslessly where that can be"
 DESCRIPTION = (
     "Reads SRC (GPTQ, AWQ, compressed-tensors, GGUF, bitsandbytes, MXFP4, dense safetensors, a folder of jq4's own: "
     "known by its contents) and writes DST in another format, weight by weight. It says beforehand what becomes of "
-    "each kind of weight and what is lost; DST is written whole or not at all, and the same command goes on where a killed "
-    "one stopped (DST.partial holds its work)."
+    "each kind of weight and what is lost; DST is written whole or not at all, and the same command goes on where a "
+    "killed one stopped (DST.partial holds its work)."
 )
 _TARGETS = ("orbax", "safetensors", "compressed-tensors", "gptq", "awq", "gguf", "bnb-nf4", "mxfp4")
 

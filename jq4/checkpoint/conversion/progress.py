@@ -104,7 +104,8 @@ def _opened(folder: Path, identity: Mapping[str, Any], records: Any, finished: b
     journal = Journal(folder, descriptor, records, finished)
     if not length:
         journal._append({"identity": dict(identity)})
-    journal.data.mkdir(exist_ok=finished is False)
+    if not finished:
+        journal.data.mkdir(exist_ok=True)
     sync_folder(folder)
     return journal
 
