@@ -22,6 +22,9 @@ from jq4.freed_pages import give_back_mapped_pages
 
 PIECE_BYTES = 16 * 2**20
 
+# the modules of this package that write a format
+WRITERS: tuple[str, ...] = ("compressed_tensors_writing", "gptq_writing", "awq_writing", "mxfp4_writing")
+
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
