@@ -14,24 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from jq4.checkpoint.conversion import dense
 from jq4.checkpoint.conversion.layout import nbytes_of
 from jq4.checkpoint.conversion.requantize import Requantizer
 from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight
-from jq4.checkpoint.foreign.writing import Planned, Writer
+from jq4.checkpoint.foreign.writing import WRITERS, Planned, Writer
 from jq4.checkpoint.safetensors_files import DTYPES
 from jq4.errors import JQ4Error
 from jq4.qarray import is_qarray
 
-# targets that hold their tensors in safetensors, and their writers
-WRITERS = {
-    "safetensors": "jq4.checkpoint.conversion.dense",
-    "compressed-tensors": "jq4.checkpoint.foreign.compressed_tensors",
-    "gptq": "jq4.checkpoint.foreign.gptq",
-    "awq": "jq4.checkpoint.foreign.awq",
-    "bnb-nf4": "jq4.checkpoint.foreign.bnb_nf4",
-    "mxfp4": "jq4.checkpoint.foreign.mxfp4",
-}
-TARGETS = ("orbax", *WRITERS, "gguf")
 _NEED_PACKED = ("compressed-tensors", "gptq", "awq")
 _TOLD = 3
 
@@ -110,7 +101,11 @@ def propose(
 
 def writer_of(target: str) -> Writer:
     """The module that writes a target of safetensors."""
-    return importlib.import_module(WRITERS[target])  # pyright: ignore[reportReturnType]
+    for name in (dense.__name__, *(f"jq4.checkpoint.foreign.{each}" for each in WRITERS)):
+        module = importlib.import_module(name)
+        if module.NAME == target:
+            return module  # pyright: ignore[reportReturnType]
+    raise JQ4Error(f"--to {target}: there is no such format to write")
 
 
 def form_of(weight: LazyWeight) -> str:
