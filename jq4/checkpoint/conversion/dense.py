@@ -11,18 +11,18 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
+from jq4.checkpoint.foreign.host_dequantize import host_dequantize
 from jq4.checkpoint.foreign.weights import LazyWeight
-from jq4.checkpoint.foreign.writing import PIECE_BYTES, Planned, as_it_is, flat_pieces
+from jq4.checkpoint.foreign.writing import Planned, as_it_is, flat_pieces
 from jq4.checkpoint.safetensors_files import DTYPES
 from jq4.errors import JQ4Error
 from jq4.qarray import QArray, dequantize_array, is_qarray
-from jq4.qarray_ops import plain_scales
 
 NAME = "safetensors"
+ROW_BYTES = 4 * 2**20  # of float32 values that are made at a time
 _FLOATS = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 
 
@@ -52,45 +52,33 @@ def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> d
 def dense_rows(value: Any) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
     """A weight [*B, N, K], packed or not, in float32, a few rows at a time in its order, each with its index."""
     shape = tuple(value.shape)
-    if not is_qarray(value):
-        value = np.asarray(value)
-    elif len(shape) < 2 or value.axis != -1:
+    if is_qarray(value) and (len(shape) < 2 or value.axis != -1 or value.input_rotation):
         value = np.asarray(dequantize_array(value, np.float32))
-    else:
-        value = _plain(value)
     if len(shape) < 2:
         yield (slice(None),) * len(shape), np.asarray(value, np.float32)
         return
-    step = max(1, PIECE_BYTES // (4 * max(1, shape[-1])))
+    step = max(1, ROW_BYTES // (4 * max(1, shape[-1])))
     for batch in np.ndindex(*shape[:-2]):
         for start in range(0, shape[-2], step):
-            rows = slice(start, min(start + step, shape[-2]))
-            yield (*batch, rows), _rows(value, batch, rows)
+            at = (*batch, slice(start, min(start + step, shape[-2])))
+            yield at, host_dequantize(_cut(value, at)) if is_qarray(value) else np.asarray(value[at], np.float32)
 
 
-def _rows(value: Any, batch: tuple[int, ...], rows: slice) -> np.ndarray:
-    """f32[rows, K]."""
-    if not is_qarray(value):
-        return np.asarray(value[(*batch, rows)], np.float32)
+def _cut(q: QArray, at: tuple[Any, ...]) -> QArray:
+    """Rows [rows, K] of [*B, N, K]; an axis on which a part is broadcast stays as it is."""
+    *batch, rows = at
 
     def cut(part: Any) -> Any:
-        at = tuple(index if size > 1 else 0 for index, size in zip(batch, part.shape, strict=False))
-        return np.asarray(part[at][rows if part.shape[-2] > 1 else slice(None)])
+        if is_qarray(part):
+            part = dequantize_array(part, np.float32)
+        part = np.asarray(part)
+        indices = (index if size > 1 else 0 for index, size in zip(batch, part.shape, strict=False))
+        return part[tuple(indices)][rows if part.shape[-2] > 1 else slice(None)]
 
-    parts = {
-        name: cut(part)
-        for name in ("codes", "scale", "zero_point", "offset", "input_scale")
-        if (part := getattr(value, name)) is not None
-    }
-    order = None if value.permutation is None else np.asarray(value.permutation)[batch]
-    one = dataclasses.replace(value, **parts, permutation=order, activation_scale=None, activations="")
-    return np.asarray(dequantize_array(one, np.float32))
-
-
-def _plain(q: QArray) -> QArray:
-    """Scales that are packed themselves as numbers."""
-    nested = any(is_qarray(part) for part in (q.scale, q.offset))
-    return jax.tree.map(np.asarray, plain_scales(q)) if nested else q
+    names = ("codes", "scale", "zero_point", "offset", "input_scale")
+    parts = {name: cut(part) for name in names if (part := getattr(q, name)) is not None}
+    order = None if q.permutation is None else np.asarray(q.permutation)[tuple(batch)]
+    return dataclasses.replace(q, **parts, permutation=order, activation_scale=None, activations="")
 
 
 def _dtype_of(given: str) -> np.dtype[Any]:

@@ -33,9 +33,11 @@ from jq4.checkpoint.orbax import listing_hash, made_by
 from jq4.checkpoint.safetensors_files import DTYPES
 from jq4.checkpoint.structure import Keys
 from jq4.errors import CheckpointError
+from jq4.host_moves import copy
 from jq4.freed_pages import give_back_mapped_pages
 from jq4.qarray import PARTS, is_qarray
 
+NAME = "orbax"
 WORK = "data"
 CHUNK_BYTES = 64 * 2**20
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -86,6 +88,18 @@ class _Slice:
 def flat_leaves(weights: Iterable[LazyWeight]) -> list[SlicedLeaf]:
     """Each weight a leaf of its own, by its own name."""
     return [SlicedLeaf((weight.name,), weight.abstract, (weight,)) for weight in weights]
+
+
+def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
+    """A weight as jq4 holds it: the arrays of its QArray, or itself."""
+    del options
+    return _planned(SlicedLeaf((weight.name,), weight.abstract, (weight,)), 0, weight)
+
+
+def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> dict[str, Any]:
+    """None: the manifest tells all."""
+    del planned, options
+    return {}
 
 
 def orbax_target(
@@ -304,7 +318,9 @@ def _write_slice(folder: Path, array: Any, index: int | None, outer: int) -> Non
         step = _chunk_step(folder, array.ndim, outer)
         for start in range(0, array.shape[outer], step):
             part = (slice(None),) * outer + (slice(start, min(start + step, array.shape[outer])),)
-            store[part].write(np.ascontiguousarray(array[part])).result()
+            chunk = np.empty(array[part].shape, array.dtype)
+            copy(chunk, array[part])
+            store[part].write(chunk).result()
             give_back_mapped_pages(array)
     except ValueError as error:  # TensorStore's
         if "No space left" in str(error):

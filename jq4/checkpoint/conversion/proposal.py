@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.conversion import dense
+from jq4.checkpoint.conversion import dense, orbax_files
 from jq4.checkpoint.conversion.layout import nbytes_of
 from jq4.checkpoint.conversion.requantize import Requantizer
 from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight
@@ -100,8 +100,8 @@ def propose(
 
 
 def writer_of(target: str) -> Writer:
-    """The module that writes a target of safetensors."""
-    for name in (dense.__name__, *(f"jq4.checkpoint.foreign.{each}" for each in WRITERS)):
+    """The module that writes a target."""
+    for name in (dense.__name__, orbax_files.__name__, *(f"jq4.checkpoint.foreign.{each}" for each in WRITERS)):
         module = importlib.import_module(name)
         if module.NAME == target:
             return module  # pyright: ignore[reportReturnType]
@@ -124,12 +124,9 @@ def form_of(weight: LazyWeight) -> str:
 
 
 def form_made(planned: Planned, target: str) -> str:
-    """How the target holds a weight: the dtype of its one tensor, or those of its parts."""
-    name = planned.weight.name.removesuffix("weight")
-    dtypes = {tensor.removeprefix(name): dtype for tensor, (dtype, _) in planned.tensors.items()}
-    if len(dtypes) == 1:
-        return next(iter(dtypes.values()))
-    return ", ".join(f"{tensor} {dtype}" for tensor, dtype in dtypes.items())
+    """How the target holds a weight: the dtype of its one tensor, or the target's name where it has several."""
+    dtypes = [dtype for dtype, _ in planned.tensors.values()]
+    return dtypes[0] if len(dtypes) == 1 else target if dtypes else "nothing"
 
 
 def made_bytes(planned: Planned) -> int:
