@@ -95,9 +95,7 @@ class Victim:
             },
         )
 
-    def run(
-        self, words: Sequence[Any], kill_at: int | None = None, kill_after: float | None = None
-    ) -> dict[str, Any]:
+    def run(self, words: Sequence[Any], kill_at: int | None = None, kill_after: float | None = None) -> dict[str, Any]:
         """{"killed": bool, "seconds": float, "steps": int or None, "resumed": weights found done}.
 
         Killed before its step `kill_at`, by itself, or `kill_after` seconds from its start, from without.

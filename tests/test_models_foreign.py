@@ -76,7 +76,9 @@ def test_zero_points_and_permutations_of_some_layers_are_given_to_all_exactly():
     checkpoint = random_checkpoint(config, lambda name: kinds.get(name[6:14]) if "proj" in name else None)
     packed, dense = _models(checkpoint)
     assert not runs_of(packed.params)
-    ours = jax.tree.map(lambda leaf: leaf.dequantize(np.float32) if is_qarray(leaf) else leaf, packed.params, is_leaf=is_qarray)
+    ours = jax.tree.map(
+        lambda leaf: leaf.dequantize(np.float32) if is_qarray(leaf) else leaf, packed.params, is_leaf=is_qarray
+    )
     jax.tree.map(np.testing.assert_array_equal, ours, dense.params)
 
 

@@ -33,8 +33,8 @@ from jq4.checkpoint.orbax import listing_hash, made_by
 from jq4.checkpoint.safetensors_files import DTYPES
 from jq4.checkpoint.structure import Keys
 from jq4.errors import CheckpointError
-from jq4.host_moves import copy
 from jq4.freed_pages import give_back_mapped_pages
+from jq4.host_moves import copy
 from jq4.qarray import PARTS, is_qarray
 
 NAME = "orbax"

@@ -103,7 +103,7 @@ def writer_of(target: str) -> Writer:
     """The module that writes a target."""
     for name in (dense.__name__, orbax_files.__name__, *(f"jq4.checkpoint.foreign.{each}" for each in WRITERS)):
         module = importlib.import_module(name)
-        if module.NAME == target:
+        if target == module.NAME:
             return module  # pyright: ignore[reportReturnType]
     raise JQ4Error(f"--to {target}: there is no such format to write")
 

@@ -31,7 +31,9 @@ def open_gguf(file: Path) -> Checkpoint:
     config = config_of(container)
     files, notes = tokenizer_files(container.metadata, str(container.file))
     if config is None:
-        notes.append(f"the architecture {architecture!r} is not known: weights keep GGUF's names, and there is no config")
+        notes.append(
+            f"the architecture {architecture!r} is not known: weights keep GGUF's names, and there is no config"
+        )
     weights: dict[str, LazyWeight] = {}
     for tensor in container.tensors.values():
         if config is not None and tensor.name in (FREQUENCIES, LONG, SHORT):
@@ -43,9 +45,7 @@ def open_gguf(file: Path) -> Checkpoint:
     return Checkpoint(NAME, weights, config, {}, files, tuple(notes))
 
 
-def _weight(
-    tensor: GGUFTensor, architecture: str, config: Mapping[str, Any] | None, notes: list[str]
-) -> LazyWeight:
+def _weight(tensor: GGUFTensor, architecture: str, config: Mapping[str, Any] | None, notes: list[str]) -> LazyWeight:
     name = None if config is None else hf_name(tensor.name, architecture)
     if config is None or name is None:
         if config is not None:

@@ -78,7 +78,7 @@ def gguf_name(name: str, architecture: str) -> str | None:
 
 
 def layer_and_stem(name: str) -> tuple[int, str]:
-    """"blk.3.attn_q.weight" as (3, "attn_q"); ("output.weight") as (-1, "output")."""
+    """ "blk.3.attn_q.weight" as (3, "attn_q"); ("output.weight") as (-1, "output")."""
     found = _GGUF_LAYER.fullmatch(name)
     return (int(found[1]), found[2]) if found else (-1, name.rpartition(".")[0])
 

@@ -59,7 +59,6 @@ def _six_bits(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (peak / np.float32(63)).astype(np.float16), codes.astype(np.uint8)
 
 
-
 def _recoded(
     x: np.ndarray, codes: np.ndarray, step: np.ndarray, offset: np.ndarray | None, low: int, high: int
 ) -> np.ndarray:

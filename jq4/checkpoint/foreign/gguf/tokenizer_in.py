@@ -190,7 +190,11 @@ def _ends_added(read: _Vocabulary) -> dict[str, Any] | None:
     def sequence(letter: str, kind: int) -> list[dict[str, Any]]:
         parts: list[dict[str, Any]] = [{"Sequence": {"id": letter, "type_id": kind}}]
         before = [] if first is None else [{"SpecialToken": {"id": read.tokens[first], "type_id": kind}}]
-        return [*before, *parts, *([] if last is None else [{"SpecialToken": {"id": read.tokens[last], "type_id": kind}}])]
+        return [
+            *before,
+            *parts,
+            *([] if last is None else [{"SpecialToken": {"id": read.tokens[last], "type_id": kind}}]),
+        ]
 
     used = {one for one in (first, last) if one is not None}
     special = {read.tokens[one]: {"id": read.tokens[one], "ids": [one], "tokens": [read.tokens[one]]} for one in used}
@@ -221,4 +225,6 @@ def _ids(read: _Vocabulary) -> dict[str, Any]:
     """generation_config.json: every token that ends a text or a turn."""
     ends = [one for which in ("eos", "eot", "eom") if (one := read.id_of(which)) is not None]
     first = read.id_of("bos")
-    return ({} if first is None else {"bos_token_id": first}) | ({"eos_token_id": list(dict.fromkeys(ends))} if ends else {})
+    return ({} if first is None else {"bos_token_id": first}) | (
+        {"eos_token_id": list(dict.fromkeys(ends))} if ends else {}
+    )
