@@ -5,11 +5,12 @@
 Each conversion runs as a process of its own (--memory 1GB, the default): the seconds are its whole life, importing JAX
 included, the peak is its resident memory at most (mapped pages of the files included), as the system counts it. The
 copy reads and writes the same bytes in blocks of 16 MiB and waits for the disk, as the conversion does, right before
-it. The page cache is told to forget the source before each. Codes are random bytes, which do not compress. The checkpoints are
-removed afterwards.
+it. The page cache is told to forget the source before each. Codes are random bytes, which do not compress. The
+checkpoints are removed afterwards.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -115,14 +116,24 @@ def convert_in_a_process(source: Path, target: Path, to: str) -> tuple[float, in
     forget(source)
     words = [sys.executable, "-m", "jq4", "convert", str(source), str(target), "--to", to, "--json"]
     start = time.perf_counter()
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
+    process, peak = subprocess.Popen(words, stdout=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        peak = max(peak, peak_resident(process.pid))
+        time.sleep(0.02)
     seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(words)}: exit code {process.returncode}")
     shutil.rmtree(target)
-    return seconds, used.ru_maxrss * 1024
+    return seconds, peak
+
+
+def peak_resident(pid: int) -> int:
+    """A running process's peak; what wait4 tells counts that of the process that started it too."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def measured(folder: Path, layers: int, targets: list[str]) -> list[dict[str, Any]]:

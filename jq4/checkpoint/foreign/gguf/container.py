@@ -9,6 +9,7 @@ is not to be believed because it parses: every count and length is checked again
 anything is allocated for it, and every tensor must lie in the file, aligned, and apart from the others.
 """
 
+import itertools
 import math
 import mmap
 import struct
@@ -220,6 +221,6 @@ def _placed(
 
 def _check_apart(file: Path, tensors: Iterable[GGUFTensor]) -> None:
     ordered = sorted(tensors, key=lambda one: (one.start, one.stop))
-    for one, after in zip(ordered, ordered[1:], strict=False):
+    for one, after in itertools.pairwise(ordered):
         if after.start < one.stop:
             raise damaged(file, f"tensors {one.name!r} and {after.name!r} overlap", "each in a place of its own")

@@ -1,9 +1,9 @@
 """llama.cpp's reference quantizers for super-blocks of 256, in its order of float32 operations.
 
 Q4_K, Q5_K: each sub-block of 32 gets a scale and a minimum by a search. For each of 21 (16) inverse scales around
-15 / (max - min) (31), codes are rounded, and the scale and minimum that minimize sum w (scale q + min - x)^2 for these codes
-are found in closed form, with w = sqrt(mean x^2) + |x| and min <= 0; the smallest error wins, and the search goes on
-from its minimum. Scales and minima are then rounded to six bits against their largest, and the codes are made anew with
+15 / (max - min) (31), codes are rounded, and the scale and minimum that minimize sum w (scale q + min - x)^2 for these
+codes are found in closed form, with w = sqrt(mean x^2) + |x| and min <= 0; the smallest error wins, and the search goes
+on from its minimum. Scales and minima are then rounded to six bits against their largest, and the codes are made anew with
 the rounded ones.
 
 Q6_K: each sub-block of 16 gets a scale of either sign, by the same kind of search with w = x^2: 19 starts

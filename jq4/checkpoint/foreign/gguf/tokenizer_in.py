@@ -1,6 +1,6 @@
 """tokenizer.json and tokenizer_config.json made of tokenizer.ggml.*: byte-level BPE ("gpt2"), SentencePiece ("llama").
 
-A "gpt2" vocabulary is what tokenizer.json would hold: tokens and merges; how texts are cut before is a name (splits.py).
+A "gpt2" vocabulary is what tokenizer.json would hold: tokens and merges; how texts are cut is a name (splits.py).
 A "llama" one has a score a token instead of merges: pieces are merged into the token with the best score first. As
 tokenizers' BPE wants merges, every way to put a token together of two others becomes one, in the order of the scores;
 Gemma's scores do not follow its merges, the order of its tokens does. Where a file has merges all the same, they hold.
@@ -187,19 +187,16 @@ def _ends_added(read: _Vocabulary) -> dict[str, Any] | None:
     if first is None and last is None:
         return None
 
-    def sequence(letter: str, kind: int) -> list[dict[str, Any]]:
-        parts: list[dict[str, Any]] = [{"Sequence": {"id": letter, "type_id": kind}}]
-        before = [] if first is None else [{"SpecialToken": {"id": read.tokens[first], "type_id": kind}}]
-        return [
-            *before,
-            *parts,
-            *([] if last is None else [{"SpecialToken": {"id": read.tokens[last], "type_id": kind}}]),
-        ]
+    def special(number: int | None, kind: int) -> list[dict[str, Any]]:
+        return [] if number is None else [{"SpecialToken": {"id": read.tokens[number], "type_id": kind}}]
 
-    used = {one for one in (first, last) if one is not None}
-    special = {read.tokens[one]: {"id": read.tokens[one], "ids": [one], "tokens": [read.tokens[one]]} for one in used}
+    def sequence(letter: str, kind: int) -> list[dict[str, Any]]:
+        return [*special(first, kind), {"Sequence": {"id": letter, "type_id": kind}}, *special(last, kind)]
+
+    used = [one for one in (first, last) if one is not None]
+    named = {read.tokens[one]: {"id": read.tokens[one], "ids": [one], "tokens": [read.tokens[one]]} for one in used}
     pair = [*sequence("A", 0), *sequence("B", 1)]
-    return {"type": "TemplateProcessing", "single": sequence("A", 0), "pair": pair, "special_tokens": special}
+    return {"type": "TemplateProcessing", "single": sequence("A", 0), "pair": pair, "special_tokens": named}
 
 
 def adds_bos(metadata: Mapping[str, Any]) -> bool:
@@ -225,6 +222,5 @@ def _ids(read: _Vocabulary) -> dict[str, Any]:
     """generation_config.json: every token that ends a text or a turn."""
     ends = [one for which in ("eos", "eot", "eom") if (one := read.id_of(which)) is not None]
     first = read.id_of("bos")
-    return ({} if first is None else {"bos_token_id": first}) | (
-        {"eos_token_id": list(dict.fromkeys(ends))} if ends else {}
-    )
+    ids: dict[str, Any] = {} if first is None else {"bos_token_id": first}
+    return ids | ({"eos_token_id": list(dict.fromkeys(ends))} if ends else {})
