@@ -1,9 +1,9 @@
 """A decoder-only transformer in plain Flax: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, Phi-3.
 
 One block, stacked: `nn.scan` runs it over weights with a leading axis L, so that compiling takes as long for 80 layers
-as for one (layers whose weights cannot be one stack are scanned in runs, see models.layer_runs). What differs from layer
-to layer (the window, which of two rotary embeddings) is scanned along
-as an array, not chosen by Python. The key-value cache is the scan's carry, so that XLA updates it in place.
+as for one (layers whose weights cannot be one stack are scanned in runs, see models.layer_runs). What differs from
+layer to layer (the window, which of two rotary embeddings) is scanned along as an array, not chosen by Python. The
+key-value cache is the scan's carry, so that XLA updates it in place.
 
     x = embed(tokens)                                                         x[B, T, D]
     x = x + attention(norm(x));  x = x + mlp(norm(x))                         L times

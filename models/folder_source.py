@@ -43,7 +43,7 @@ class FolderSource:
         return self._places[path].stacked
 
     def _leaf(self, path: Path, weights: list[LazyWeight]) -> jax.Array:
-        return jnp.asarray(leaf_of(self._places[path], weights, dense_dtype(self._weights[path])))
+        return jnp.asarray(leaf_of(path, self._places[path], weights, dense_dtype(self._weights[path])).read())
 
 
 class UntiedSource:

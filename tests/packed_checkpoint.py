@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from jq4.checkpoint.foreign import Checkpoint, LazyWeight
-from jq4.checkpoint.foreign.bit_strings import pack
+from jq4.checkpoint.foreign.bit_strings import pack, unpack
 from jq4.formats import get_format
 from jq4.host_moves import described
 from jq4.qarray import QArray, is_qarray
@@ -107,10 +107,32 @@ def dense_of(checkpoint: Checkpoint) -> Checkpoint:
 
     def dense(weight: LazyWeight) -> Any:
         value = weight.read()
-        return np.asarray(value.dequantize(np.float32)) if is_qarray(value) else value
+        return dequantized(value) if is_qarray(value) else value
 
     values = {name: dense(weight) for name, weight in checkpoint.weights.items()}
     return dataclasses.replace(checkpoint_of(values, config_from(checkpoint)), format="safetensors")
+
+
+def dequantized(q: QArray) -> np.ndarray:
+    """The dense weight f32[N, K] by the module text of jq4.qarray, in numpy."""
+
+    def spread(part: np.ndarray) -> np.ndarray:
+        return np.repeat(part, q.group_size, -1)[..., :k] if q.axis == -1 else np.repeat(part, q.group_size, -2)[:n]
+
+    n, k = q.shape
+    form = get_format(q.format)
+    codes = np.asarray(q.codes) if q.axis == -2 else unpack(np.asarray(q.codes), q.bits, k)
+    scale = dequantized(q.scale) if is_qarray(q.scale) else np.asarray(q.scale, np.float32)
+    if q.zero_point is not None:
+        levels = codes.astype(np.float32) - spread(q.zero_point)
+    else:
+        levels = codes.astype(np.float32) - form.center if form.is_integer else np.float32(form.levels)[codes]
+    weight = levels * spread(scale)
+    if q.offset is not None:
+        weight += q.offset if q.offset.shape == (1, 1) else spread(np.asarray(q.offset, np.float32))
+    if q.permutation is not None:
+        weight = weight[:, np.argsort(q.permutation)]
+    return weight
 
 
 def config_from(checkpoint: Checkpoint) -> DecoderConfig:

@@ -23,6 +23,7 @@ from jq4.qarray import PARTS, is_qarray, leaf_nbytes
 
 GROUP_BYTES = 256 * 2**20
 CHUNK_BYTES = 64 * 2**20
+_LEAST_SLICE = 2**18
 _LONGEST_NAME = 200  # file systems allow 255 bytes
 _LARGEST_ZSTD_RATIO = 40_000  # a zstd block of at most 128 KiB takes at least 4 bytes
 
@@ -94,7 +95,9 @@ def write_group(folder: Path, arrays: Mapping[tuple[str, ...], Any]) -> None:
 
     folder.mkdir()
     tree = _nested(arrays)
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    save_args = jax.tree.map(
+        lambda array: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if _is_stack(array) else ()), tree
+    )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     try:
         handler.save(epath.Path(folder), args=ocp.args.PyTreeSave(tree, save_args=save_args))
@@ -102,6 +105,11 @@ def write_group(folder: Path, arrays: Mapping[tuple[str, ...], Any]) -> None:
         raise CheckpointError(f"{folder}: Orbax cannot write these arrays ({error})") from error
     finally:
         handler.close()
+
+
+def _is_stack(array: Any) -> bool:
+    """Whether it is worth it that a slice along the first axis can be read alone: layers, or experts."""
+    return array.ndim > 2 and array.nbytes // array.shape[0] >= _LEAST_SLICE
 
 
 def read_group(folder: Path, arrays: Mapping[str, tuple[ArrayInfo, Any]]) -> dict[str, Any]:
