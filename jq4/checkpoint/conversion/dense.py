@@ -19,7 +19,7 @@ from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.checkpoint.foreign.writing import Planned, as_it_is, flat_pieces
 from jq4.checkpoint.safetensors_files import DTYPES
 from jq4.errors import JQ4Error
-from jq4.qarray import QArray, dequantize_array, is_qarray
+from jq4.qarray import dequantize_array, is_qarray
 
 NAME = "safetensors"
 ROW_BYTES = 4 * 2**20  # of float32 values that are made at a time
@@ -57,28 +57,36 @@ def dense_rows(value: Any) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
     if len(shape) < 2:
         yield (slice(None),) * len(shape), np.asarray(value, np.float32)
         return
+    for at in row_slices(shape):
+        block = rows_of(value, at)
+        yield at, host_dequantize(block) if is_qarray(block) else np.asarray(block, np.float32)
+
+
+def row_slices(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+    """The indices of a few rows at a time of a weight [*B, N, K], in its order."""
     step = max(1, ROW_BYTES // (4 * max(1, shape[-1])))
     for batch in np.ndindex(*shape[:-2]):
         for start in range(0, shape[-2], step):
-            at = (*batch, slice(start, min(start + step, shape[-2])))
-            yield at, host_dequantize(_cut(value, at)) if is_qarray(value) else np.asarray(value[at], np.float32)
+            yield (*batch, slice(start, min(start + step, shape[-2])))
 
 
-def _cut(q: QArray, at: tuple[Any, ...]) -> QArray:
-    """Rows [rows, K] of [*B, N, K]; an axis on which a part is broadcast stays as it is."""
+def rows_of(value: Any, at: tuple[Any, ...]) -> Any:
+    """Rows [rows, K] of a weight [*B, N, K] grouped along K; an axis on which a part is broadcast stays as it is."""
+    if not is_qarray(value):
+        return value[at]
     *batch, rows = at
 
     def cut(part: Any) -> Any:
         if is_qarray(part):
-            part = dequantize_array(part, np.float32)
+            part = host_dequantize(part)
         part = np.asarray(part)
         indices = (index if size > 1 else 0 for index, size in zip(batch, part.shape, strict=False))
         return part[tuple(indices)][rows if part.shape[-2] > 1 else slice(None)]
 
     names = ("codes", "scale", "zero_point", "offset", "input_scale")
-    parts = {name: cut(part) for name in names if (part := getattr(q, name)) is not None}
-    order = None if q.permutation is None else np.asarray(q.permutation)[tuple(batch)]
-    return dataclasses.replace(q, **parts, permutation=order, activation_scale=None, activations="")
+    parts = {name: cut(part) for name in names if (part := getattr(value, name)) is not None}
+    order = None if value.permutation is None else np.asarray(value.permutation)[tuple(batch)]
+    return dataclasses.replace(value, **parts, permutation=order, activation_scale=None, activations="")
 
 
 def _dtype_of(given: str) -> np.dtype[Any]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jq4.checkpoint.foreign.gguf.block_types import BY_NAME
 from jq4.checkpoint.foreign.writing import Planned
 from jq4.checkpoint.safetensors_files import DTYPES, INDEX, SINGLE, head_of
 from jq4.errors import JQ4Error
@@ -65,8 +66,10 @@ def safetensors_layout(planned: Iterable[Planned], shard_bytes: int, beside: Map
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
-    """Of a tensor, by safetensors' name of its dtype."""
-    return math.prod(shape) * DTYPES[dtype].itemsize
+    """Of a tensor, by safetensors' name of its dtype or GGUF's of its type."""
+    if dtype in DTYPES:
+        return math.prod(shape) * DTYPES[dtype].itemsize
+    return math.prod(shape) // BY_NAME[dtype].length * BY_NAME[dtype].nbytes
 
 
 def _tensors_of(planned: Iterable[Planned]) -> dict[str, tuple[str, tuple[int, ...]]]:

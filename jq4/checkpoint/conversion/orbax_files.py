@@ -15,9 +15,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -43,8 +43,7 @@ CHUNK_BYTES = 64 * 2**20
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class SlicedLeaf:
+class Leaf(Protocol):
     """One leaf of the tree, made of one weight or of a stack of them.
 
     Attributes:
@@ -55,11 +54,37 @@ class SlicedLeaf:
       outer: the axis of a slice along which the bytes of the source lie furthest apart: large ones are cut there.
     """
 
-    keys: Keys
-    abstract: Any
-    slices: tuple[LazyWeight, ...]
+    @property
+    def keys(self) -> Keys: ...
+    @property
+    def abstract(self) -> Any: ...
+    @property
+    def slices(self) -> tuple[LazyWeight, ...]: ...
+    @property
+    def stacked(self) -> bool: ...
+    @property
+    def outer(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleLeaf:
+    """A weight that is a leaf of its own, by its own name."""
+
+    weight: LazyWeight
     stacked: bool = False
     outer: int = 0
+
+    @property
+    def keys(self) -> Keys:
+        return (self.weight.name,)
+
+    @property
+    def abstract(self) -> Any:
+        return self.weight.abstract
+
+    @property
+    def slices(self) -> tuple[LazyWeight, ...]:
+        return (self.weight,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +110,10 @@ class _Slice:
     outer: int
 
 
-def flat_leaves(weights: Iterable[LazyWeight]) -> list[SlicedLeaf]:
-    """Each weight a leaf of its own, by its own name."""
-    return [SlicedLeaf((weight.name,), weight.abstract, (weight,)) for weight in weights]
-
-
 def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
     """A weight as jq4 holds it: the arrays of its QArray, or itself."""
     del options
-    return _planned(SlicedLeaf((weight.name,), weight.abstract, (weight,)), 0, weight)
+    return _planned(SingleLeaf(weight), 0, weight)
 
 
 def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,9 +122,7 @@ def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> d
     return {}
 
 
-def orbax_target(
-    leaves: list[SlicedLeaf], files: Mapping[str, bytes], recipe: Any = None, source: Any = None
-) -> Target:
+def orbax_target(leaves: Sequence[Leaf], files: Mapping[str, bytes], recipe: Any = None, source: Any = None) -> Target:
     """A folder of jq4's own of these leaves; nothing is lost."""
     planned = tuple(_planned(leaf, index, weight) for leaf in leaves for index, weight in enumerate(leaf.slices))
     sizes = {each.weight.name: sum(nbytes_of(*told) for told in each.tensors.values()) for each in planned}
@@ -125,7 +143,7 @@ class OrbaxFiles:
     """The folder `folder`, which exists, of these leaves; `files` lie beside the arrays."""
 
     def __init__(
-        self, folder: Path, leaves: list[SlicedLeaf], files: Mapping[str, bytes], recipe: Any = None, source: Any = None
+        self, folder: Path, leaves: Sequence[Leaf], files: Mapping[str, bytes], recipe: Any = None, source: Any = None
     ) -> None:
         self._folder, self._data = folder, folder / WORK
         self._files, self._recipe, self._source = files, recipe, source
@@ -201,13 +219,13 @@ class OrbaxFiles:
         """Nothing is held open."""
 
 
-def slice_name(leaf: SlicedLeaf, index: int, weight: LazyWeight) -> str:
+def slice_name(leaf: Leaf, index: int, weight: LazyWeight) -> str:
     """What the slice is called in the journal and in errors."""
     path = structure.path_of(leaf.keys)
     return f"{path}[{index}]" if leaf.stacked else path if path != weight.name else weight.name
 
 
-def _planned(leaf: SlicedLeaf, index: int, weight: LazyWeight) -> Planned:
+def _planned(leaf: Leaf, index: int, weight: LazyWeight) -> Planned:
     name = slice_name(leaf, index, weight)
     renamed = dataclasses.replace(weight, name=name)
     tensors = {
@@ -221,7 +239,7 @@ def _planned(leaf: SlicedLeaf, index: int, weight: LazyWeight) -> Planned:
     return Planned(renamed, tensors, lambda value: dict(zip(tensors, _arrays_in(value), strict=True)), pieces=pieces)
 
 
-def _array_of(leaf: SlicedLeaf, array: Any) -> _Array:
+def _array_of(leaf: Leaf, array: Any) -> _Array:
     return _Array(tuple(array.shape), np.dtype(array.dtype), leaf.stacked, min(leaf.outer, len(array.shape) - 1))
 
 

@@ -9,7 +9,7 @@ is made.
 import dataclasses
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from jq4.checkpoint.conversion.layout import nbytes_of
 from jq4.checkpoint.conversion.requantize import Requantizer
 from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight
 from jq4.checkpoint.foreign.writing import WRITERS, Planned, Writer
-from jq4.checkpoint.safetensors_files import DTYPES
 from jq4.errors import JQ4Error
 from jq4.qarray import is_qarray
 
@@ -99,6 +98,19 @@ def propose(
     return Proposal(tuple(planned), checkpoint.format, target, requantizer)
 
 
+def left_out(proposal: Proposal, kept: Collection[str]) -> Proposal:
+    """The proposal of an output that has no place for other weights than those `kept`."""
+    return dataclasses.replace(
+        proposal,
+        planned=tuple(
+            each
+            if each.weight.name in kept
+            else dataclasses.replace(each, tensors={}, loss="left out: the model has no place for it, or another one's")
+            for each in proposal.planned
+        ),
+    )
+
+
 def writer_of(target: str) -> Writer:
     """The module that writes a target."""
     for name in (dense.__name__, orbax_files.__name__, *(f"jq4.checkpoint.foreign.{each}" for each in WRITERS)):
@@ -131,13 +143,16 @@ def form_made(planned: Planned, target: str) -> str:
 
 def made_bytes(planned: Planned) -> int:
     """Bytes of the tensors that a weight becomes."""
-    return sum(nbytes_of(dtype, shape) for dtype, shape in planned.tensors.values() if dtype in DTYPES)
+    return sum(nbytes_of(dtype, shape) for dtype, shape in planned.tensors.values())
 
 
 def _plan(weight: LazyWeight, writer: Writer, options: Mapping[str, Any], requantizer: Requantizer | None) -> Planned:
     try:
-        return writer.plan(weight, options)
+        planned = writer.plan(weight, options)
     except JQ4Error as error:
         if requantizer is None or not requantizer.takes(weight):
             raise
         return requantizer.plan(weight, writer, options, why=str(error))
+    if planned.requantized and requantizer is None:
+        raise JQ4Error(f"{weight.name}: {form_of(weight)} would be {planned.loss}")
+    return planned

@@ -1,15 +1,15 @@
 """Proves a conversion: the output is opened with jq4's own reader and compared with the source, weight by weight.
 
-    same codes, scales, zero points, group size, order and dtype    the weights are equal, without unpacking them
-    otherwise                                                       both are dequantized a few rows at a time, in
-                                                                    float32, and the difference is measured
+    same codes, scales, zero points, groups and order    the weights are equal, without unpacking them
+    otherwise                                            both are dequantized a few rows at a time, in
+                                                         float32, and the difference is measured
 
 A weight that was declared lossless must differ by nothing (FP4's zero may change its sign). One that was not has its
 error told. Dense weights are compared as numbers, in the wider dtype of the two.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from jq4.formats import get_format
 from jq4.freed_pages import give_back_freed_pages, give_back_mapped_pages
 from jq4.qarray import QArray, is_qarray
 
+MISSING = "missing"
+
 
 @dataclasses.dataclass(frozen=True)
 class Verified:
@@ -29,7 +31,7 @@ class Verified:
 
     Attributes:
       loss: what was declared lost; "" for nothing.
-      found: the form that was read again; "missing" where it was not there.
+      found: the form that was read again; "missing" where there is no such weight of its shape.
       same_codes, same_scales: None where the forms have no codes in common to compare.
       largest, relative: max |w' - w|, and |w' - w| / |w|.
     """
@@ -45,7 +47,7 @@ class Verified:
     @property
     def holds(self) -> bool:
         """Whether it is what was declared."""
-        return self.found != "missing" and (bool(self.loss) or self.largest == 0)
+        return bool(self.loss) or (self.found != MISSING and self.largest == 0)
 
 
 def verify(
@@ -53,21 +55,20 @@ def verify(
 ) -> list[Verified]:
     """Compares every weight of the source with the output's of the same name."""
     losses = {each.weight.name: each.loss for each in proposal.planned}
-    return [
-        _verified(weight, output.weights, losses.get(name, ""), lambda i=i: progress(i, len(source.weights)))
-        for i, (name, weight) in enumerate(source.weights.items())
-    ]
+    verified = []
+    for i, (name, weight) in enumerate(source.weights.items()):
+        progress(i, len(source.weights))
+        verified.append(_verified(weight, output.weights.get(name), losses[name]))
+    return verified
 
 
-def _verified(weight: LazyWeight, output: Mapping[str, LazyWeight], loss: str, step: Callable[[], None]) -> Verified:
-    step()
-    found = output.get(weight.name)
+def _verified(weight: LazyWeight, found: LazyWeight | None, loss: str) -> Verified:
     if found is None or found.shape != weight.shape:
-        return Verified(weight.name, loss, "missing" if found is None else f"{found.shape}", None, None, np.inf, np.inf)
+        return Verified(weight.name, loss, MISSING, None, None, np.inf, np.inf)
     wanted_value, found_value = weight.read(), found.read()
     codes, scales = _same_parts(wanted_value, found_value)
     difference = Difference()
-    if not (codes and scales and found_value.dtype == wanted_value.dtype):
+    if not (codes and scales):
         for (_, block), (_, other) in zip(dense_rows(found_value), dense_rows(wanted_value), strict=True):
             difference.add(block, other)
             for value in (wanted_value, found_value):
