@@ -155,10 +155,15 @@ def verification_table(data: Mapping[str, Any]) -> Table:
     rows = []
     for (found, loss), weights in groups.items():
         said = [_all_of(weights, "same_codes"), _all_of(weights, "same_scales")]
-        errors = [format_figure(float(max(weight[name] for weight in weights))) for name in ("largest", "relative")]
+        errors = [_largest_of(weights, name) for name in ("largest", "relative")]
         rows.append([found, str(len(weights)), loss, *said, *errors])
     columns = ("read again as", "number", "declared lost", "same codes", "same scales", "max |dW|", "|dW| / |W|")
     return make_table("verified", columns, rows)
+
+
+def _largest_of(weights: Sequence[Mapping[str, Any]], name: str) -> str:
+    values = [weight[name] for weight in weights if weight[name] is not None]
+    return format_figure(max(map(float, values), default=None))
 
 
 def _all_of(weights: Sequence[Mapping[str, Any]], name: str) -> str:

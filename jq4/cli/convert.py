@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     watch = _terminal.Stopwatch()
     source, destination = Path(arguments.source), Path(arguments.destination)
     check_destination(source, destination)
+    _check_name(destination, arguments.to)
     work = _conversion.prepare(source, arguments.to, _options(arguments), arguments.requantize, arguments.shard_size)
     data = work.as_dict() | {"source": arguments.source, "destination": arguments.destination}
     out = _terminal.console()
@@ -81,6 +82,14 @@ def _options(arguments: argparse.Namespace) -> Mapping[str, Any]:
         if getattr(arguments, name) is not None and arguments.to != target:
             raise JQ4Error(f"--{name} is for --to {target}, and this is --to {arguments.to}; leave it out")
     return {"dtype": arguments.dtype, "type": arguments.type}
+
+
+def _check_name(destination: Path, target: str) -> None:
+    from jq4.errors import JQ4Error
+
+    if (destination.suffix == ".gguf") != (target == "gguf"):
+        wanted = "a file whose name ends in .gguf" if target == "gguf" else "a folder, whose name does not end in .gguf"
+        raise JQ4Error(f"{destination}: --to {target} writes {wanted}; choose such a name")
 
 
 def _worst(errors: Mapping[str, Mapping[str, float]]) -> str:

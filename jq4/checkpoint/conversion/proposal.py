@@ -32,11 +32,13 @@ class Proposal:
 
     Attributes:
       planned: in the source's order.
+      sources: the source's weights, of which some may be planned in another form (the requantizer's).
       source_format, target: their names.
       requantizer: what rounds again the weights that the target cannot hold; None where that was not asked for.
     """
 
     planned: tuple[Planned, ...]
+    sources: Mapping[str, LazyWeight]
     source_format: str
     target: str
     requantizer: Requantizer | None = None
@@ -50,7 +52,7 @@ class Proposal:
         """What becomes of each kind of weight, in plain data."""
         rows: dict[tuple[str, ...], dict[str, Any]] = {}
         for each in self.planned:
-            weight = each.weight
+            weight = self.sources[each.weight.name]
             told = {
                 "kind": re.sub(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])", "*", weight.name),
                 "from": form_of(weight),
@@ -95,7 +97,7 @@ def propose(
             f"{'; '.join(refused[:_TOLD])}{more}"
             + ("" if requantize else ". --requantize rounds them again, to the nearest that the target holds")
         )
-    return Proposal(tuple(planned), checkpoint.format, target, requantizer)
+    return Proposal(tuple(planned), checkpoint.weights, checkpoint.format, target, requantizer)
 
 
 def left_out(proposal: Proposal, kept: Collection[str]) -> Proposal:

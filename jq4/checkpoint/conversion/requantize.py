@@ -19,6 +19,7 @@ import numpy as np
 
 from jq4.checkpoint.conversion.dense import dense_rows
 from jq4.checkpoint.conversion.difference import Difference
+from jq4.checkpoint.foreign.host_dequantize import host_dequantize
 from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.checkpoint.foreign.writing import Planned, Writer
 from jq4.errors import JQ4Error
@@ -65,7 +66,7 @@ class Requantizer:
             made = rounding(dense)
             for name, part in held.items():
                 part[at] = np.asarray(getattr(made, name))
-            difference.add(np.asarray(made.dequantize(jnp.float32)), dense)
+            difference.add(host_dequantize(jax.tree.map(np.asarray, made)), dense)
         self.errors[weight.name] = difference.as_dict()
         return dataclasses.replace(abstract, **held)
 

@@ -22,7 +22,7 @@ from jq4.formats import get_format
 from jq4.freed_pages import give_back_freed_pages, give_back_mapped_pages
 from jq4.qarray import QArray, is_qarray
 
-MISSING = "missing"
+MISSING, LEFT_OUT = "missing", "left out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,40 +31,50 @@ class Verified:
 
     Attributes:
       loss: what was declared lost; "" for nothing.
-      found: the form that was read again; "missing" where there is no such weight of its shape.
+      found: the form that was read again, MISSING, or LEFT_OUT where that was declared.
       same_codes, same_scales: None where the forms have no codes in common to compare.
-      largest, relative: max |w' - w|, and |w' - w| / |w|.
+      largest, relative: max |w' - w|, and |w' - w| / |w|; None where there is nothing to compare.
     """
 
     name: str
     loss: str
     found: str
-    same_codes: bool | None
-    same_scales: bool | None
-    largest: float
-    relative: float
+    same_codes: bool | None = None
+    same_scales: bool | None = None
+    largest: float | None = None
+    relative: float | None = None
 
     @property
     def holds(self) -> bool:
         """Whether it is what was declared."""
-        return bool(self.loss) or (self.found != MISSING and self.largest == 0)
+        return self.found == LEFT_OUT or (self.found != MISSING and (bool(self.loss) or self.largest == 0))
 
 
 def verify(
     source: Checkpoint, output: Checkpoint, proposal: Proposal, progress: Callable[[int, int], None]
 ) -> list[Verified]:
     """Compares every weight of the source with the output's of the same name."""
-    losses = {each.weight.name: each.loss for each in proposal.planned}
     verified = []
-    for i, (name, weight) in enumerate(source.weights.items()):
-        progress(i, len(source.weights))
-        verified.append(_verified(weight, output.weights.get(name), losses[name]))
+    for i, planned in enumerate(proposal.planned):
+        progress(i, len(proposal.planned))
+        name = planned.weight.name
+        found = output.weights.get(name) or output.weights.get(_twin(name, source))
+        if not planned.tensors:
+            verified.append(Verified(name, planned.loss, LEFT_OUT))
+        elif found is None or found.shape != planned.weight.shape:
+            verified.append(Verified(name, planned.loss, MISSING))
+        else:
+            verified.append(_compared(source.weights[name], found, planned.loss))
     return verified
 
 
-def _verified(weight: LazyWeight, found: LazyWeight | None, loss: str) -> Verified:
-    if found is None or found.shape != weight.shape:
-        return Verified(weight.name, loss, MISSING, None, None, np.inf, np.inf)
+def _twin(name: str, source: Checkpoint) -> str:
+    """What else the head, or the embedding, is called where the two are one."""
+    twins = {"lm_head.weight": "model.embed_tokens.weight", "model.embed_tokens.weight": "lm_head.weight"}
+    return twins.get(name, name) if (source.config or {}).get("tie_word_embeddings") else name
+
+
+def _compared(weight: LazyWeight, found: LazyWeight, loss: str) -> Verified:
     wanted_value, found_value = weight.read(), found.read()
     codes, scales = _same_parts(wanted_value, found_value)
     difference = Difference()
