@@ -176,18 +176,10 @@ def write(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Callable
 
     tensors: name -> (safetensors' name of the dtype, shape, what makes the array when its turn comes).
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape, _) in tensors.items():
-        stop = offset + math.prod(shape) * DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
-        offset = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
+    head, _ = head_of({name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()})
     temporary = file.with_name(file.name + ".partial")
     with temporary.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(head)
         for name, (dtype, shape, make) in tensors.items():
             array = np.ascontiguousarray(make(), DTYPES[dtype])
             if array.shape != shape:
@@ -196,6 +188,25 @@ def write(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Callable
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def head_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """What a file of these tensors begins with, and where each lies in it.
+
+    tensors: name -> (safetensors' name of the dtype, shape).
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = offset + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    del header["__metadata__"]
+    places = {name: entry["data_offsets"] for name, entry in header.items()}
+    return head, {name: (len(head) + start, len(head) + stop) for name, (start, stop) in places.items()}
 
 
 def _size(file: Path) -> int:
