@@ -3,6 +3,7 @@
 It is written beside its place and takes it at the end, whole, once it has reached the disk.
 """
 
+import io
 import math
 import os
 import re
@@ -67,6 +68,28 @@ def write(
 def notes(planned: list[Planned], checkpoint: Checkpoint, options: Mapping[str, Any]) -> list[str]:
     """What a file made of this plan says otherwise than the checkpoint's config and tokenizer do."""
     return _outside(planned, checkpoint, options)[2]
+
+
+def outline(
+    planned: list[Planned], checkpoint: Checkpoint, options: Mapping[str, Any]
+) -> tuple[list[Planned], bytes, dict[str, tuple[int, int]], int]:
+    """For who writes the tensors one by one: the weights that are written, what the file begins with (its header, and
+    the tensors that no weight makes), where each tensor lies, and the file's size.
+    """
+    planned = _each_tensor_once(planned)
+    metadata, factors, _ = _outside(planned, checkpoint, options)
+    described = {name: (BY_NAME["F32"], tuple(array.shape)) for name, array in factors.items()}
+    for one in planned:
+        described |= {name: (BY_NAME[kind], shape) for name, (kind, shape) in one.tensors.items()}
+    head = header(metadata, described)
+    places, stop = {}, len(head)
+    for name, one in described.items():
+        places[name] = (stop, stop + _size(one))
+        stop += _filled(_size(one))
+    stream = io.BytesIO()
+    for name, array in factors.items():
+        _append(stream, name, described[name], array)
+    return planned, head + stream.getvalue(), places, stop
 
 
 def header(metadata: Mapping[str, Any], described: Described) -> bytes:

@@ -64,7 +64,8 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
         blocks = _encoded(value, kind, way, weight.name, shifted)
         return {name: to_llama_order(blocks, heads, weight.name)}
 
-    return Planned(weight, {name: (kind.name, weight.shape)}, encode, loss, doubt)
+    anew = weight.packed and way is None and kind.dtype is None
+    return Planned(weight, {name: (kind.name, weight.shape)}, encode, loss, doubt, requantized=anew)
 
 
 def file_type_number(options: Mapping[str, Any], planned: list[Planned]) -> int:
