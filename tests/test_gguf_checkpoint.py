@@ -179,6 +179,10 @@ def test_shards_are_one_checkpoint(tmp_path, shared_data):
     assert len(checkpoint.weights) == len(names)
     wanted = open_checkpoint(whole.file).weights["model.layers.1.self_attn.k_proj.weight"]
     np.testing.assert_array_equal(_dense(checkpoint.weights[wanted.name]), _dense(wanted))
+    assert list(open_checkpoint(tmp_path).weights) == list(checkpoint.weights)
+    (tmp_path / "other.gguf").touch()
+    with pytest.raises(JQ4Error, match=r"holds 2 \.gguf files \(m-00001-of-00002\.gguf, \.\.\.\); say which one"):
+        open_checkpoint(tmp_path)
     (tmp_path / "m-00001-of-00002.gguf").unlink()
     with pytest.raises(JQ4Error, match=r"m-00001-of-00002\.gguf: the shard is missing"):
         open_checkpoint(tmp_path / "m-00002-of-00002.gguf")

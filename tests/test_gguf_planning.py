@@ -196,6 +196,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, shared_data):
     with pytest.raises(JQ4Error, match="the tenth"):
         gguf.write(file, planned, checkpoint, options, lambda done, total: steps.append(done / total))
     assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
     assert len(steps) == 10 and steps == sorted(steps)
 
 
