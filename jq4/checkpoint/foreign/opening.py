@@ -48,7 +48,7 @@ class Reader(Protocol):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint in a Hugging Face folder, a .safetensors or a .gguf file (or its folder); weights are not read yet.
+    """The checkpoint in a Hugging Face folder, a .safetensors file, or a .gguf file or its folder; nothing is read yet.
 
     Raises JQ4Error, naming file and tensor, for what is missing, damaged, contradictory or of a format that is not
     read; a pickle is always refused.
