@@ -188,12 +188,15 @@ def test_shards_are_one_checkpoint(tmp_path, shared_data):
         open_checkpoint(tmp_path / "m-00002-of-00002.gguf")
 
 
-def test_metadata_that_no_model_can_have_are_an_error(tmp_path, shared_data):
+@pytest.mark.parametrize(
+    ("layers", "wanted"), [(0, "a positive whole number"), (2**31 - 1, "no more than 20 tensors fill")]
+)
+def test_metadata_that_no_model_can_have_are_an_error(layers, wanted, tmp_path, shared_data):
     content = (shared_data / "gguf" / "tinystories-656k-q4_0.gguf").read_bytes()
     place = content.index(b"llama.block_count") + len(b"llama.block_count") + 4
     file = tmp_path / "bad.gguf"
-    file.write_bytes(content[:place] + struct.pack("<I", 0) + content[place + 4 :])
-    with pytest.raises(JQ4Error, match=r"bad\.gguf: llama\.block_count is 0, wanted a positive whole number"):
+    file.write_bytes(content[:place] + struct.pack("<I", layers) + content[place + 4 :])
+    with pytest.raises(JQ4Error, match=rf"bad\.gguf: llama\.block_count is {layers}, wanted {wanted}"):
         open_checkpoint(file)
 
 
