@@ -20,7 +20,7 @@ from jq4.checkpoint.safetensors_files import StoredTensor, open_tensors, read_js
 from jq4.errors import JQ4Error
 
 # in the order in which they are asked
-READERS: tuple[str, ...] = ("bitsandbytes", "mxfp4", "hqq")
+READERS: tuple[str, ...] = ("bitsandbytes", "mxfp4", "hqq", "torchao", "gemma", "mlx", "quanto")
 
 # what belongs to a model beside its weights
 COMPANIONS = (
