@@ -76,6 +76,7 @@ def test_rounded_activations_are_told(tmp_path):
     ({"a.q_proj.weight": np.ones((6, 32), np.float32)}, {}, "'a.q_proj.weight' has dtype F32, wanted U8 or I8"),
     ({"a.q_proj.weight_scale": np.ones((5, 1), np.float32)}, {}, r"_scale' has shape \[5, 1\], wanted \[6, any\]"),
     ({"embed.embedding_scale": np.ones((10, 5), np.float32)}, {}, "wanted groups that divide 16, the weight's columns"),
+    ({"embed.embedding_quantized": np.uint8(1)}, {}, r"embedding_quantized' has shape \[\], wanted \[any, any\]"),
     ({}, {"num_bits": 8}, "'a.q_proj.weight' is U8 and config.json says 8 bits, wanted I8 for 8 bits, U8 for 2 or 4"),
     ({}, {"module_quant_configs": {"(": {}}}, "module_quant_configs has a pattern that is none"),
     ({}, {"module_quant_configs": [1]}, "module_quant_configs is no object of objects"),

@@ -118,6 +118,13 @@ def test_dense_weights_are_quantized_as_ocp_says(kind):
     np.testing.assert_array_equal(dense(q), by_the_book(values).astype(np.float32))
 
 
+def test_nearest_codes_are_those_of_ml_dtypes():
+    values = np.concatenate([np.arange(-28, 29) / 4, np.random.default_rng(0).normal(size=500) * 4, [0.0, -0.0, 1e30]])
+    values = values.astype(np.float32)
+    theirs = np.clip(values, -6, 6).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+    np.testing.assert_array_equal(mx_blocks.nearest_code(values), theirs)
+
+
 def test_other_packed_weights_are_rounded_and_told():
     rng = np.random.default_rng(0)
     scale = np.float32(2.0) ** rng.integers(-3, 3, (4, 2))

@@ -58,6 +58,7 @@ def _pairs(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, StoredTen
             yield prefix, partner(tensors, tensor, f"{prefix}.weight", ("U8", "I8"), (None, None)), tensor
         elif name.endswith(_TABLE):
             prefix = name.removesuffix(_TABLE)
+            checked(tensor, ("U8", "I8"), (None, None))
             yield prefix, tensor, partner(tensors, tensor, f"{prefix}.embedding_scale", FLOATS)
 
 
@@ -98,7 +99,6 @@ def _weight(
     tensors: Mapping[str, StoredTensor], prefix: str, codes: StoredTensor, scale: StoredTensor, bits: int, dtype: str
 ) -> LazyWeight:
     rows, width = codes.shape[0], codes.shape[-1] * 8 // bits
-    checked(codes, ("U8", "I8"), (None, None))
     checked(scale, FLOATS, (rows, None))
     groups = max(scale.shape[1], 1)
     if not width or width % groups:

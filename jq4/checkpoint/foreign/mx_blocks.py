@@ -54,9 +54,17 @@ def quantized(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     _, exponent = np.frexp(np.abs(blocks).max(axis=-1))  # amax = m * 2**exponent, m in [.5, 1); 0 for zeros
     shared = np.clip(exponent - 1 - _EMAX, -_BIAS, _BIAS)
     shared = np.where(blocks.any(axis=-1), shared, -_BIAS)
-    scaled = np.clip(np.ldexp(blocks, -shared[..., None]), -6, 6)
-    codes = scaled.astype(ml_dtypes.float4_e2m1fn).view(np.uint8).reshape(values.shape)
-    return codes, (shared + _BIAS).astype(np.uint8)
+    codes = nearest_code(blocks * np.ldexp(np.float32(1), -shared)[..., None])  # exact: by a power of two
+    return codes.reshape(values.shape), (shared + _BIAS).astype(np.uint8)
+
+
+def nearest_code(scaled: np.ndarray) -> np.ndarray:
+    """The codes u8[...] of e2m1 nearest to finite values; ties to the even code, beyond 6 to 6, -0 keeps its sign."""
+    magnitude = np.abs(scaled)
+    codes = np.signbit(scaled).view(np.uint8) << 3
+    for code, middle in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)):
+        codes += magnitude >= middle if code % 2 else magnitude > middle
+    return codes
 
 
 def packed(name: str, weight: Any) -> tuple[np.ndarray, np.ndarray]:

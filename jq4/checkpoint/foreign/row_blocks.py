@@ -12,7 +12,7 @@ from jq4.checkpoint.foreign import bit_strings
 from jq4.qarray import QArray, dequantize_array, is_qarray
 from pallas_kernels.packing import packed_length
 
-ELEMENTS = 2**21  # of a block, about
+ELEMENTS = 2**18  # of a block, about: what a core's cache holds
 
 
 def row_blocks(rows: int, width: int, multiple: int = 1) -> Iterator[slice]:

@@ -19,6 +19,9 @@ import numpy as np
 from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.checkpoint.safetensors_files import DTYPES
 
+# modules of this package
+WRITERS: tuple[str, ...] = ("bnb_nf4", "mxfp4")
+
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
