@@ -9,10 +9,13 @@ points, its levels are `code - zero_point` instead. Codebook formats list their 
     fp4   e2m1: a sign bit, two bits of exponent, one of mantissa (OCP Microscaling 1.0): 0 .5 1 1.5 2 3 4 6
     dynamic8  a sign, a power of ten down to 1e-6 and a linear fraction of the bits that it leaves: bitsandbytes' signed
           "dynamic" map (Dettmers 2016), for scales that are packed themselves (jq4.double_quant)
+    e4m3  8-bit floats: a sign, four bits of exponent, three of mantissa, up to 448, codes 127 and 255 NaN (OCP FP8);
+          for NVFP4's scales
 """
 
 import dataclasses
 
+import ml_dtypes
 import numpy as np
 
 from jq4.errors import JQ4Error
@@ -48,7 +51,7 @@ class Format:
     @property
     def max_level(self) -> float:
         """The largest magnitude that is representable on both sides: 7 for int4, 1 for nf4, 6 for fp4."""
-        return float(self.center - 1) if self.levels is None else float(max(self.levels))
+        return float(self.center - 1) if self.levels is None else float(np.nanmax(self.levels))
 
 
 _NF4 = (
@@ -84,6 +87,8 @@ _IQ4_NL = (
 _BNB_FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
+_E4M3 = tuple(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64).tolist())
+
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
@@ -99,6 +104,7 @@ FORMATS: dict[str, Format] = {
         Format("fp4", 4, _E2M1 + tuple(-level for level in _E2M1)),
         Format("bnb_fp4", 4, _BNB_FP4 + tuple(-level for level in _BNB_FP4)),
         Format("dynamic8", 8, _dynamic_levels()),
+        Format("e4m3", 8, _E4M3),
     )
 }
 

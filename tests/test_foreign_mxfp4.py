@@ -28,7 +28,7 @@ def test_gpt_oss_is_read_as_transformers_reads_it(tmp_path):
     torch = pytest.importorskip("torch")
     mxfp4_of_transformers = pytest.importorskip("transformers.integrations.mxfp4")
     tensors = gpt_oss()
-    q = read_weight(write_checkpoint(tmp_path / "m", tensors, {"dtype": "bfloat16"}), EXPERTS, "mxfp4")
+    q = read_weight(write_checkpoint(tmp_path / "m", tensors, {"dtype": "bfloat16"}), EXPERTS, "gpt-oss")
     blocks, scales = (torch.tensor(tensors[f"{EXPERTS}_{name}"]) for name in ("blocks", "scales"))
     theirs = mxfp4_of_transformers.convert_moe_packed_tensors(blocks, scales)  # bf16[E, H, 2I]
     assert q.shape == (2, 6, 96) and q.dtype == "bfloat16"

@@ -54,6 +54,10 @@ class StoredTensor:
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
     def read(self) -> np.ndarray:
         """The tensor as a view of the file, which is read as the view is used."""
         if self.stop == self.start:
@@ -113,14 +117,26 @@ def parse_json(content: bytes, where: str) -> Any:
         raise JQ4Error(f"{where}: is not JSON ({error}). It is damaged; download it again.") from error
 
 
+def holds_tensors(folder: Path) -> bool:
+    """Whether a folder has safetensors files."""
+    return folder.is_dir() and any(folder.glob("*.safetensors*"))
+
+
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors by name, of a folder's one file or of the shards of its index, or of the one file given."""
+    """All tensors by name, of a folder's one file or of the shards of its index, or of the one file given.
+
+    Packers call their files by names of their own: without a model.safetensors or its index, all safetensors files are
+    taken together.
+    """
     if not folder.is_dir():
         return read_header(folder)
     if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
     if (folder / INDEX).exists():
         return _open_shards(folder, read_json(folder / INDEX))
+    others = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    if others:
+        return _of_all(folder, others)
     pickles = [one.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for one in sorted(folder.glob(pattern))]
     if pickles:
         raise JQ4Error(
@@ -128,6 +144,19 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
             "Save the model with save_pretrained(..., safe_serialization=True), or take its safetensors."
         )
     raise JQ4Error(f"{folder}: found neither {SINGLE} nor {INDEX}. Give the folder that holds the weights.")
+
+
+def _of_all(folder: Path, files: list[Path]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise JQ4Error(
+                    f"{folder}: tensor {name!r} is in both {tensors[name].file.name} and {file.name}. Remove the file "
+                    "that is not of this model."
+                )
+            tensors[name] = tensor
+    return tensors
 
 
 def _open_shards(folder: Path, index: Any) -> dict[str, StoredTensor]:
@@ -161,18 +190,10 @@ def write(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Callable
 
     tensors: name -> (safetensors' name of the dtype, shape, what makes the array when its turn comes).
     """
-    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape, _) in tensors.items():
-        stop = offset + math.prod(shape) * DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
-        offset = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
+    head, _ = head_of({name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()})
     temporary = file.with_name(file.name + ".partial")
     with temporary.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(head)
         for name, (dtype, shape, make) in tensors.items():
             array = np.ascontiguousarray(make(), DTYPES[dtype])
             if array.shape != shape:
@@ -181,6 +202,25 @@ def write(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Callable
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def head_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """What a file of these tensors begins with, and where each lies in it.
+
+    tensors: name -> (safetensors' name of the dtype, shape).
+    """
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = offset + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    del header[_METADATA]
+    places = {name: entry["data_offsets"] for name, entry in header.items()}
+    return head, {name: (len(head) + start, len(head) + stop) for name, (start, stop) in places.items()}
 
 
 def _size(file: Path) -> int:

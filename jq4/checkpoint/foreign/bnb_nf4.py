@@ -62,6 +62,7 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
         _tensors(weight.name, state, double),
         encode,
         loss=_loss(weight, kept, double, as_held),
+        requantized=weight.packed and not kept,
         doubt="" if not kept or kept == weight.abstract.group_size else f"groups must make whole blocks of {kept}",
     )
 

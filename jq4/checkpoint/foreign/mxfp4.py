@@ -5,7 +5,7 @@
 
 in OpenAI's own files block.0.mlp.mlp1_weight.blocks and .scales. A weight is named without the suffix, and keeps its
 rows as they are (those of gate_up_proj alternate: gate, up, gate, ...); its codes are the blocks' bytes unchanged.
-transformers' dense experts are the transpose, [E, H, 2I].
+transformers' dense experts are the transpose, [E, H, 2I]. (compressed-tensors has a form of MXFP4 of its own.)
 
 Written: experts that are packed already, and linear layers, a matrix without the axis E. No options but "ignore".
 """
@@ -20,14 +20,14 @@ import numpy as np
 from jq4.checkpoint.foreign import mx_blocks
 from jq4.checkpoint.foreign.linears import is_linear, module_of
 from jq4.checkpoint.foreign.mx_blocks import BLOCK, SCALE_DTYPE, SCALE_NAMES
-from jq4.checkpoint.foreign.partners import checked, partner, refusal
+from jq4.checkpoint.foreign.named_tensors import checked, partner, refusal
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.foreign.writing import Planned, as_it_is
 from jq4.checkpoint.safetensors_files import StoredTensor
 from jq4.errors import JQ4Error
 from jq4.qarray import QArray
 
-NAME = "mxfp4"
+NAME = "gpt-oss"
 
 _SUFFIXES = {"_blocks": "_scales", ".blocks": ".scales"}
 
@@ -84,7 +84,9 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
     }
     of_groups = f" in groups of {weight.abstract.group_size}" if weight.packed else ""
     loss = "" if kept else f"{weight.format}{of_groups} rounded to MXFP4"
-    return Planned(weight, tensors, functools.partial(_encode, weight.name), loss)
+    return Planned(
+        weight, tensors, functools.partial(_encode, weight.name), loss, requantized=bool(loss) and weight.packed
+    )
 
 
 def _encode(name: str, value: Any) -> dict[str, np.ndarray]:

@@ -20,7 +20,10 @@ from jq4.checkpoint.safetensors_files import StoredTensor, open_tensors, read_js
 from jq4.errors import JQ4Error
 
 # in the order in which they are asked
-READERS: tuple[str, ...] = ("bitsandbytes", "mxfp4", "hqq", "torchao", "gemma", "mlx", "quanto")
+READERS: tuple[str, ...] = (
+    "bitsandbytes", "mxfp4", "hqq", "torchao", "gemma", "mlx", "quanto",
+    "compressed_tensors", "gptq", "awq",
+)  # fmt: skip
 
 # what belongs to a model beside its weights
 COMPANIONS = (
@@ -51,6 +54,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     read; a pickle is always refused.
     """
     path = Path(path)
+    if path.suffix == ".gguf" or _begins_as_gguf(path):
+        from jq4.checkpoint.foreign.gguf import open_gguf
+
+        return open_gguf(path)
     folder = path if path.is_dir() else path.parent
     tensors = open_tensors(path)
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
@@ -67,6 +74,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         files={name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()},
         notes=tuple(notes),
     )
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
 
 
 def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,0 +1,13 @@
+"""A checkpoint of one format to one of another, weight by weight (jq4.checkpoint.convert).
+
+proposal.py      what will be done of each weight, before anything is read: its form, what is lost, what is refused
+requantize.py    the nearest form that a target can hold, where it cannot hold what there is
+dense.py         the writer of dense safetensors, and weights unpacked a few rows at a time
+layout.py        where every byte of the output goes: shards, headers, index
+fixed_files.py   output files of known layout, filled in any order
+orbax_files.py   jq4's own folders, filled array by array
+destination.py   what may be written to, and the rename that makes it so
+progress.py      the journal: which weights are done, by the digests of what was written
+stream.py        a few weights at a time through reading, encoding and writing, within a bound of memory
+verification.py  the output read again and compared with the source
+"""
