@@ -20,7 +20,10 @@ from jq4.checkpoint.safetensors_files import StoredTensor, open_tensors, read_js
 from jq4.errors import JQ4Error
 
 # in the order in which they are asked
-READERS: tuple[str, ...] = ("compressed_tensors", "gptq", "awq")
+READERS: tuple[str, ...] = (
+    "bitsandbytes", "mxfp4", "hqq", "torchao", "gemma", "mlx", "quanto",
+    "compressed_tensors", "gptq", "awq",
+)  # fmt: skip
 
 # what belongs to a model beside its weights
 COMPANIONS = (
