@@ -39,7 +39,7 @@ from jq4.qarray import PARTS, is_qarray
 
 NAME = "orbax"
 WORK = "data"
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 16 * 2**20  # TensorStore holds several copies of one on its way
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
