@@ -5,8 +5,8 @@ reads or encodes while another waits for the disk. Where the output puts each by
 
 What a weight holds on its way is estimated from its sizes: its packed bytes (mapped pages of the file among them) and
 what is made of them, with the copies that transposing and unpacking make, and its values where it is rounded anew; a
-weight that is made in pieces holds a few of those. A thread begins a weight only while the sum stays within the bound; a
-weight beyond the bound by itself is an error before anything is written.
+weight that is made in pieces holds a few of those. A thread begins a weight only while the sum stays within the bound;
+a weight beyond the bound by itself is an error before anything is written.
 """
 
 import dataclasses
