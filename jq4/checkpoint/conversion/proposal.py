@@ -84,18 +84,20 @@ def propose(
         )
     requantizer = Requantizer(target) if requantize else None
     planned: list[Planned] = []
-    refused: list[str] = []
+    refused: dict[str, str] = {}
     for weight in weights:
         try:
             planned.append(_plan(weight, writer, options, requantizer))
         except JQ4Error as error:
-            refused.append(str(error) if weight.name in str(error) else f"{weight.name}: {error}")
+            refused[weight.name] = str(error) if weight.name in str(error) else f"{weight.name}: {error}"
     if refused:
         more = f" (and {len(refused) - _TOLD} more)" if len(refused) > _TOLD else ""
+        remedy = ""
+        if not requantize and any(_is_rounded_again(checkpoint.weights[name], writer, options) for name in refused):
+            remedy = "; --requantize rounds them again, to the nearest that the target holds"
         raise JQ4Error(
-            f"--to {target}: cannot hold {len(refused)} of {len(weights)} weights as they are; nothing was written: "
-            f"{'; '.join(refused[:_TOLD])}{more}"
-            + ("" if requantize else ". --requantize rounds them again, to the nearest that the target holds")
+            f"--to {target}: cannot hold {len(refused)} of {len(weights)} weights as they are{remedy}; nothing was "
+            f"written: {'; '.join(list(refused.values())[:_TOLD])}{more}"
         )
     return Proposal(tuple(planned), checkpoint.weights, checkpoint.format, target, requantizer)
 
@@ -158,3 +160,12 @@ def _plan(weight: LazyWeight, writer: Writer, options: Mapping[str, Any], requan
     if planned.requantized and requantizer is None:
         raise JQ4Error(f"{weight.name}: {form_of(weight)} would be {planned.loss}")
     return planned
+
+
+def _is_rounded_again(weight: LazyWeight, writer: Writer, options: Mapping[str, Any]) -> bool:
+    """Whether a weight would be taken if it may be rounded again."""
+    try:
+        _plan(weight, writer, options, Requantizer(writer.NAME))
+    except JQ4Error:
+        return False
+    return True

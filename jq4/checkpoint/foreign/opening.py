@@ -21,7 +21,10 @@ from jq4.checkpoint.safetensors_files import INDEX, SINGLE, StoredTensor, open_t
 from jq4.errors import JQ4Error
 
 # in the order in which they are asked
-READERS: tuple[str, ...] = ("compressed_tensors", "gptq", "awq")
+READERS: tuple[str, ...] = (
+    "bitsandbytes", "mxfp4", "hqq", "torchao", "gemma", "mlx", "quanto",
+    "compressed_tensors", "gptq", "awq",
+)  # fmt: skip
 
 _LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
