@@ -53,7 +53,7 @@ def prepare(source: Path, target: str, options: Mapping[str, Any], requantize: b
     if target == "orbax":
         return _to_orbax(source, opened, proposal)
     made = safetensors_target(opened, proposal, writer, options, parse_memory(shard_size))
-    return Work(opened, proposal, made, {"dtype": options["dtype"]})
+    return Work(opened, proposal, made, options)
 
 
 def _kept_type(opened: Checkpoint) -> str:
