@@ -125,7 +125,7 @@ def test_a_folder_of_our_own_is_the_model_that_the_source_is(tmp_path, capsys, g
 def test_weights_that_make_no_model_keep_their_names_in_the_bytes_of_jq4_save(tmp_path, capsys, gptq):
     source = gptq[0]
     (source / "config.json").write_text(json.dumps({"model_type": "strange"}))
-    told = converted(capsys, source, tmp_path / "out", "--to", "orbax")
+    told = converted(capsys, source, tmp_path / "out", "--to", "orbax", "--verify")
     assert "the weights keep their own names" in told["notes"][-1]
     weights = open_checkpoint(source).weights
     tree = {name: jax.tree.map(np.asarray, weight.read()) for name, weight in weights.items()}
@@ -134,6 +134,8 @@ def test_weights_that_make_no_model_keep_their_names_in_the_bytes_of_jq4_save(tm
     files = [path.relative_to(saved) for path in sorted(saved.rglob("*")) if path.is_file()]
     assert files == [path.relative_to(ours) for path in sorted(ours.rglob("*")) if path.is_file()]
     assert all((ours / name).read_bytes() == (saved / name).read_bytes() for name in files)
+    converted(capsys, tmp_path / "out", tmp_path / "back", "--to", "gptq", "--verify")
+    assert_same_tensors(tmp_path / "back", gptq[1])
 
 
 def test_large_arrays_are_written_in_chunks(tmp_path, capsys, monkeypatch, gptq):
