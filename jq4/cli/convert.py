@@ -12,7 +12,7 @@ DESCRIPTION = (
     "each kind of weight and what is lost; DST is written whole or not at all, and the same command goes on where a "
     "killed one stopped (DST.partial holds its work)."
 )
-_TARGETS = ("orbax", "safetensors", "compressed-tensors", "gptq", "awq", "gguf", "bnb-nf4", "mxfp4")
+_TARGETS = ("orbax", "safetensors", "compressed-tensors", "gptq", "awq", "gguf", "bnb-nf4", "mxfp4", "gpt-oss")
 _OPTIONS = {
     "dtype": ("safetensors",),
     "type": ("gguf",),
