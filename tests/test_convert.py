@@ -202,3 +202,20 @@ def test_names_are_keys_and_never_paths(tmp_path, capsys):
     assert sorted(jq4.restore(tmp_path / "out" / "orbax")) == sorted(names)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["orbax", "safetensors"]
+
+
+def test_mxfp4_goes_through_its_three_layouts_and_nf4_through_ours(tmp_path, capsys):
+    write_dense(tmp_path / "dense")
+    told = converted(capsys, tmp_path / "dense", tmp_path / "mx", "--to", "mxfp4", "--requantize", "--verify")
+    assert len(told["requantized"]) == 2 * len(LINEAR)
+    assert all(0.05 < error["relative"] < 0.15 for error in told["requantized"].values())
+    converted(capsys, tmp_path / "dense", tmp_path / "nf4", "--to", "bnb-nf4")
+    for name, steps in {"mx": ("gpt-oss", "orbax", "mxfp4"), "nf4": ("orbax", "bnb-nf4")}.items():
+        source = tmp_path / name
+        for target in steps:
+            told = converted(capsys, source, tmp_path / f"{name}-{target}", "--to", target, "--verify")
+            assert told["lossless"] and all(one["largest"] == 0 for one in told["verified"])
+            source = tmp_path / f"{name}-{target}"
+        assert_same_tensors(source, load_file(tmp_path / name / "model.safetensors"))
+    said = refused(capsys, tmp_path / "nf4", tmp_path / "out", "--to", "mxfp4")
+    assert "cannot hold 14 of 21 weights as they are; --requantize rounds them again" in said
