@@ -186,3 +186,48 @@ def test_options_of_other_targets_are_refused(tmp_path, capsys, gptq):
     assert "--dtype is for --to safetensors, and this is --to awq" in said
     said = refused(capsys, gptq, tmp_path / "out", "--to", "safetensors", "--dtype", "int3")
     assert "--dtype int3: is not a dtype of dense weights, wanted one of float64, float32, float16, bfloat16" in said
+
+
+@pytest.mark.parametrize("name, content", [
+    ("x.pt", b"PK\x03\x04"), ("pytorch_model.bin", b""), ("nameless", b"\x80\x02}q\x00."),
+])  # fmt: skip
+def test_a_pickle_given_as_a_file_is_called_one(tmp_path, capsys, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert "is a pickle, which can run any code" in refused(capsys, tmp_path / name, tmp_path / "out", "--to", "orbax")
+
+
+def test_files_of_other_kinds_are_not_called_damaged(tmp_path, capsys):
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x07\x12\x07pytorch")
+    said = refused(capsys, tmp_path / "m.onnx", tmp_path / "out", "--to", "orbax")
+    assert "neither a safetensors nor a GGUF file" in said
+
+
+def test_an_adapter_is_no_model(tmp_path, capsys):
+    write_dense(tmp_path / "lora")
+    (tmp_path / "lora" / "config.json").rename(tmp_path / "lora" / "adapter_config.json")
+    said = refused(capsys, tmp_path / "lora", tmp_path / "out", "--to", "orbax")
+    assert "holds an adapter (adapter_config.json)" in said and "merge_and_unload" in said
+
+
+def test_shards_without_index_must_all_be_there(tmp_path, capsys):
+    write_gptq(tmp_path / "gptq")
+    converted(capsys, tmp_path / "gptq", tmp_path / "cut", "--to", "gptq", "--shard-size", "40kB")
+    (tmp_path / "cut" / "model.safetensors.index.json").unlink()
+    told = converted(capsys, tmp_path / "cut", tmp_path / "whole", "--to", "awq")
+    shards = sorted((tmp_path / "cut").glob("*.safetensors"))
+    shards[1].unlink()
+    said = refused(capsys, tmp_path / "cut", tmp_path / "out", "--to", "awq")
+    assert told["weights"] == 21 and f"holds {len(shards) - 1} of the {len(shards)} shards of 'model'" in said
+
+
+def test_a_wrong_option_is_told_once(tmp_path, capsys):
+    write_dense(tmp_path / "dense")
+    said = refused(capsys, tmp_path / "dense", tmp_path / "out.gguf", "--to", "gguf", "--type", "q4_9")
+    assert said.count("--type is 'q4_9'") == 1 and "cannot hold" not in said
+
+
+def test_a_gguf_beside_safetensors_is_told_of(tmp_path, capsys):
+    write_gptq(tmp_path / "gptq")
+    (tmp_path / "gptq" / "other.gguf").write_bytes(b"GGUF")
+    told = converted(capsys, tmp_path / "gptq", tmp_path / "out", "--to", "awq", "--dry-run")
+    assert "other.gguf too; its safetensors are read" in told["notes"][0]

@@ -9,6 +9,7 @@ does not keep to this is refused before any of it is used: a header is not to be
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from jq4.errors import JQ4Error
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _METADATA = "__metadata__"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -129,6 +132,7 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     taken together.
     """
     if not folder.is_dir():
+        _check_kind(folder)
         return read_header(folder)
     if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
@@ -137,16 +141,44 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     others = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if others:
         return _of_all(folder, others)
-    pickles = [one.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for one in sorted(folder.glob(pattern))]
+    pickles = [one for ending in _PICKLES for one in sorted(folder.glob(f"*{ending}"))]
     if pickles:
-        raise JQ4Error(
-            f"{folder / pickles[0]}: is a pickle, which can run any code when opened and is never read. "
-            "Save the model with save_pretrained(..., safe_serialization=True), or take its safetensors."
-        )
+        raise _pickle(pickles[0])
     raise JQ4Error(f"{folder}: found neither {SINGLE} nor {INDEX}. Give the folder that holds the weights.")
 
 
+def _check_kind(file: Path) -> None:
+    """Raises JQ4Error for a file that is no safetensors file by its name or its first bytes."""
+    if file.suffix == ".safetensors" or not file.is_file():
+        return
+    with file.open("rb") as stream:
+        start = stream.read(9)
+    if file.suffix in _PICKLES or start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        raise _pickle(file)
+    if start[8:] != b"{":
+        raise JQ4Error(
+            f"{file}: is neither a safetensors nor a GGUF file by its first bytes. Give the folder of a model, a "
+            ".safetensors or a .gguf file."
+        )
+
+
+def _pickle(file: Path) -> JQ4Error:
+    return JQ4Error(
+        f"{file}: is a pickle, which can run any code when opened and is never read. "
+        "Save the model with save_pretrained(..., safe_serialization=True), or take its safetensors."
+    )
+
+
+def _check_shards(folder: Path, files: list[Path]) -> None:
+    """Raises JQ4Error where the files' own names tell that some are missing."""
+    families = Counter(told.groups() for file in files if (told := _SHARD.fullmatch(file.name)))
+    for (stem, count), found in families.items():
+        if found < int(count):
+            raise JQ4Error(f"{folder}: holds {found} of the {int(count)} shards of {stem!r}. Download it again.")
+
+
 def _of_all(folder: Path, files: list[Path]) -> dict[str, StoredTensor]:
+    _check_shards(folder, files)
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         for name, tensor in read_header(file).items():

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "destination",
         metavar="DST",
-        help="the folder to write (a .gguf file for gguf); an older conversion is replaced",
+        help="the folder to write (a new .gguf file for gguf); a folder of an older conversion is replaced",
     )
     parser.add_argument("--to", required=True, choices=_TARGETS, metavar="FORMAT", help=", ".join(_TARGETS))
     parser.add_argument(

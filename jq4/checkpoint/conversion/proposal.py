@@ -96,17 +96,26 @@ def propose(
             dense_alone = weight.name in unpacked
             planned.append(plan_dense(weight, target) if dense_alone else _plan(weight, writer, options, requantizer))
         except JQ4Error as error:
-            refused[weight.name] = str(error) if weight.name in str(error) else f"{weight.name}: {error}"
+            refused[weight.name] = str(error)
     if refused:
+        _raise_what_holds_for_all(target, refused)
+        reasons = [said if name in said else f"{name}: {said}" for name, said in refused.items()][:_TOLD]
         more = f" (and {len(refused) - _TOLD} more)" if len(refused) > _TOLD else ""
         remedy = ""
         if not requantize and any(_is_rounded_again(checkpoint.weights[name], writer, options) for name in refused):
             remedy = "; --requantize rounds them again, to the nearest that the target holds"
         raise JQ4Error(
             f"--to {target}: cannot hold {len(refused)} of {len(weights)} weights as they are{remedy}; nothing was "
-            f"written: {'; '.join(list(refused.values())[:_TOLD])}{more}"
+            f"written: {'; '.join(reasons)}{more}"
         )
     return Proposal(tuple(planned), checkpoint.weights, checkpoint.format, target, requantizer)
+
+
+def _raise_what_holds_for_all(target: str, refused: Mapping[str, str]) -> None:
+    """An option or a config that no weight can be planned with is not said weight by weight."""
+    said = set(refused.values())
+    if len(said) == 1 and len(refused) > 1:
+        raise JQ4Error(f"--to {target}: {said.pop()}")
 
 
 def left_out(proposal: Proposal, kept: Collection[str]) -> Proposal:

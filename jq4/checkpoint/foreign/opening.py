@@ -28,6 +28,8 @@ READERS: tuple[str, ...] = (
 
 _LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
+_ADAPTER = "adapter_config.json"
+
 # what belongs to a model beside its weights
 COMPANIONS = (
     "generation_config.json",
@@ -63,6 +65,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
         return open_gguf(of_llama_cpp)
     folder = path if path.is_dir() else path.parent
+    if (folder / _ADAPTER).exists() and not (folder / "config.json").exists():
+        raise JQ4Error(
+            f"{folder}: holds an adapter ({_ADAPTER}), which is no model by itself. Merge it into its base first: "
+            "peft's merge_and_unload(), then save_pretrained."
+        )
     tensors = open_tensors(path)
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if not isinstance(config, dict):
@@ -76,7 +83,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         config={key: value for key, value in config.items() if key != "quantization_config"} or None,
         quantization=quantization,
         files={name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()},
-        notes=tuple(notes),
+        notes=(*notes, *_left_aside(path)),
+    )
+
+
+def _left_aside(path: Path) -> list[str]:
+    """What else lies in a folder that is read for its safetensors."""
+    files = sorted(file.name for file in path.glob("*.gguf")) if path.is_dir() else []
+    return (
+        [f"{path} holds {', '.join(files[:3])} too; its safetensors are read: name the .gguf for that"] if files else []
     )
 
 
