@@ -221,3 +221,20 @@ def test_mxfp4_goes_through_its_three_layouts_and_nf4_through_ours(tmp_path, cap
         assert_same_tensors(source, load_file(tmp_path / name / "model.safetensors"))
     said = refused(capsys, tmp_path / "nf4", tmp_path / "out", "--to", "mxfp4")
     assert "cannot hold 14 of 21 weights as they are; --requantize rounds them again" in said
+
+
+def test_experts_go_through_all_layouts_of_mxfp4_and_back(tmp_path, capsys):
+    from tests.foreign_folder import save
+
+    draw = np.random.default_rng(0)
+    tensors = {"model.layers.0.mlp.router.weight": draw.normal(size=(4, 64)).astype(np.float32)}
+    for name, rows in (("gate_up_proj", 128), ("down_proj", 64)):
+        experts = f"model.layers.0.mlp.experts.{name}"
+        tensors[f"{experts}_blocks"] = draw.integers(0, 256, (4, rows, 2, 16), dtype=np.uint8)
+        tensors[f"{experts}_scales"] = draw.integers(118, 130, (4, rows, 2), dtype=np.uint8)
+    save(tmp_path / "gpt-oss", tensors, {"quant_method": "mxfp4"}, model_type="gpt_oss")
+    steps = ["gpt-oss", "mxfp4", "orbax", "compressed-tensors", "gpt-oss again"]
+    for before, after in itertools.pairwise(steps):
+        told = converted(capsys, tmp_path / before, tmp_path / after, "--to", after.split()[0], "--verify")
+        assert told["lossless"] and all(one["largest"] == 0 for one in told["verified"])
+    assert_same_tensors(tmp_path / "gpt-oss again", tensors)

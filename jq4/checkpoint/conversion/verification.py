@@ -58,7 +58,7 @@ def verify(
     for i, planned in enumerate(proposal.planned):
         progress(i, len(proposal.planned))
         name = planned.weight.name
-        found = output.weights.get(name) or output.weights.get(_twin(name, source))
+        found = next((held for one in _names(name, source) if (held := output.weights.get(one)) is not None), None)
         if not planned.tensors:
             verified.append(Verified(name, planned.loss, LEFT_OUT))
         elif found is None or found.shape != planned.weight.shape:
@@ -68,10 +68,12 @@ def verify(
     return verified
 
 
-def _twin(name: str, source: Checkpoint) -> str:
-    """What else the head, or the embedding, is called where the two are one."""
+def _names(name: str, source: Checkpoint) -> tuple[str, ...]:
+    """What a weight may be called in the output: a tied head is the embedding, experts are modules or parameters."""
     twins = {"lm_head.weight": "model.embed_tokens.weight", "model.embed_tokens.weight": "lm_head.weight"}
-    return twins.get(name, name) if (source.config or {}).get("tie_word_embeddings") else name
+    tied = (source.config or {}).get("tie_word_embeddings") and name in twins
+    other = name.removesuffix(".weight") if name.endswith(".weight") else f"{name}.weight"
+    return (name, twins[name] if tied else other)
 
 
 def _compared(weight: LazyWeight, found: LazyWeight, loss: str) -> Verified:

@@ -150,7 +150,8 @@ def _encode(
     }
     if double:
         held[f"{name}.nested_quant_map"] = np.asarray(get_format(NESTED_FORMAT).levels, np.float32)
-    held[f"{name}.quant_map"] = np.asarray(get_format(FORMATS[state.quant_type]).levels, np.float32)
+    levels = np.asarray(get_format(FORMATS[state.quant_type]).levels, np.float32)
+    held[f"{name}.quant_map"] = levels + np.float32(0)  # bitsandbytes' FP4 has no -0.0
     held[f"{name}{SUFFIX}{state.quant_type}"] = state.encoded(_LONGEST_STATE if double else None)
     return held
 

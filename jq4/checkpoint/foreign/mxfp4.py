@@ -78,16 +78,15 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
             f"{weight.name}: has shape {list(weight.shape)}, and MXFP4 holds rows of whole blocks of {BLOCK}. "
             "Convert it to another format, or to dense safetensors first."
         )
+    name = weight.name.removesuffix(".weight") if len(outer) > 1 else weight.name  # experts are no modules of their own
     kept = weight.packed and mx_blocks.holds_blocks(weight.abstract)
     tensors = {
-        f"{weight.name}_blocks": ("U8", (*outer, width // BLOCK, BLOCK // 2)),
-        f"{weight.name}_scales": ("U8", (*outer, width // BLOCK)),
+        f"{name}_blocks": ("U8", (*outer, width // BLOCK, BLOCK // 2)),
+        f"{name}_scales": ("U8", (*outer, width // BLOCK)),
     }
     of_groups = f" in groups of {weight.abstract.group_size}" if weight.packed else ""
     loss = "" if kept else f"{weight.format}{of_groups} rounded to MXFP4"
-    return Planned(
-        weight, tensors, functools.partial(_encode, weight.name), loss, requantized=bool(loss) and weight.packed
-    )
+    return Planned(weight, tensors, functools.partial(_encode, name), loss, requantized=bool(loss) and weight.packed)
 
 
 def _encode(name: str, value: Any) -> dict[str, np.ndarray]:
