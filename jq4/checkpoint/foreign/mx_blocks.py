@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jq4.checkpoint.foreign import bit_strings
-from jq4.checkpoint.foreign.named_tensors import refusal
+from jq4.checkpoint.foreign.partners import refusal
 from jq4.checkpoint.foreign.row_blocks import dense_blocks
 from jq4.checkpoint.safetensors_files import StoredTensor
 from jq4.errors import JQ4Error
