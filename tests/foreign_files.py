@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jq4.checkpoint.foreign import LazyWeight, open_checkpoint
-from jq4.checkpoint.foreign.row_blocks import dense_blocks
+from jq4.checkpoint.foreign.host_dequantize import dense_rows
 from jq4.qarray import is_qarray, validate
 
 
@@ -37,7 +37,7 @@ def read_weight(folder, name, expected_format=None):
 
 def dense(q, dtype=None):
     """The dense weight [*B, N, K], by numpy, in `dtype` or the QArray's own: no program is compiled for it."""
-    values = np.concatenate([block for _, block in dense_blocks(q)]).reshape(q.shape)
+    values = np.concatenate([block for _, block in dense_rows(q)]).reshape(q.shape)
     return values.astype(dtype or jnp.dtype(q.dtype))
 
 

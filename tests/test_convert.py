@@ -141,7 +141,7 @@ def test_weights_that_make_no_model_keep_their_names_in_the_bytes_of_jq4_save(tm
 def test_large_arrays_are_written_in_chunks(tmp_path, capsys, monkeypatch, gptq):
     monkeypatch.setattr("jq4.checkpoint.conversion.zarr_arrays.CHUNK_BYTES", 1024)
     monkeypatch.setattr("jq4.checkpoint.foreign.writing.PIECE_BYTES", 1000)
-    monkeypatch.setattr("jq4.checkpoint.conversion.dense.ROW_BYTES", 1000)
+    monkeypatch.setattr("jq4.checkpoint.foreign.row_blocks.ELEMENTS", 250)
     converted(capsys, gptq[0], tmp_path / "ours", "--to", "orbax")
     converted(capsys, tmp_path / "ours", tmp_path / "back", "--to", "gptq", "--verify")
     assert_same_tensors(tmp_path / "back", gptq[1])
