@@ -80,13 +80,13 @@ def stage_statistics(
 ) -> Statistics:
     """Statistics of a stage's leaves. Raises JQ4Error naming block and leaf where inputs are not finite."""
     number = jnp.int32(index)
+    how: Any = {"collect": collector, "alone": collector.alone, "programs": collector.programs}
     if dense_inputs is None:
         batches = ((number, x) for _, x in inputs.units())
-        found = observe(chain.block, quantized_block, batches, collect=collector, programs=collector.programs)
+        found = observe(chain.block, quantized_block, batches, **how)
     else:
         pairs = _pairs(number, dense_inputs, inputs)
         trees = (dense_block, quantized_block)
-        how = {"collect": collector, "alone": collector.alone, "programs": collector.programs}
         found = observe_pair(chain.block, *trees, pairs, **how)
     weights = {path: found[first] for path, first in serves.items()}
     for path in dict.fromkeys(serves.values()):
