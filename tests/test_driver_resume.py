@@ -43,7 +43,7 @@ def parts() -> tuple[Any, Any, np.ndarray]:
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: random.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
-    rows = random.integers(0, config.vocab_size, (128, 16), np.int32)  # two units of computation
+    rows = random.integers(0, config.vocab_size, (64, 16), np.int32)  # two units of computation
     return decoder_chain(config), TreeSource(jax.tree.map(jnp.asarray, params), LAYERS), rows
 
 
