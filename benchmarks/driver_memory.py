@@ -40,8 +40,8 @@ CONFIG = {
 
 def make_checkpoint(folder: Path, layers: int) -> int:
     """Writes config.json and model.safetensors of random weights; the bytes of one block in float32."""
+    from jq4.checkpoint.safetensors_files import write
     from models.config import DecoderConfig
-    from models.tensor_files import write
     from models.tensor_names import places
 
     raw = CONFIG | {"num_hidden_layers": layers}

@@ -21,8 +21,8 @@ scale for each column and group) gets the gpu layout.
 
 A CPU reads neutral bytes as fast as any other order (benchmarks/cpu_matmul.py: even and odd codes are multiplied by
 the even and odd columns of x), so "cpu" leaves them alone. What a backend has no layout for stays neutral: other bits,
-other codebooks, activation-ordered weights, weights grouped along neither of their last two axes, and embedding tables
-(leaves called "embedding"), whose rows are gathered.
+other codebooks, zero points between codes, activation-ordered weights, weights grouped along neither of their last two
+axes, and embedding tables (leaves called "embedding"), whose rows are gathered.
 """
 
 import dataclasses
@@ -117,6 +117,8 @@ _FORMATS = {TPU: ("int4", "int8", "nf4", "fp4")}  # others: int4
 
 
 def _has_layout(q: QArray, path: Any, layout: str) -> bool:
+    if q.zero_point is not None and jnp.issubdtype(q.zero_point.dtype, jnp.floating):
+        return False
     if q.format not in _FORMATS.get(layout, ("int4",)) or (not q.number_format.is_integer and not _fits_words(q)):
         return False
     named_embedding = any(str(getattr(key, "key", getattr(key, "name", ""))) == "embedding" for key in path)

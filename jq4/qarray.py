@@ -10,7 +10,7 @@ slices along leading axes stay valid under `scan` and `vmap`):
 
     codes       u8[*B, bytes(K), N]     pallas_kernels.packing along `axis`, `padding` codes fill the last unit
     scale       float[*B, G, N]         G = ceil(K / group_size); any axis but the grouped one may be 1 (broadcast)
-    zero_point  u8[*B, G, N] or None    integer formats only
+    zero_point  u8[*B, G, N] or None    integer formats only; a float where a foreign file has them between codes (HQQ)
     offset      float[*B, G, N] or None  G may be 1 as well, for one offset of all groups (packed scales)
     permutation i32[*B, K] or None      packed row k holds the weight's row permutation[k] (act-order files)
     input_scale float[*B, K, 1] or None multiplies row k of the weight; a product multiplies its inputs instead (AWQ)

@@ -10,7 +10,7 @@ jq4.steps. The keys are compressed-tensors' where it has them, so that exporting
         num_bits: 8
         strategy: channel
       - targets: [Linear]
-        num_bits: 4                     # 2, 3, 4, 8; 16 leaves the leaf dense
+        num_bits: 4                     # 2 to 8; 16 leaves the leaf dense
         type: int                       # int, float (fp4, e2m1) or nf (nf4)
         symmetric: false
         strategy: group                 # group, channel (one scale per output channel) or tensor

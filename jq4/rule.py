@@ -18,7 +18,7 @@ _WHOLE_OPTIONS = (
     *("steps", "iters", "starts", "refinements", "min_rows"),
     *("multiplier", "ratios", "by_weights", "finalists", "columns"),
 )
-_FORMATS = {("int", bits): f"int{bits}" for bits in (2, 3, 4, 8)} | {("float", 4): "fp4", ("nf", 4): "nf4"}
+_FORMATS = {("int", bits): f"int{bits}" for bits in range(2, 9)} | {("float", 4): "fp4", ("nf", 4): "nf4"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Rule:
     Attributes:
       targets: patterns on the leaf's path (jq4.targets); any of them.
       ignore: patterns of leaves that this rule leaves to those after it.
-      num_bits: 2, 3, 4 or 8; 16 leaves the leaf dense.
+      num_bits: 2 to 8; 16 leaves the leaf dense.
       type: "int", "float" (4 bits: fp4, e2m1) or "nf" (4 bits: nf4).
       symmetric: no zero points.
       strategy: "group", "channel" or "tensor"; by default "group" where there is a group_size and else "channel".

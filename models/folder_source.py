@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from jq4.checkpoint.safetensors_files import StoredTensor, open_tensors
 from models.config import DecoderConfig
 from models.folds import untied
-from models.hf import fill_leaf, matched_tensors, nested, open_tensors
-from models.tensor_files import StoredTensor
+from models.hf import fill_leaf, matched_tensors, nested
 from models.tensor_names import Path, places
 
 

@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jq4.checkpoint.safetensors_files import DTYPES, SINGLE, StoredTensor, open_tensors, read_json, write
 from jq4.errors import JQ4Error
 from models.config import DecoderConfig
-from models.tensor_files import DTYPES, StoredTensor, read_header, write
 from models.tensor_names import Place, places
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MARK = "layers.0.input_layernorm.weight"  # what stands before it is the prefix of the body's names
 _HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # recomputed from the config
@@ -61,66 +60,8 @@ def save_params(folder: str | Path, config: DecoderConfig, params: Mapping[str, 
         place, leaf, _ = parts[0]
         tensors[name] = (_DTYPE_NAMES[np.dtype(leaf.dtype)], place.stored, lambda parts=parts: _joined(parts))
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / _SINGLE, tensors)
+    write(folder / SINGLE, tensors)
     _write_config(folder, config, str(np.dtype(_leaf(params, ("embed", "embedding")).dtype)))
-
-
-def read_json(file: Path) -> Any:
-    """A JSON file's contents. Raises JQ4Error if it is missing or does not parse."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise JQ4Error(f"{file}: cannot be read ({error.strerror}). Give a folder that holds {file.name}.") from error
-    return parse_json(content, str(file))
-
-
-def parse_json(content: bytes, where: str) -> Any:
-    """Parsed JSON. Raises JQ4Error, saying where it came from, if it does not parse."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise JQ4Error(f"{where}: is not JSON ({error}). It is damaged; download it again.") from error
-
-
-def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a folder by name, from the one file or from the shards of the index."""
-    if (folder / _SINGLE).exists():
-        return read_header(folder / _SINGLE)
-    if (folder / _INDEX).exists():
-        return _open_shards(folder, read_json(folder / _INDEX))
-    pickles = [one.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for one in sorted(folder.glob(pattern))]
-    if pickles:
-        raise JQ4Error(
-            f"{folder / pickles[0]}: is a pickle, which can run any code when opened and is never read. "
-            "Save the model with save_pretrained(..., safe_serialization=True), or take its safetensors."
-        )
-    raise JQ4Error(f"{folder}: found neither {_SINGLE} nor {_INDEX}. Give the folder that holds the weights.")
-
-
-def _open_shards(folder: Path, index: Any) -> dict[str, StoredTensor]:
-    where, file = index.get("weight_map") if isinstance(index, dict) else None, folder / _INDEX
-    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
-        raise JQ4Error(f"{file}: found no weight_map from tensors to files. It is damaged; download it again.")
-    shards = {}
-    for shard in sorted(set(where.values())):
-        if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard:
-            raise JQ4Error(f"{file}: names the shard {shard!r}, wanted a file name without folders. Do not trust it.")
-        if not (folder / shard).exists():
-            raise JQ4Error(f"{folder / shard}: the shard is missing, wanted by {_INDEX}. Download it again.")
-        shards[shard] = read_header(folder / shard)
-    tensors: dict[str, StoredTensor] = {}
-    for shard, held in shards.items():
-        for name, tensor in held.items():
-            if where.get(name) != shard:
-                raise JQ4Error(
-                    f"{folder / shard}: holds {name!r}, which {_INDEX} places in {where.get(name, 'no file')!r}. "
-                    "The shards are not of one checkpoint; download them again."
-                )
-            tensors[name] = tensor
-    for name, shard in where.items():
-        if name not in tensors:
-            raise JQ4Error(f"{folder / shard}: tensor {name!r} is missing, wanted by {_INDEX}. Download it again.")
-    return tensors
 
 
 def matched_tensors(

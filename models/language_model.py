@@ -20,6 +20,7 @@ import numpy as np
 from jq4.apply import Quantized, quantized
 from jq4.checkpoint import orbax
 from jq4.checkpoint.manifest import MANIFEST
+from jq4.checkpoint.safetensors_files import parse_json
 from jq4.errors import JQ4Error
 from jq4.layouts import prepare
 from jq4.record import Record
@@ -27,7 +28,7 @@ from jq4.shardings import shardings_of
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.generate import generate
-from models.hf import load_config, load_params, parse_json
+from models.hf import load_config, load_params
 from models.tokenizer import Tokenizer
 
 # what travels with the weights, so that a saved folder is a model

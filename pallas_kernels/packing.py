@@ -6,9 +6,12 @@ Codes are unsigned integers of `bits` bits. Along the packed axis they form one 
     2 bits   byte j = c[4j] | c[4j+1] << 2 | c[4j+2] << 4 | c[4j+3] << 6
     3 bits   bytes 3j..3j+2 = the 24-bit little-endian word  sum_i c[8j+i] << 3i
     4 bits   byte j = c[2j] | c[2j+1] << 4                       (the lower index in the low nibble)
+    5 bits   bytes 5j..5j+4 = the 40-bit little-endian word  sum_i c[8j+i] << 5i
+    6 bits   bytes 3j..3j+2 = the 24-bit little-endian word  sum_i c[4j+i] << 6i
+    7 bits   bytes 7j..7j+6 = the 56-bit little-endian word  sum_i c[8j+i] << 7i
     8 bits   byte j = c[j]
 
-Packing fills up the last unit (4, 8, 2, 1 codes) with zeros. The same functions serve on the host, under `jit`
+Packing fills up the last unit (4, 8, 2, 8, 4, 8, 1 codes) with zeros. The same functions serve on the host, under `jit`
 and inside a Pallas kernel: they are shifts, masks and reshapes.
 """
 
@@ -17,11 +20,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-SUPPORTED_BITS = (2, 3, 4, 8)
+SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
 def codes_per_unit(bits: int) -> int:
-    """How many codes make a whole number of bytes: 4, 8, 2, 1 for 2, 3, 4, 8 bits."""
+    """How many codes make a whole number of bytes: 4, 8, 2, 8, 4, 8, 1 for 2 to 8 bits."""
     if bits not in SUPPORTED_BITS:
         raise ValueError(f"cannot pack {bits}-bit codes: wanted one of {SUPPORTED_BITS} bits")
     return math.lcm(bits, 8) // bits
@@ -48,10 +51,18 @@ def pack(codes: jax.Array, bits: int, axis: int) -> jax.Array:
     padding[axis] = (0, padding_of(codes.shape[axis], bits))
     codes = jnp.pad(codes, padding)
     lanes = _split(codes, axis, unit)  # [..., units, unit, ...]
-    fields = [jnp.take(lanes, i, axis + 1).astype(jnp.uint32) << (bits * i) for i in range(unit)]
-    word = sum(fields[1:], fields[0])  # u32[..., units, ...]
-    bytes_ = [(word >> (8 * i)).astype(jnp.uint8) for i in range(bits * unit // 8)]
+    fields = [jnp.take(lanes, i, axis + 1) for i in range(unit)]
+    bytes_ = [_byte(fields, bits, j) for j in range(bits * unit // 8)]
     return _merge(jnp.stack(bytes_, axis + 1), axis)
+
+
+def _byte(fields: list[jax.Array], bits: int, j: int) -> jax.Array:
+    """Byte j of a unit: the fields that reach into bits 8j to 8j + 7, shifted there. What leaves the byte is lost."""
+    byte = jnp.zeros(fields[0].shape, jnp.uint8)
+    for i in range(8 * j // bits, -(-8 * (j + 1) // bits)):
+        shift = bits * i - 8 * j
+        byte = byte | (fields[i] << shift if shift >= 0 else fields[i] >> -shift)
+    return byte
 
 
 def unpack(packed: jax.Array, bits: int, axis: int, length: int | None = None) -> jax.Array:
@@ -75,10 +86,19 @@ def unpack_fields(packed: jax.Array, bits: int, axis: int) -> list[jax.Array]:
         return [packed]
     if 8 % bits == 0:
         return [(packed >> (bits * i)) & jnp.uint8(mask) for i in range(unit)]
-    triple = _split(packed, axis % packed.ndim, bits).astype(jnp.uint32)
-    taken = [jnp.take(triple, i, axis % packed.ndim + 1) << (8 * i) for i in range(bits)]
-    word = taken[0] | taken[1] | taken[2]
-    return [((word >> (bits * i)) & mask).astype(jnp.uint8) for i in range(unit)]
+    axis = axis % packed.ndim
+    units = _split(packed, axis, bits * unit // 8)  # [..., units, bytes, ...]
+    held = [jnp.take(units, j, axis + 1) for j in range(bits * unit // 8)]
+    return [_field(held, bits, i) for i in range(unit)]
+
+
+def _field(held: list[jax.Array], bits: int, i: int) -> jax.Array:
+    """Field i of a unit, from the one or two bytes that hold it."""
+    first, shift = divmod(bits * i, 8)
+    field = held[first] >> shift
+    if shift + bits > 8:
+        field = field | held[first + 1] << (8 - shift)
+    return field & jnp.uint8(2**bits - 1)
 
 
 def _split(array: jax.Array, axis: int, size: int) -> jax.Array:

@@ -12,11 +12,11 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
+from jq4.checkpoint.safetensors_files import read_header
 from jq4.errors import JQ4Error
 from models import Decoder, DecoderConfig
 from models.config import NO_WINDOW
 from models.hf import load_config, load_params, save_params
-from models.tensor_files import read_header
 
 FILE = "model.safetensors"
 LLAMA = {

@@ -67,5 +67,5 @@ def test_pack_works_under_jit_and_eval_shape():
 
 
 def test_other_widths_are_refused():
-    with pytest.raises(ValueError, match=r"cannot pack 5-bit codes: wanted one of \(2, 3, 4, 8\) bits"):
-        packing.packed_length(8, 5)
+    with pytest.raises(ValueError, match=r"cannot pack 9-bit codes: wanted one of \(2, 3, 4, 5, 6, 7, 8\) bits"):
+        packing.packed_length(8, 9)

@@ -37,7 +37,7 @@ def _scale_and_zero(values, bits, symmetric, dtype):
     return scale, np.clip(np.round(-low / scale), 0, 2**bits - 1)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(("symmetric", "scale_dtype"), [(True, "bfloat16"), (False, "float16"), (False, "float32")])
 def test_integers_against_numpy_with_a_short_last_group_and_odd_length(bits, symmetric, scale_dtype):
     weight = _weight((75, 5))

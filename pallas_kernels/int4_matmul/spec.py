@@ -28,7 +28,7 @@ class PackedSpec:
 
     Attributes:
       length: K, rows of the dense weight (padding codes not counted).
-      bits: bits of a code: 2, 3, 4 or 8.
+      bits: bits of a code: 2 to 8.
       levels: the level of each code for a codebook; None for integers.
       group_size: rows that share a scale; more than K means one group.
       orientation: "kn" or "nk", the order of the axes of codes and scales.

@@ -20,6 +20,7 @@ import numpy as np
 
 from jq4.errors import JQ4Error
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -28,6 +29,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -77,6 +79,66 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     data = size - 8 - length
     tensors = {name: _tensor(file, name, entry, 8 + length, data) for name, entry in entries.items()}
     _check_cover(file, tensors.values(), 8 + length, size)
+    return tensors
+
+
+def read_json(file: Path) -> Any:
+    """A JSON file's contents. Raises JQ4Error if it is missing or does not parse."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise JQ4Error(f"{file}: cannot be read ({error.strerror}). Give a folder that holds {file.name}.") from error
+    return parse_json(content, str(file))
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """Parsed JSON. Raises JQ4Error, saying where it came from, if it does not parse."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise JQ4Error(f"{where}: is not JSON ({error}). It is damaged; download it again.") from error
+
+
+def open_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors by name, of a folder's one file or of the shards of its index, or of the one file given."""
+    if not folder.is_dir():
+        return read_header(folder)
+    if (folder / SINGLE).exists():
+        return read_header(folder / SINGLE)
+    if (folder / INDEX).exists():
+        return _open_shards(folder, read_json(folder / INDEX))
+    pickles = [one.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for one in sorted(folder.glob(pattern))]
+    if pickles:
+        raise JQ4Error(
+            f"{folder / pickles[0]}: is a pickle, which can run any code when opened and is never read. "
+            "Save the model with save_pretrained(..., safe_serialization=True), or take its safetensors."
+        )
+    raise JQ4Error(f"{folder}: found neither {SINGLE} nor {INDEX}. Give the folder that holds the weights.")
+
+
+def _open_shards(folder: Path, index: Any) -> dict[str, StoredTensor]:
+    where, file = index.get("weight_map") if isinstance(index, dict) else None, folder / INDEX
+    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
+        raise JQ4Error(f"{file}: found no weight_map from tensors to files. It is damaged; download it again.")
+    shards = {}
+    for shard in sorted(set(where.values())):
+        if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard:
+            raise JQ4Error(f"{file}: names the shard {shard!r}, wanted a file name without folders. Do not trust it.")
+        if not (folder / shard).exists():
+            raise JQ4Error(f"{folder / shard}: the shard is missing, wanted by {INDEX}. Download it again.")
+        shards[shard] = read_header(folder / shard)
+    tensors: dict[str, StoredTensor] = {}
+    for shard, held in shards.items():
+        for name, tensor in held.items():
+            if where.get(name) != shard:
+                raise JQ4Error(
+                    f"{folder / shard}: holds {name!r}, which {INDEX} places in {where.get(name, 'no file')!r}. "
+                    "The shards are not of one checkpoint; download them again."
+                )
+            tensors[name] = tensor
+    for name, shard in where.items():
+        if name not in tensors:
+            raise JQ4Error(f"{folder / shard}: tensor {name!r} is missing, wanted by {INDEX}. Download it again.")
     return tensors
 
 

@@ -1,0 +1,105 @@
+"""Opens a folder or file of any format that jq4 reads, known by its contents and not by its label alone.
+
+A reader is a module with
+
+    NAME                                        what the format is called
+    claims(tensors, quantization) -> bool       whether these tensors (names, dtypes, shapes) are of its format
+    read(tensors, quantization, config) -> (weights, notes)
+
+where `weights` are the LazyWeights that it makes of packed tensors, each naming the tensors that it takes. What no
+weight takes is dense, and kept as it is. `notes` say where the label and the contents disagree.
+"""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight, dense_weight
+from jq4.checkpoint.safetensors_files import StoredTensor, open_tensors, read_json
+from jq4.errors import JQ4Error
+
+# in the order in which they are asked
+READERS: tuple[str, ...] = ("compressed_tensors", "gptq", "awq")
+
+# what belongs to a model beside its weights
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+class Reader(Protocol):
+    """A module of this package."""
+
+    NAME: str
+
+    def claims(self, tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> bool: ...
+
+    def read(
+        self, tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> tuple[list[LazyWeight], list[str]]: ...
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint in a Hugging Face folder, a .safetensors file or a .gguf file; weights are not read yet.
+
+    Raises JQ4Error, naming file and tensor, for what is missing, damaged, contradictory or of a format that is not
+    read; a pickle is always refused.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf" or _begins_as_gguf(path):
+        from jq4.checkpoint.foreign.gguf import open_gguf
+
+        return open_gguf(path)
+    folder = path if path.is_dir() else path.parent
+    tensors = open_tensors(path)
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if not isinstance(config, dict):
+        raise JQ4Error(f"{folder / 'config.json'}: holds {type(config).__name__}, wanted an object of settings.")
+    quantization = quantization_of(folder, config)
+    reader = next((each for each in map(_module, READERS) if each.claims(tensors, quantization)), None)
+    packed, notes = reader.read(tensors, quantization, config) if reader else ([], [])
+    return Checkpoint(
+        format=reader.NAME if reader else "safetensors",
+        weights=_with_the_dense(packed, tensors),
+        config={key: value for key, value in config.items() if key != "quantization_config"} or None,
+        quantization=quantization,
+        files={name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()},
+        notes=tuple(notes),
+    )
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
+def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`quantization_config` of config.json, or what older tools wrote into a file of its own."""
+    found = config.get("quantization_config") or {}
+    for name in ("quantize_config.json", "quant_config.json", "quantization_config.json"):
+        if not found and (folder / name).is_file():
+            found = read_json(folder / name)
+    if not isinstance(found, dict):
+        raise JQ4Error(f"{folder}: quantization_config is {type(found).__name__}, wanted an object of settings.")
+    return found
+
+
+def _with_the_dense(packed: list[LazyWeight], tensors: Mapping[str, StoredTensor]) -> dict[str, LazyWeight]:
+    """All weights in the order of the file, each where its first tensor stands."""
+    taken = {name: weight for weight in packed for name in weight.tensors}
+    weights: dict[str, LazyWeight] = {}
+    for name, tensor in tensors.items():
+        weight = taken.get(name) or dense_weight(tensor)
+        weights.setdefault(weight.name, weight)
+    return weights
+
+
+def _module(name: str) -> Reader:
+    return importlib.import_module(f"jq4.checkpoint.foreign.{name}")  # pyright: ignore[reportReturnType]

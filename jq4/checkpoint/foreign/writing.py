@@ -1,0 +1,60 @@
+"""How a format is written: each weight is planned from its description alone, then encoded when its turn comes.
+
+A writer is a module with
+
+    NAME                                            what `jq4 convert --to` calls it
+    plan(weight, options) -> Planned                how its tensors will hold a weight, dense or packed, or a JQ4Error
+                                                    that says what it cannot hold and what to do
+    quantization_config(planned, options) -> dict   what config.json says of them
+
+so that a conversion can say what is lost before it reads a byte, and can write headers before the data.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from jq4.checkpoint.foreign.weights import LazyWeight
+from jq4.checkpoint.safetensors_files import DTYPES
+
+# the modules of this package that write a format
+WRITERS: tuple[str, ...] = ("compressed_tensors_writing", "gptq_writing", "awq_writing", "mxfp4_writing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One weight as a target holds it.
+
+    Attributes:
+      weight: what is written.
+      tensors: name -> (dtype by safetensors' name, shape), in the order in which they are written.
+      encode: makes those tensors of what `weight.read` gives.
+      loss: what is lost, in words for the user ("scales bfloat16 to float16"); "" where reading the result gives the
+        same codes and scales.
+      doubt: what can only be known once the data is seen ("scales must fit float16"); "" for nothing. `encode` raises
+        JQ4Error where it turns out badly.
+    """
+
+    weight: LazyWeight
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    encode: Callable[[Any], Mapping[str, np.ndarray]] = dataclasses.field(repr=False)
+    loss: str = ""
+    doubt: str = ""
+
+
+class Writer(Protocol):
+    """A module of this package."""
+
+    NAME: str
+
+    def plan(self, weight: LazyWeight, options: Mapping[str, Any]) -> Planned: ...
+
+    def quantization_config(self, planned: list[Planned], options: Mapping[str, Any]) -> dict[str, Any]: ...
+
+
+def as_it_is(weight: LazyWeight) -> Planned:
+    """A dense weight under its own name, in its own dtype."""
+    name = next(name for name, dtype in DTYPES.items() if dtype == weight.abstract.dtype)
+    return Planned(weight, {weight.name: (name, weight.shape)}, lambda array: {weight.name: np.asarray(array)})
