@@ -29,6 +29,7 @@ from jax.core import Tracer
 from jq4.activations import rounding_inputs
 from jq4.double_quant import double_quantized
 from jq4.errors import JQ4Error
+from jq4.freed_pages import give_back_freed_pages
 from jq4.input_rotation import rotate_leaf, rotating_inputs
 from jq4.methods import get_method
 from jq4.paths import find_path, leaf_path
@@ -243,6 +244,7 @@ def _rows_wanted(entry: LeafReport) -> Any:
 def _delete_sum(sums: Mapping[str, jax.Array | UpperSquares], name: str) -> None:
     if name in sums:
         sums[name].delete()
+        give_back_freed_pages()
 
 
 def _quantize_named(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jq4.chain import Chain
 from jq4.driver.streams import Stream
+from jq4.freed_pages import give_back_freed_pages
 from jq4.observe import Programs, observe
 from jq4.observe_pair import observe_pair
 from jq4.statistics import Statistics, check_finite
@@ -82,16 +83,24 @@ def stage_statistics(
     number = jnp.int32(index)
     how: Any = {"collect": collector, "alone": collector.alone, "programs": collector.programs}
     if dense_inputs is None:
-        batches = ((number, x) for _, x in inputs.units())
+        batches = _given_back(((number, x) for _, x in inputs.units()))
         found = observe(chain.block, quantized_block, batches, **how)
     else:
-        pairs = _pairs(number, dense_inputs, inputs)
+        pairs = _given_back(_pairs(number, dense_inputs, inputs))
         trees = (dense_block, quantized_block)
         found = observe_pair(chain.block, *trees, pairs, **how)
     weights = {path: found[first] for path, first in serves.items()}
     for path in dict.fromkeys(serves.values()):
         check_finite(f"block {index}: {path}", found[path])
     return Statistics(weights, found.grouped_axes, found.looked_up)
+
+
+def _given_back(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; between the first two, the pages that compiling for the first has taken are given back."""
+    for number, batch in enumerate(batches):
+        if number == 1:
+            give_back_freed_pages()
+        yield batch
 
 
 def _pairs(number: jax.Array, dense: Stream, quantized: Stream) -> Iterator[tuple[Any, Any]]:
