@@ -66,7 +66,7 @@ def _is_narrow(shape: tuple[int, ...], axis: int) -> bool:
 
 def _kind(path: str, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, int]) -> tuple[Any, ...]:
     shape = shapes[path]
-    return len(shape), shape[:-2], shape[axes[path]]
+    return len(shape), shape[:-2], axes[path], shape[axes[path]]
 
 
 def stage_statistics(
