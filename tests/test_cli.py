@@ -281,7 +281,7 @@ def test_models_that_are_none(capsys, source, tmp_path):
         assert f"{nowhere}: there is no such folder" in run_error(capsys, *argv)
     (tmp_path / "empty").mkdir()
     assert "config.json" in run_error(capsys, "eval", tmp_path / "empty", "--ids", source / "ids.npy")
-    assert "neither jq4.json nor safetensors" in run_error(capsys, "inspect", tmp_path / "empty")
+    assert "found neither model.safetensors nor" in run_error(capsys, "inspect", tmp_path / "empty")
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,17 @@ def test_a_tensor_that_only_the_index_knows_is_missing(tmp_path):
         load_params(folder, config)
 
 
+def test_files_of_any_other_name_are_read_together(tmp_path):
+    folder, config, tensors = _folder(tmp_path, LLAMA)
+    wanted = load_params(folder, config)
+    _shard(folder, tensors)
+    (folder / f"{FILE}.index.json").unlink()
+    _same(load_params(folder, config), wanted)
+    safetensors.numpy.save_file({HEAD: np.ascontiguousarray(tensors[HEAD])}, folder / "packed-4bit.safetensors")
+    with pytest.raises(JQ4Error, match=r"'lm_head.weight' is in both model-.*.safetensors and packed-4bit.safet"):
+        load_params(folder, config)
+
+
 def test_a_pickle_is_never_opened_and_an_empty_folder_is_no_model(tmp_path):
     config = DecoderConfig.from_hf(LLAMA)
     with pytest.raises(JQ4Error, match=r"found neither model.safetensors nor model.safetensors.index.json"):

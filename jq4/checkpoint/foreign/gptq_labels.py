@@ -47,7 +47,7 @@ def refuse_kernel_layouts(quantization: Mapping[str, Any]) -> None:
     form = quantization.get("checkpoint_format") or quantization.get("format") or ""
     if quantization.get("is_marlin_format") is True:
         form = "marlin"
-    if form in _PERMUTED:
+    if isinstance(form, str) and form in _PERMUTED:
         raise JQ4Error(
             f"quantization_config: checkpoint_format is {form!r}, {_PERMUTED[form]}; wanted 'gptq' or 'gptq_v2'. "
             "Save it again with GPTQModel in format='gptq', or take the original checkpoint."

@@ -21,6 +21,7 @@ settings and the tokenizer lose.
 from jq4.checkpoint.foreign.gguf.checkpoint import NAME as NAME
 from jq4.checkpoint.foreign.gguf.checkpoint import open_gguf as open_gguf
 from jq4.checkpoint.foreign.gguf.file_writing import notes as notes
+from jq4.checkpoint.foreign.gguf.file_writing import outline as outline
 from jq4.checkpoint.foreign.gguf.file_writing import write as write
 from jq4.checkpoint.foreign.gguf.planning import TYPES as TYPES
 from jq4.checkpoint.foreign.gguf.planning import plan as plan

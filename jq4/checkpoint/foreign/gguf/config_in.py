@@ -46,6 +46,10 @@ def config_of(container: Container) -> dict[str, Any] | None:
     read = _Values(container, str(architecture))
     config: dict[str, Any] = {"model_type": read.model_type(), "architectures": [_CLASSES[read.model_type()]]}
     config |= {key: read.size(name) for key, name in _SIZES.items()}
+    if config["num_hidden_layers"] > len(container.tensors):
+        raise read.error(
+            "block_count", config["num_hidden_layers"], f"no more than {len(container.tensors)} tensors fill"
+        )
     heads, width = config["num_attention_heads"], config["hidden_size"]
     config["num_key_value_heads"] = read.size("attention.head_count_kv", heads)
     config["head_dim"] = read.size("attention.key_length", max(1, width // heads))

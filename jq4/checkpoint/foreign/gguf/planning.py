@@ -64,7 +64,8 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
         blocks = _encoded(value, kind, way, weight.name, shifted)
         return {name: to_llama_order(blocks, heads, weight.name)}
 
-    return Planned(weight, {name: (kind.name, weight.shape)}, encode, loss, doubt)
+    anew = weight.packed and way is None and kind.dtype is None
+    return Planned(weight, {name: (kind.name, weight.shape)}, encode, loss, doubt, requantized=anew)
 
 
 def file_type_number(options: Mapping[str, Any], planned: list[Planned]) -> int:
@@ -108,7 +109,7 @@ def _loss(weight: LazyWeight, kind: BlockType) -> str:
         return f"dequantized, and quantized anew to {kind.name}" if weight.packed else f"quantized to {kind.name}"
     if weight.packed:
         return "" if kind.name == "F32" else f"dequantized, and rounded to {kind.name}"
-    exact = np.promote_types(weight.abstract.dtype, kind.dtype) == kind.dtype
+    exact = weight.abstract.dtype == kind.dtype or (kind.name == "F32" and weight.format in _DENSE)
     return "" if exact else f"{weight.format} rounded to {kind.name}"
 
 
