@@ -55,8 +55,9 @@ FAMILIES = {
     "qwen3": {"head_dim": 32},
     "phi3": {"sliding_window": 64, "partial_rotary_factor": 0.5, "rope_scaling": LONGROPE}
     | {"original_max_position_embeddings": 64},
-    "gemma2": GEMMA,
-    "gemma3_text": GEMMA | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 1e6},
+    "gemma2": GEMMA | {"attn_logit_softcapping": None},
+    "gemma3_text": GEMMA
+    | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 1e6, "rope_local_base_freq": 5e3},
 }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from jq4.checkpoint.conversion import dense, orbax_files
 from jq4.checkpoint.conversion.layout import nbytes_of
-from jq4.checkpoint.conversion.requantize import Requantizer
+from jq4.checkpoint.conversion.requantize import MXFP4, Requantizer
 from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight
 from jq4.checkpoint.foreign.writing import WRITERS, Planned, Writer
 from jq4.errors import JQ4Error
@@ -81,6 +81,10 @@ def propose(
         raise JQ4Error(
             f"--to {target}: all weights of the source are dense, and {target} packs what was quantized before; "
             "quantize it first (jq4 quantize SRC PACKED --recipe ...) and convert PACKED"
+        )
+    if target == MXFP4 and not requantize and not any(weight.packed for weight in weights):
+        raise JQ4Error(
+            f"--to {target}: all weights of the source are dense; --requantize rounds its linear layers to it"
         )
     requantizer = Requantizer(target) if requantize else None
     planned: list[Planned] = []
@@ -151,6 +155,8 @@ def made_bytes(planned: Planned) -> int:
 
 
 def _plan(weight: LazyWeight, writer: Writer, options: Mapping[str, Any], requantizer: Requantizer | None) -> Planned:
+    if requantizer is not None and requantizer.packs(weight, options):
+        return requantizer.plan(weight, writer, options, why="")
     try:
         planned = writer.plan(weight, options)
     except JQ4Error as error:
