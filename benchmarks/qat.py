@@ -38,7 +38,7 @@ from models.decoder import Decoder
 from models.hf import load_config, load_params
 
 RECIPES = ("gptq-w2g32-asym", "gptq-w2g32", "gptq-w3g32", "gptq-w4g32-a8")
-BATCH, PERTURBED, SHARE, SEED = 8, 600, 0.6, 0
+BATCH, SHARE, SEED = 8, 0.6, 0
 HELD_OUT = 0.15
 
 
@@ -63,9 +63,6 @@ class Bench:
             rows, evaluation = rows[learned], rows[judges]
         return cls(Decoder(config), params, rows, evaluation)
 
-    def logits(self, tree: Any, tokens: jax.Array) -> jax.Array:
-        return self.model.apply(tree, tokens)
-
     def kld(self, packed: Any) -> dict[str, float]:
         """Of a packed tree, served, against the dense model."""
         dense, served = jax.jit(self.model.apply), jax.jit(jq4.quantized(self.model.apply, strict=True))
@@ -85,7 +82,7 @@ def train(bench: Bench, recipe: jq4.Recipe, start: Any, options: argparse.Namesp
         jq4.move_to_codes(bench.params, start),
         jq4.quantizers(bench.params, recipe, start=start, margin=options.margin),
     )
-    made = perturb(_logits_of(bench), bench.params, bench.calibration, PERTURBED, SHARE, SEED)
+    made = perturb(bench.model.apply, bench.params, bench.calibration, BATCH * options.steps // 4, SHARE, SEED)
     rows = np.concatenate([bench.calibration, made])
     learners = np.concatenate([np.resize(np.arange(len(bench.calibration)), len(made)), np.arange(len(made))])
     learners[len(made) :] += len(bench.calibration)
@@ -105,13 +102,9 @@ def train(bench: Bench, recipe: jq4.Recipe, start: Any, options: argparse.Namesp
         pair, state, loss = jax.block_until_ready(step(pair, state, jnp.asarray(rows[indices])))
         seconds += time.perf_counter() - begun if done > 1 else 0.0
         losses.append(float(loss))
-        if done % 50 == 0:
-            console.print(f"  {done} steps: {np.mean(losses[-50:]):.4f} nats, {seconds:.0f} s", highlight=False)
+        if done % 25 == 0:
+            console.print(f"  {done} steps: {np.mean(losses[-25:]):.4f} nats, {seconds:.0f} s", highlight=False)
     return pair, seconds
-
-
-def _logits_of(bench: Bench) -> Any:
-    return bench.model.apply
 
 
 def quality(bench: Bench, name: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
