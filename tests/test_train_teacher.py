@@ -23,10 +23,9 @@ def test_divergence_is_its_formula(temperature):
     wanted = temperature**2 * (p * np.log(p / q)).sum(-1)
     found = jit(lambda model, teacher: divergence(model, teacher, temperature))(MODEL, TEACHER)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    assert not jax.grad(lambda teacher: divergence(MODEL, teacher).sum())(TEACHER).any()
 
 
-@pytest.mark.parametrize("k", [1, 7, 39])
+@pytest.mark.parametrize("k", [1, 39])
 def test_the_likeliest_and_the_rest_bound_it(k):
     kept = likeliest(TEACHER, k, "float32")
     p, q = softmax(TEACHER), softmax(MODEL)
@@ -37,15 +36,18 @@ def test_the_likeliest_and_the_rest_bound_it(k):
         wanted.append((lumped[0] * np.log(lumped[0] / lumped[1])).sum())
     found, gradient = jit(jax.value_and_grad(lambda model: divergence_from(kept, model).sum()))(MODEL)
     np.testing.assert_allclose(found, np.sum(wanted), rtol=1e-5)
-    assert found <= divergence(MODEL, TEACHER).sum() + 1e-5
+    assert found <= (p * np.log(p / q)).sum() + 1e-5
     assert np.isfinite(gradient).all()
 
 
 def test_all_tokens_are_the_whole_of_it():
-    found, gradient = jax.value_and_grad(lambda m: divergence_from(likeliest(TEACHER, 40, "float32"), m).sum())(MODEL)
-    np.testing.assert_allclose(found, divergence(MODEL, TEACHER).sum(), rtol=1e-5)
-    wanted = jax.grad(lambda model: divergence(model, TEACHER).sum())(MODEL)
-    np.testing.assert_allclose(gradient, wanted, atol=1e-5)
+    kept = lambda model, teacher: divergence_from(likeliest(teacher, 40, "float32"), model).sum()  # noqa: E731
+    whole = lambda model, teacher: divergence(model, teacher).sum()  # noqa: E731
+    both = jit(lambda *given: [jax.value_and_grad(each, (0, 1))(*given) for each in (kept, whole)])
+    (found, gradients), (wanted, wanted_gradients) = both(MODEL, TEACHER)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_allclose(gradients[0], wanted_gradients[0], atol=1e-5)
+    assert not gradients[1].any() and not wanted_gradients[1].any()  # the teacher is not taught
 
 
 def test_what_is_stored_is_small():
