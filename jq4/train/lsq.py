@@ -48,7 +48,7 @@ def rounded(weight: jax.Array, quantizer: Quantizer) -> jax.Array:
     scale, zero, offset = parameters_of(weight, quantizer)
     group = quantizer.group_size(weight.shape[quantizer.axis])
     form = (quantizer.encoding.format, group, quantizer.axis, quantizer.margin)
-    return _round(weight.astype(jnp.float32), scale, zero, offset, form).astype(weight.dtype)
+    return jnp.asarray(_round(weight.astype(jnp.float32), scale, zero, offset, form), weight.dtype)
 
 
 def hardened(weight: jax.Array, quantizer: Quantizer) -> QArray:
