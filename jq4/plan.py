@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from jq4.architecture import Architecture, Matrix, from_config
+from jq4.checkpoint.safetensors_files import StoredTensor, holds_tensors, open_tensors
 from jq4.errors import JQ4Error
-from jq4.safetensors_headers import TensorHeader, read_headers
 from pallas_kernels.packing import packed_length
 
 USABLE = 0.9  # of the memory
@@ -197,7 +197,7 @@ def read_architecture(source: Path) -> tuple[Architecture, str]:
     path = source / "config.json" if source.is_dir() else source
     config = _read_config(path)
     architecture = from_config(config, path.name)
-    tensors = read_headers(source) if source.is_dir() else {}
+    tensors = open_tensors(source) if holds_tensors(source) else {}
     if not tensors:
         return architecture, "config.json"
     if config.get("quantization_config") or any(
@@ -222,7 +222,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def _with_headers(architecture: Architecture, tensors: Mapping[str, TensorHeader]) -> Architecture:
+def _with_headers(architecture: Architecture, tensors: Mapping[str, StoredTensor]) -> Architecture:
     """The architecture with the matrices that the files really hold; the config's routing says which are active."""
     expected = {matrix.name: matrix for matrix in architecture.matrices}
     experts = [m for m in architecture.matrices if m.name.startswith("experts.")]

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jq4.errors import JQ4Error
-from jq4.qarray import NEUTRAL, PARTS, QArray, dense
+from jq4.qarray import NEUTRAL, PARTS, QArray, dense, is_qarray
 from jq4.record import note_relay
 from pallas_kernels import packing
 
@@ -47,7 +47,8 @@ def transpose(q: QArray, permutation: Sequence[int]) -> QArray:
             f"transposing {order} moves the stacked axes of an activation-ordered weight of shape {q.shape}"
         )
     grouped = order.index(q.axis % q.ndim) - q.ndim
-    return dataclasses.replace(_map_parts(q, lambda part: jax.lax.transpose(part, order)), axis=grouped)
+    moved = _map_parts(q, lambda part: jax.lax.transpose(part, order), lambda part: transpose(part, order))
+    return dataclasses.replace(moved, axis=grouped)
 
 
 def reshape(q: QArray, new_shape: Sequence[int]) -> QArray:
@@ -112,7 +113,7 @@ def take_rows(q: QArray, indices: jax.Array, axis: int = 0, mode: Any = "clip") 
 
     # axis is counted from the end: a gather on its left leaves it, one on its right pushes it further.
     moved = q.axis if axis < q.axis % q.ndim else q.axis - indices.ndim + 1
-    return dataclasses.replace(_map_parts(q, take), axis=moved)
+    return dataclasses.replace(_map_parts(q, take, lambda part: take_rows(part, indices, axis, mode)), axis=moved)
 
 
 def neutral(q: QArray, why: str) -> QArray:
@@ -133,11 +134,35 @@ def plain_scales(q: QArray) -> QArray:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _map_parts(q: QArray, function: Callable[[jax.Array], jax.Array]) -> QArray:
-    """`function` on every part that has the weight's axes; the permutation stays."""
-    q = plain_scales(q)
-    names = (name for name in PARTS if name != "permutation" and getattr(q, name) is not None)
-    return dataclasses.replace(q, **{name: function(getattr(q, name)) for name in names})
+def _map_parts(
+    q: QArray, function: Callable[[jax.Array], jax.Array], packed: Callable[[QArray], QArray] | None = None
+) -> QArray:
+    """`function` on every part that has the weight's axes; the permutation stays.
+
+    Scales and offsets that are packed themselves go through `packed`, which does the same to a weight; without it, or
+    where it has no packed form for them, they are made dense.
+    """
+    moved: dict[str, Any] = {}
+    for name in PARTS:
+        part = getattr(q, name)
+        if part is None or name == "permutation":
+            continue
+        if is_qarray(part):
+            moved[name] = _packed_or_dense(part, function, packed)
+        else:
+            moved[name] = function(part)
+    return dataclasses.replace(q, **moved)
+
+
+def _packed_or_dense(
+    part: QArray, function: Callable[[jax.Array], jax.Array], packed: Callable[[QArray], QArray] | None
+) -> Any:
+    if packed is not None:
+        try:
+            return packed(part)
+        except NoPackedForm:
+            pass
+    return function(dense(part))
 
 
 def _permutation_batch(q: QArray) -> int:
@@ -237,7 +262,13 @@ def _along(q: QArray, axis: int, operation: str, function: Callable[[jax.Array, 
     if not stacked_prepared:
         q = neutral(q, operation)
     size = q.shape[at]
-    moved = _map_parts(q, lambda part: part if part.shape[at] == 1 != size else function(part, at))
+
+    def move(part: jax.Array) -> jax.Array:
+        return part if part.shape[at] == 1 != size else function(part, at)
+
+    moved = _map_parts(
+        q, move, lambda part: part if part.shape[at] == 1 != size else _along(part, at, operation, function)
+    )
     if q.permutation is not None and at < _permutation_batch(q):
         moved = dataclasses.replace(moved, permutation=function(q.permutation, at))
     return moved
@@ -248,7 +279,8 @@ def _drop_leading(q: QArray, axis: int) -> QArray:
     permutation = q.permutation
     if permutation is not None and at < _permutation_batch(q):
         permutation = jnp.squeeze(permutation, at)
-    return dataclasses.replace(_map_parts(q, lambda part: jnp.squeeze(part, at)), permutation=permutation)
+    dropped = _map_parts(q, lambda part: jnp.squeeze(part, at), lambda part: _drop_leading(part, axis))
+    return dataclasses.replace(dropped, permutation=permutation)
 
 
 def _transpose_prepared(q: QArray, order: list[int]) -> QArray:

@@ -136,6 +136,41 @@ def quantize_table(data: Mapping[str, Any]) -> Table:
     return make_table(data["destination"], ("leaf", "shape", "became", "from", "to", "SQNR dB"), rows)
 
 
+def conversion_table(data: Mapping[str, Any]) -> Table:
+    """What will become of each kind of weight."""
+    rows = []
+    for kind in data["kinds"]:
+        lost = "; ".join(filter(None, (kind["loss"] or "lossless", kind["doubt"])))
+        sizes = [format_bytes(kind["bytes"]), format_bytes(kind["bytes_made"])]
+        rows.append([kind["kind"], str(kind["number"]), kind["from"], kind["to"], lost, *sizes])
+    title = f"{data['from']} -> {data['to']}: " + ("lossless" if data["lossless"] else "not lossless")
+    return make_table(title, ("weights", "number", "from", "to", "lost", "bytes", "bytes then"), rows)
+
+
+def verification_table(data: Mapping[str, Any]) -> Table:
+    """What the output was found to hold, by what was declared lost."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for weight in data["verified"]:
+        groups.setdefault((weight["found"], weight["loss"] or "nothing"), []).append(weight)
+    rows = []
+    for (found, loss), weights in groups.items():
+        said = [_all_of(weights, "same_codes"), _all_of(weights, "same_scales")]
+        errors = [_largest_of(weights, name) for name in ("largest", "relative")]
+        rows.append([found, str(len(weights)), loss, *said, *errors])
+    columns = ("read again as", "number", "declared lost", "same codes", "same scales", "max |dW|", "|dW| / |W|")
+    return make_table("verified", columns, rows)
+
+
+def _largest_of(weights: Sequence[Mapping[str, Any]], name: str) -> str:
+    values = [weight[name] for weight in weights if weight[name] is not None]
+    return format_figure(max(map(float, values), default=None))
+
+
+def _all_of(weights: Sequence[Mapping[str, Any]], name: str) -> str:
+    values = {weight[name] for weight in weights}
+    return "-" if values == {None} else "yes" if values == {True} else "no"
+
+
 def demo_table(data: Mapping[str, Any], rows: Iterable[Sequence[str]]) -> Table:
     """Dense against packed, a column a variant."""
     return make_table(str(data["model"]), ("", *(each["name"] for each in data["variants"])), rows)

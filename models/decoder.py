@@ -1,8 +1,9 @@
 """A decoder-only transformer in plain Flax: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, Phi-3.
 
 One block, stacked: `nn.scan` runs it over weights with a leading axis L, so that compiling takes as long for 80 layers
-as for one. What differs from layer to layer (the window, which of two rotary embeddings) is scanned along
-as an array, not chosen by Python. The key-value cache is the scan's carry, so that XLA updates it in place.
+as for one (layers whose weights cannot be one stack are scanned in runs, see models.layer_runs). What differs from
+layer to layer (the window, which of two rotary embeddings) is scanned along as an array, not chosen by Python. The
+key-value cache is the scan's carry, so that XLA updates it in place.
 
     x = embed(tokens)                                                         x[B, T, D]
     x = x + attention(norm(x));  x = x + mlp(norm(x))                         L times
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 from models.config import NO_WINDOW, DecoderConfig
 from models.kv_cache import KVCache, Sight, look
+from models.layer_runs import LAYERS, bounds, run_name
 from models.rope import cos_and_sin, rotate
 
 _ACTIVATIONS = {
@@ -47,12 +49,16 @@ class Layer(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """The model. `dtype` is what it computes in, `param_dtype` what `init` makes; logits are f32 in any case."""
+    """The model. `dtype` is what it computes in, `param_dtype` what `init` makes; logits are f32 in any case.
+
+    `runs` are the first layers of the runs that params are held in; empty where all layers are one stack.
+    """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool = False
+    runs: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
@@ -92,15 +98,10 @@ class Decoder(nn.Module):
         return logits, cache._replace(keys=store[0], values=store[1], used=cache.used + tokens.shape[1])
 
     def _layers(self) -> Any:
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
-            length=self.config.num_layers,
-        )
-        return scanned(self.config, self.dtype, self.param_dtype, name="layers")
+        arguments = (self.config, self.dtype, self.param_dtype)
+        if self.runs:
+            return LayerRuns(*arguments, self.remat, self.runs, name=LAYERS)
+        return _scanned(self.remat, self.config.num_layers)(*arguments, name=LAYERS)
 
     def _head(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
         """x[B, T, D] -> f32[B, T, V]; the products are summed and kept in f32, whatever the decoder computes in."""
@@ -119,6 +120,35 @@ class LanguageHead(nn.Module):
     def __call__(self) -> jax.Array:
         shape = (self.config.hidden_size, self.config.vocab_size)
         return self.param("kernel", _initializer, shape, self.param_dtype)
+
+
+class LayerRuns(nn.Module):
+    """The layers in runs, each stacked and scanned on its own, one after the other."""
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+    remat: bool
+    runs: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, carry: Any, shared: Shared, layers: Layer) -> tuple[Any, None]:
+        for first, last in bounds(self.config, self.runs):
+            scanned = _scanned(self.remat, last - first)
+            run = scanned(self.config, self.dtype, self.param_dtype, name=run_name(self.config, first))
+            carry, _ = run(carry, shared, Layer(*(each[first:last] for each in layers)))
+        return carry, None
+
+
+def _scanned(remat: bool, length: int) -> Any:
+    """`length` layers over weights [length, ...]."""
+    return nn.scan(
+        nn.remat(Block, prevent_cse=False) if remat else Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+        length=length,
+    )
 
 
 class Block(nn.Module):

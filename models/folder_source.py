@@ -4,16 +4,17 @@ Headers, names and shapes of the whole checkpoint are checked before the first b
 `load_params` would give them, so that a model quantized block by block has the bytes of one quantized whole.
 """
 
-import dataclasses
 from pathlib import Path as FilePath
 from typing import Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
-from jq4.checkpoint.safetensors_files import StoredTensor, open_tensors
+from jq4.checkpoint.foreign import LazyWeight, open_checkpoint
 from models.config import DecoderConfig
+from models.filling import dense_dtype, leaf_of, nested
 from models.folds import untied
-from models.hf import fill_leaf, matched_tensors, nested
+from models.matching import check_dense, matched_weights
 from models.tensor_names import Path, places
 
 
@@ -24,25 +25,25 @@ class FolderSource:
     """
 
     def __init__(self, folder: str | FilePath, config: DecoderConfig) -> None:
+        checkpoint = open_checkpoint(FilePath(folder))
+        check_dense(str(folder), checkpoint)
         self._places = places(config)
-        self._tensors = matched_tensors(FilePath(folder), open_tensors(FilePath(folder)), config)
+        self._weights = matched_weights(str(folder), checkpoint, config)
 
     def outside(self) -> dict[str, Any]:
         """Embedding, last norm and head."""
-        return self._filled({path: each for path, each in self._tensors.items() if not self._places[path].stacked})
+        return nested({path: self._leaf(path, each) for path, each in self._weights.items() if not self._stacked(path)})
 
     def block(self, index: int) -> dict[str, Any]:
         """{"layers": ...} of one layer."""
-        stacked = {path: each for path, each in self._tensors.items() if self._places[path].stacked}
-        return self._filled({path: [each[index]] for path, each in stacked.items()})
+        layers = {path: each[index : index + 1] for path, each in self._weights.items() if self._stacked(path)}
+        return nested({path: self._leaf(path, each)[0] for path, each in layers.items()})
 
-    def _filled(self, tensors: dict[Path, list[StoredTensor]]) -> dict[str, Any]:
-        leaves = {}
-        for path, each in tensors.items():
-            of_one_layer = dataclasses.replace(self._places[path], name=each[0].name)
-            mixed = len({tensor.dtype for tensor in self._tensors[path]}) > 1
-            leaves[path] = fill_leaf(of_one_layer, each, np.float32 if mixed else None)
-        return nested(leaves)
+    def _stacked(self, path: Path) -> bool:
+        return self._places[path].stacked
+
+    def _leaf(self, path: Path, weights: list[LazyWeight]) -> jax.Array:
+        return jnp.asarray(leaf_of(path, self._places[path], weights, dense_dtype(self._weights[path])).read())
 
 
 class UntiedSource:

@@ -1,9 +1,9 @@
 """The model that users hold: a config, params (dense or packed) and a tokenizer; logits, text, save, open.
 
-A folder is either Hugging Face's (config.json and safetensors) or jq4's own (with a jq4.json, see
-jq4/checkpoint/FORMAT.md), which carries config and tokenizer along. In both cases the same decoder runs, through
-`jq4.quantized`: on dense params that is the plain function, on packed ones their products stay packed, and `record`
-lists what did not.
+A model is Hugging Face's folder, dense or packed by others (config.json and safetensors), a .gguf file, or a folder of
+jq4's own (with a jq4.json, see jq4/checkpoint/FORMAT.md), which carries config and tokenizer along. In all cases the
+same decoder runs, through `jq4.quantized`: on dense params that is the plain function, on packed ones their products
+stay packed, and `record` lists what did not.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import numpy as np
 
 from jq4.apply import Quantized, quantized
 from jq4.checkpoint import orbax
+from jq4.checkpoint.foreign import Checkpoint, open_checkpoint
 from jq4.checkpoint.manifest import MANIFEST
 from jq4.checkpoint.safetensors_files import parse_json
 from jq4.errors import JQ4Error
@@ -27,8 +28,10 @@ from jq4.record import Record
 from jq4.shardings import shardings_of
 from models.config import DecoderConfig
 from models.decoder import Decoder
+from models.filling import params_of
 from models.generate import generate
-from models.hf import load_config, load_params
+from models.hf import load_config
+from models.layer_runs import in_runs, runs_of
 from models.tokenizer import Tokenizer
 
 # what travels with the weights, so that a saved folder is a model
@@ -67,15 +70,20 @@ class LanguageModel:
         if self.dtype is None:
             narrow = self.config.dtype == "bfloat16" and jax.default_backend() != "cpu"
             object.__setattr__(self, "dtype", jnp.dtype(jnp.bfloat16 if narrow else jnp.float32))
-        decoder = Decoder(self.config, dtype=self.dtype)
+        decoder = Decoder(self.config, dtype=self.dtype, runs=runs_of(self.params))
         object.__setattr__(self, "apply", quantized(decoder.apply, shardings=shardings_of(self.params)))
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, dtype: Any = None, shardings: Any = None) -> "LanguageModel":
-        """Opens a Hugging Face folder or one of jq4's own; a missing tokenizer is an error only once text is given.
+    def from_folder(
+        cls, folder: str | Path, *, dtype: Any = None, shardings: Any = None, say: Callable[[str], None] | None = None
+    ) -> "LanguageModel":
+        """Opens a Hugging Face folder, a .gguf file or a folder of jq4's own, packed weights packed.
+
+        A missing tokenizer is an error only once text is given.
 
         dtype: what to compute in; the weights keep the dtype they are stored in. shardings: as `jq4.restore` takes
-        them, for a folder of jq4's own. Raises JQ4Error, naming the file and what is wrong with it.
+        them, for a folder of jq4's own. say: takes notes for the user, where a file's label and contents disagree.
+        Raises JQ4Error, naming the file and what is wrong with it.
         """
         folder = Path(folder)
         if (folder / MANIFEST).exists():
@@ -88,11 +96,27 @@ class LanguageModel:
                 )
             config = DecoderConfig.from_hf(parse_json(files["config.json"], f"{folder}: config.json"))
             params = orbax.restore(folder, shardings=shardings)
-        else:
-            files = companion_files(folder)
-            config = load_config(folder)
-            params = load_params(folder, config)
-        return cls(config, params, Tokenizer.from_files(files.get, str(folder)), dtype, files)
+            return cls(config, params, Tokenizer.from_files(files.get, str(folder)), dtype, files)
+        if folder.is_dir():
+            load_config(folder)  # its errors come before those of weights
+        checkpoint = open_checkpoint(folder)
+        if say is not None:
+            for note in checkpoint.notes:
+                say(note)
+        return cls.from_checkpoint(checkpoint, str(folder), dtype=dtype)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, where: str, *, dtype: Any = None) -> "LanguageModel":
+        """The model of an opened checkpoint, dense or packed; errors name `where`."""
+        config = config_of(checkpoint, where)
+        files = files_of(checkpoint)
+        params = params_of(where, checkpoint, config)
+        return cls(config, params, Tokenizer.from_files(files.get, where), dtype, files)
+
+    def in_runs_of(self, other: "LanguageModel") -> "LanguageModel":
+        """The same model with its layers cut where the other's are too, so that their params have the same paths."""
+        runs = runs_of(other.params)
+        return dataclasses.replace(self, params=in_runs(self.config, self.params, runs)) if runs else self
 
     def save(self, folder: str | Path, *, recipe: Any = None, source: Any = None) -> None:
         """Writes a folder of jq4's own, packed leaves packed, whole or not at all. Arguments as jq4.save's."""
@@ -207,6 +231,19 @@ class LanguageModel:
                 "Make them with this model's own tokenizer."
             )
         return jnp.asarray(found, jnp.int32)
+
+
+def config_of(checkpoint: Checkpoint, where: str) -> DecoderConfig:
+    """The architecture that a checkpoint states."""
+    if checkpoint.config is None:
+        raise JQ4Error(f"{where}: there is no config.json with it, so it is no model. Put the original's beside it.")
+    return DecoderConfig.from_hf(checkpoint.config)
+
+
+def files_of(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The small files of a checkpoint that a saved model takes along, config.json without its way of packing."""
+    config = json.dumps(checkpoint.config or {}, indent=2).encode()
+    return {"config.json": config} | {name: held for name, held in checkpoint.files.items() if name in _COMPANIONS}
 
 
 def companion_files(folder: Path) -> dict[str, bytes]:

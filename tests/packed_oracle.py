@@ -11,8 +11,12 @@ NF4 = [
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ]  # fmt: skip
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
-CODEBOOKS = {"nf4": NF4, "fp4": FP4}
-BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "nf4": 4, "fp4": 4}
+E4M3 = [  # a sign, 4 bits of exponent, 3 of mantissa; no infinities
+    (-1.0) ** (b >> 7) * (2.0 ** ((b >> 3 & 15) - 7) * (1 + (b & 7) / 8) if b >> 3 & 15 else (b & 7) * 2.0**-9)
+    for b in range(256)
+]
+CODEBOOKS = {"nf4": NF4, "fp4": FP4, "e4m3": E4M3}
+BITS = {"nf4": 4, "fp4": 4, "e4m3": 8} | {f"int{bits}": bits for bits in range(2, 9)}
 
 
 def pack_bits(codes: np.ndarray, bits: int, axis: int, garbage: int = 0) -> np.ndarray:
@@ -52,3 +56,12 @@ def dequantize64(codes, scale, zero_point, offset, format: str, group_size: int,
             level = codes[k] - (2.0 ** (BITS[format] - 1) if z is None else z)
         rows.append(level * s + (0.0 if o is None else o))
     return np.moveaxis(np.stack(rows), 0, axis)
+
+
+def words_along(codes: np.ndarray, bits: int, axis: int) -> np.ndarray:
+    """u8 codes to little-endian i32 words of one bit string along `axis`; zeros fill the last word."""
+    moved = np.moveaxis(codes, axis, -1)
+    string = ((moved[..., None] >> np.arange(bits)) & 1).reshape(*moved.shape[:-1], -1).astype(np.uint8)
+    string = np.concatenate([string, np.zeros((*string.shape[:-1], -string.shape[-1] % 32), np.uint8)], -1)
+    words = np.packbits(string, axis=-1, bitorder="little").reshape(*moved.shape[:-1], -1).copy().view("<i4")
+    return np.moveaxis(words, -1, axis)

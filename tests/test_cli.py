@@ -229,7 +229,7 @@ def test_an_idle_rule_and_needless_calibration_are_told(capsys, source, tmp_path
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("rtn-w5g32", "rtn-w5g32"),
+        ("rtn-w9g32", "rtn-w9g32"),
         ("nonsense", "unknown preset 'nonsense'"),
         ("no.yaml", "no.yaml: no such recipe file"),
     ],
@@ -281,7 +281,7 @@ def test_models_that_are_none(capsys, source, tmp_path):
         assert f"{nowhere}: there is no such folder" in run_error(capsys, *argv)
     (tmp_path / "empty").mkdir()
     assert "config.json" in run_error(capsys, "eval", tmp_path / "empty", "--ids", source / "ids.npy")
-    assert "neither jq4.json nor safetensors" in run_error(capsys, "inspect", tmp_path / "empty")
+    assert "found neither model.safetensors nor" in run_error(capsys, "inspect", tmp_path / "empty")
 
 
 @pytest.mark.parametrize(

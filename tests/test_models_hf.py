@@ -158,10 +158,10 @@ def test_a_tied_head_that_differs_is_refused(tmp_path):
 
 def test_packed_weights_are_refused_by_their_method(tmp_path):
     folder, _, tensors = _folder(tmp_path, LLAMA)
-    config = DecoderConfig.from_hf(LLAMA | {"quantization_config": {"quant_method": "gptq"}})
-    packed = {QUERY: None, QUERY.replace("weight", "qweight"): np.zeros((1, 8), np.int32)}
+    config = DecoderConfig.from_hf(LLAMA | {"quantization_config": {"quant_method": "exl2"}})
+    packed = {QUERY: None, QUERY.replace("weight", "q_weight"): np.zeros((1, 8), np.int32)}
     _rewrite(folder, _changed(tensors, **packed))
-    with pytest.raises(JQ4Error, match=r"the weights are packed \(gptq\), wanted dense ones. Take the dense original"):
+    with pytest.raises(JQ4Error, match=r"the weights are packed \(exl2\), wanted dense ones. Take the dense original"):
         load_params(folder, config)
 
 
@@ -191,6 +191,17 @@ def test_a_tensor_that_only_the_index_knows_is_missing(tmp_path):
     where = _shard(folder, tensors) | {"model.ghost": "model-00001-of-00002.safetensors"}
     (folder / f"{FILE}.index.json").write_text(json.dumps({"weight_map": where}))
     with pytest.raises(JQ4Error, match=r"00001-of-00002.safetensors: tensor 'model.ghost' is missing"):
+        load_params(folder, config)
+
+
+def test_files_of_any_other_name_are_read_together(tmp_path):
+    folder, config, tensors = _folder(tmp_path, LLAMA)
+    wanted = load_params(folder, config)
+    _shard(folder, tensors)
+    (folder / f"{FILE}.index.json").unlink()
+    _same(load_params(folder, config), wanted)
+    safetensors.numpy.save_file({HEAD: np.ascontiguousarray(tensors[HEAD])}, folder / "packed-4bit.safetensors")
+    with pytest.raises(JQ4Error, match=r"'lm_head.weight' is in both model-.*.safetensors and packed-4bit.safet"):
         load_params(folder, config)
 
 

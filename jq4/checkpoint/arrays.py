@@ -8,7 +8,7 @@ it, of the same bytes every time, that any zarr library opens.
 
 import json
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,24 @@ import numpy as np
 from jq4.checkpoint.manifest import ArrayInfo, Manifest, QArrayInfo, arrays_of
 from jq4.checkpoint.structure import Keys, path_of
 from jq4.errors import CheckpointError
-from jq4.qarray import PARTS, is_qarray
+from jq4.qarray import PARTS, is_qarray, leaf_nbytes
 
 GROUP_BYTES = 256 * 2**20
 CHUNK_BYTES = 64 * 2**20
+_LEAST_SLICE = 2**18
 _LONGEST_NAME = 200  # file systems allow 255 bytes
 _LARGEST_ZSTD_RATIO = 40_000  # a zstd block of at most 128 KiB takes at least 4 bytes
 
 
 class Writer:
-    """Writes leaves one after the other into Orbax checkpoints below `folder`, holding one group of them at a time."""
+    """Writes leaves one after the other into Orbax checkpoints below `folder`, holding one group of them at a time.
 
-    def __init__(self, folder: Path):
+    `write(folder of the group, arrays by their Orbax key path)` is what writes a group.
+    """
+
+    def __init__(self, folder: Path, write: Callable[[Path, Mapping[tuple[str, ...], Any]], None] | None = None):
         self._folder = folder
+        self._write = write or write_group
         self._pending: dict[tuple[str, ...], Any] = {}
         self._pending_bytes = 0
         self._groups = 0
@@ -39,7 +44,7 @@ class Writer:
 
     def add(self, keys: Keys, leaf: Any) -> ArrayInfo | QArrayInfo:
         """Takes an array or a neutral QArray; it is on disk after `close` at the latest."""
-        size = sum(array.nbytes for array in jax.tree.leaves(leaf))
+        size = sum(leaf_nbytes(array) for array in jax.tree.leaves(leaf))
         if self._pending and self._pending_bytes + size > GROUP_BYTES:
             self._flush()
         self._pending_bytes += size
@@ -78,9 +83,7 @@ class Writer:
 
     def _flush(self) -> None:
         if self._pending:
-            group = self._folder / f"arrays-{self._groups:05d}"
-            group.mkdir()
-            write_group(group, self._pending)
+            self._write(self._folder / f"arrays-{self._groups:05d}", self._pending)
             self._groups += 1
         self._pending, self._pending_bytes = {}, 0
 
@@ -90,8 +93,11 @@ def write_group(folder: Path, arrays: Mapping[tuple[str, ...], Any]) -> None:
     import orbax.checkpoint as ocp
     from etils import epath
 
+    folder.mkdir()
     tree = _nested(arrays)
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    save_args = jax.tree.map(
+        lambda array: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if _is_stack(array) else ()), tree
+    )
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     try:
         handler.save(epath.Path(folder), args=ocp.args.PyTreeSave(tree, save_args=save_args))
@@ -99,6 +105,11 @@ def write_group(folder: Path, arrays: Mapping[tuple[str, ...], Any]) -> None:
         raise CheckpointError(f"{folder}: Orbax cannot write these arrays ({error})") from error
     finally:
         handler.close()
+
+
+def _is_stack(array: Any) -> bool:
+    """Whether it is worth it that a slice along the first axis can be read alone: layers, or experts."""
+    return array.ndim > 2 and array.nbytes // array.shape[0] >= _LEAST_SLICE
 
 
 def read_group(folder: Path, arrays: Mapping[str, tuple[ArrayInfo, Any]]) -> dict[str, Any]:

@@ -71,13 +71,13 @@ def save(
         _write_extra_files(prepared / "files", files)
         listing = atomic.hash_files(prepared, sync=True)
         new = Manifest(
-            data=f"data-{_listing_hash(listing)}",
+            data=f"data-{listing_hash(listing)}",
             tree=node,
             leaves=tuple(infos),
             files=listing,
             recipe=recipe_json,
             source=source_json,
-            versions=_versions(),
+            versions=made_by(),
         )
         raw = manifest.to_bytes(new)
         manifest.from_bytes(raw, f"{target}: the manifest just made")  # what cannot be read back is never installed
@@ -180,7 +180,8 @@ def _write_extra_files(folder: Path, files: Mapping[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
-def _versions() -> dict[str, str]:
+def made_by() -> dict[str, str]:
+    """The versions that a manifest tells."""
     from jq4 import __version__
 
     return {
@@ -191,7 +192,8 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _listing_hash(files: Mapping[str, FileInfo]) -> str:
+def listing_hash(files: Mapping[str, FileInfo]) -> str:
+    """What a data folder is named by."""
     lines = "".join(f"{info.sha256} {info.size} {name}\n" for name, info in sorted(files.items()))
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 

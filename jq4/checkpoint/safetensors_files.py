@@ -21,6 +21,7 @@ import numpy as np
 from jq4.errors import JQ4Error
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_METADATA = "__metadata__"
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -53,6 +54,10 @@ class StoredTensor:
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
     def read(self) -> np.ndarray:
         """The tensor as a view of the file, which is read as the view is used."""
         if self.stop == self.start:
@@ -66,6 +71,23 @@ class StoredTensor:
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name. Raises JQ4Error naming the file, the tensor and the remedy."""
+    entries, length, size = _header(file)
+    entries.pop(_METADATA, None)
+    tensors = {name: _tensor(file, name, entry, 8 + length, size - 8 - length) for name, entry in entries.items()}
+    _check_cover(file, tensors.values(), 8 + length, size)
+    return tensors
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a file's header says beside its tensors; empty where it says nothing."""
+    metadata = _header(file)[0].get(_METADATA) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(file, f"its {_METADATA} is {str(metadata)[:80]!r}", "an object of texts")
+    return metadata
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as it parses, its length, and the file's size."""
     size = _size(file)
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -75,11 +97,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         if length > min(size - 8, _LONGEST_HEADER):
             raise _damaged(file, f"its header claims {length} bytes", f"at most {min(size - 8, _LONGEST_HEADER)}")
         text = stream.read(length)
-    entries = _parse(file, text)
-    data = size - 8 - length
-    tensors = {name: _tensor(file, name, entry, 8 + length, data) for name, entry in entries.items()}
-    _check_cover(file, tensors.values(), 8 + length, size)
-    return tensors
+    return _parse(file, text), length, size
 
 
 def read_json(file: Path) -> Any:
@@ -99,14 +117,26 @@ def parse_json(content: bytes, where: str) -> Any:
         raise JQ4Error(f"{where}: is not JSON ({error}). It is damaged; download it again.") from error
 
 
+def holds_tensors(folder: Path) -> bool:
+    """Whether a folder has safetensors files."""
+    return folder.is_dir() and any(folder.glob("*.safetensors*"))
+
+
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors by name, of a folder's one file or of the shards of its index, or of the one file given."""
+    """All tensors by name, of a folder's one file or of the shards of its index, or of the one file given.
+
+    Packers call their files by names of their own: without a model.safetensors or its index, all safetensors files are
+    taken together.
+    """
     if not folder.is_dir():
         return read_header(folder)
     if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
     if (folder / INDEX).exists():
         return _open_shards(folder, read_json(folder / INDEX))
+    others = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    if others:
+        return _of_all(folder, others)
     pickles = [one.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for one in sorted(folder.glob(pattern))]
     if pickles:
         raise JQ4Error(
@@ -114,6 +144,19 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
             "Save the model with save_pretrained(..., safe_serialization=True), or take its safetensors."
         )
     raise JQ4Error(f"{folder}: found neither {SINGLE} nor {INDEX}. Give the folder that holds the weights.")
+
+
+def _of_all(folder: Path, files: list[Path]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise JQ4Error(
+                    f"{folder}: tensor {name!r} is in both {tensors[name].file.name} and {file.name}. Remove the file "
+                    "that is not of this model."
+                )
+            tensors[name] = tensor
+    return tensors
 
 
 def _open_shards(folder: Path, index: Any) -> dict[str, StoredTensor]:
@@ -147,18 +190,10 @@ def write(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Callable
 
     tensors: name -> (safetensors' name of the dtype, shape, what makes the array when its turn comes).
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape, _) in tensors.items():
-        stop = offset + math.prod(shape) * DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
-        offset = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
+    head, _ = head_of({name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()})
     temporary = file.with_name(file.name + ".partial")
     with temporary.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(head)
         for name, (dtype, shape, make) in tensors.items():
             array = np.ascontiguousarray(make(), DTYPES[dtype])
             if array.shape != shape:
@@ -167,6 +202,25 @@ def write(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Callable
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def head_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """What a file of these tensors begins with, and where each lies in it.
+
+    tensors: name -> (safetensors' name of the dtype, shape).
+    """
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = offset + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    del header[_METADATA]
+    places = {name: entry["data_offsets"] for name, entry in header.items()}
+    return head, {name: (len(head) + start, len(head) + stop) for name, (start, stop) in places.items()}
 
 
 def _size(file: Path) -> int:
@@ -198,7 +252,6 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
         raise _damaged(file, f"its header does not parse ({error})", "JSON") from error
     if not isinstance(header, dict):
         raise _damaged(file, f"its header is a {type(header).__name__}", "a JSON object")
-    header.pop("__metadata__", None)
     return header
 
 

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 
 from jq4 import __version__
-from jq4.cli import _terminal, demo, drift, eval, generate, inspect, mixed, plan, quantize, report
+from jq4.cli import _terminal, convert, demo, drift, eval, generate, inspect, mixed, plan, quantize, report
 from jq4.errors import JQ4Error
 
 _VERBS = {
     "demo": demo,
     "quantize": quantize,
+    "convert": convert,
     "eval": eval,
     "report": report,
     "drift": drift,

@@ -1,4 +1,4 @@
-"""Models as the verbs take them: a Hugging Face folder, or a folder that `jq4 quantize` made."""
+"""Models as the verbs take them: a folder that `jq4 quantize` made, a Hugging Face folder, a .gguf file."""
 
 import dataclasses
 import hashlib
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from models.language_model import LanguageModel
 
 MANIFEST = "jq4.json"
+MODEL = "a Hugging Face folder (dense or packed), a .gguf file, or a folder that jq4 quantize made"
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -19,13 +20,30 @@ def is_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).exists()
 
 
-def open_model(folder: str | Path) -> "LanguageModel":
-    """The LanguageModel of a folder; errors say what is missing."""
+def existing(path: str | Path) -> Path:
+    """The path of a model that is there."""
+    if not Path(path).exists():
+        raise JQ4Error(f"{path}: there is no such folder or file; give {MODEL}")
+    return Path(path)
+
+
+def open_model(path: str | Path) -> "LanguageModel":
+    """The LanguageModel of a folder or file; errors say what is missing, notes go to the terminal."""
     from models.language_model import LanguageModel
 
-    if not Path(folder).is_dir():
-        raise JQ4Error(f"{folder}: there is no such folder; give a Hugging Face folder or one that jq4 quantize made")
-    return LanguageModel.from_folder(folder)
+    return LanguageModel.from_folder(existing(path), say=_say)
+
+
+def _say(note: str) -> None:
+    from jq4.cli import _terminal
+
+    _terminal.say(note)
+
+
+def in_the_same_runs(model: "LanguageModel", reference: "LanguageModel") -> tuple["LanguageModel", "LanguageModel"]:
+    """Both with their layers cut alike, so that their leaves have the same paths."""
+    model = model.in_runs_of(reference)
+    return model, reference.in_runs_of(model)
 
 
 def laid_out(model: "LanguageModel") -> "LanguageModel":
@@ -83,7 +101,9 @@ def went_dense(model: "LanguageModel") -> list[dict[str, Any]]:
 
 def origin(folder: Path) -> dict[str, Any]:
     """What a packed folder's manifest says of its source: the folder's name, and the SHA-256 of its files."""
-    if is_checkpoint(folder):
+    if folder.is_file():
+        folder, names = folder.parent, [folder.name]
+    elif is_checkpoint(folder):
         names = [MANIFEST]
     else:
         names = [*sorted(path.name for path in folder.glob("*.safetensors*")), "config.json"]

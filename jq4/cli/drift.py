@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import Any
 
-from jq4.cli import _calibration
+from jq4.cli import _calibration, _models
 
 HELP = "compare new text with the calibration text: which layers' inputs moved, and whether to recalibrate"
 DESCRIPTION = (
@@ -17,7 +17,7 @@ DRIFTED = 3  # the exit code of --exit-code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a folder that jq4 quantize made, or a Hugging Face folder")
+    parser.add_argument("model", metavar="MODEL", help=_models.MODEL)
     parser.add_argument("--text", required=True, metavar="FILE", help="the new text: text, .jsonl or .npy ids")
     parser.add_argument("--calibration", required=True, metavar="FILE", help="what calibration was made on, likewise")
     _calibration.add_arguments(parser)
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `jq4 drift --json` prints."""
-    from jq4.cli import _models, _terminal
+    from jq4.cli import _terminal
     from jq4.drift import drift
     from jq4.driver.calibration_rows import may_need_rows
 
@@ -102,7 +102,7 @@ def read_texts(model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 def say_other_calibration(arguments: argparse.Namespace, text: Any) -> None:
     """Says so where the model was calibrated on another file, by its own account."""
     from jq4.checkpoint.orbax import read_manifest
-    from jq4.cli import _models, _terminal
+    from jq4.cli import _terminal
 
     about = read_manifest(arguments.model).source if _models.is_checkpoint(arguments.model) else None
     told = (about or {}).get("calibration", {})
@@ -136,7 +136,6 @@ def dense_of(model: Any) -> Any:
 
 def observe(model: Any, texts: list[Any], arguments: argparse.Namespace) -> list[Any]:
     """Statistics of each of the texts' rows."""
-    from jq4.cli import _models
     from jq4.observe import Programs
     from jq4.statistics import CHEAP
 
@@ -148,7 +147,6 @@ def observe(model: Any, texts: list[Any], arguments: argparse.Namespace) -> list
 def recipe_of(folder: str) -> Any:
     """The recipe that a packed folder was made by; None where it does not say."""
     from jq4.checkpoint.orbax import read_manifest
-    from jq4.cli import _models
     from jq4.recipe import Recipe
 
     told = read_manifest(folder).recipe if _models.is_checkpoint(folder) else None
@@ -176,7 +174,7 @@ def _plain(rule: Any) -> dict[str, Any]:
 
 def kld_of(model: Any, reference: Any, rows: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """KLD, agreement and perplexity on the rows of each text; nothing without a reference."""
-    from jq4.cli import _models, _terminal
+    from jq4.cli import _terminal
     from jq4.evaluate import evaluate
 
     if model is None or reference is None:

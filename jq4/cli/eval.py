@@ -5,6 +5,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from jq4.cli import _models
+
 HELP = "measure perplexity, and KLD and top-1 agreement against a reference"
 DESCRIPTION = (
     "Perplexity over rows of --context tokens, every one predicted from those before it in its row (mean over "
@@ -15,7 +17,7 @@ DEFAULT_CONTEXT = 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or one that jq4 quantize made")
+    parser.add_argument("model", metavar="MODEL", help=_models.MODEL)
     add_text_arguments(parser)
     parser.add_argument("--reference", metavar="MODEL", help="the model that KLD and agreement are measured against")
 
@@ -37,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `jq4 eval --json` prints."""
-    from jq4.cli import _models, _terminal
+    from jq4.cli import _terminal
     from jq4.inventory import bytes_on_disk, inventory, totals
 
     watch = _terminal.Stopwatch()

@@ -3,12 +3,14 @@
 import argparse
 from typing import Any
 
+from jq4.cli import _models
+
 HELP = "continue one or more prompts"
 DESCRIPTION = "Continues every --prompt; greedy unless a temperature is given. Packed models run packed."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or one that jq4 quantize made")
+    parser.add_argument("model", metavar="MODEL", help=_models.MODEL)
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="new tokens at most (default 64)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest (default)")
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from jq4.cli import _models, _terminal
+    from jq4.cli import _terminal
 
     watch = _terminal.Stopwatch()
     model = _models.laid_out(_models.open_model(arguments.model))

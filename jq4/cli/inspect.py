@@ -4,15 +4,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from jq4.cli import _models
+
 HELP = "list the leaves of a model: formats, groups, bytes, errors"
 DESCRIPTION = (
-    "Formats, group sizes and bytes of every leaf, from the manifest or the safetensors headers alone. With "
+    "Formats, group sizes and bytes of every leaf, from the manifest or the files' headers alone. With "
     "--reference the weights are read, and SQNR says how far each leaf is from the reference's."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or one that jq4 quantize made")
+    parser.add_argument("model", metavar="MODEL", help=_models.MODEL)
     parser.add_argument("--reference", metavar="MODEL", help="the model that each leaf's error is measured against")
 
 
@@ -25,6 +27,8 @@ def run(arguments: argparse.Namespace) -> None:
         _terminal.print_json(data)
         return
     out = _terminal.console()
+    for note in data.get("notes", ()):
+        _terminal.say(note)
     out.print(inventory_table(data))
     out.print(
         f"{format_count(data['parameters'])} parameters, {format_bytes(data['bytes'])} on the device, "
@@ -35,22 +39,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 def describe(model: str, reference: str | None = None) -> dict[str, Any]:
     """What `jq4 inspect --json` prints."""
-    from jq4.cli import _models, _terminal
-    from jq4.errors import JQ4Error
+    from jq4.cli import _terminal
     from jq4.inventory import bytes_on_disk, inventory, totals, with_errors
 
-    folder = Path(model)
-    if not folder.is_dir():
-        raise JQ4Error(f"{model}: there is no such folder; give a Hugging Face folder or one that jq4 quantize made")
+    folder = _models.existing(model)
     about: dict[str, Any] = {}
     if reference is not None:
-        ours, theirs = _models.open_model(model), _models.open_model(reference)
+        ours, theirs = _models.in_the_same_runs(_models.open_model(model), _models.open_model(reference))
         with _terminal.progress("measuring") as step:
             leaves = with_errors(inventory(ours.params), ours.params, theirs.params, step)
     elif _models.is_checkpoint(folder):
         leaves, about = leaves_of_manifest(folder)
     else:
-        leaves = leaves_of_headers(folder)
+        leaves, about = leaves_of_headers(folder)
     return {
         "model": model,
         "reference": reference,
@@ -80,13 +81,11 @@ def rename(leaves: list[Any], path: str) -> list[Any]:
     return [dataclasses.replace(leaf, path=path) for leaf in leaves]
 
 
-def leaves_of_headers(folder: Path) -> list[Any]:
-    """The tensors of a Hugging Face folder, by their own names."""
-    from jq4.errors import JQ4Error
-    from jq4.inventory import Leaf
-    from jq4.safetensors_headers import read_headers
+def leaves_of_headers(path: Path) -> tuple[list[Any], dict[str, Any]]:
+    """The weights of a folder or file of any other format, by Hugging Face's names, and what is to be told of them."""
+    from jq4.checkpoint.foreign import open_checkpoint
+    from jq4.inventory import inventory
 
-    tensors = read_headers(folder)
-    if not tensors:
-        raise JQ4Error(f"{folder}: holds neither jq4.json nor safetensors files; give a model's folder")
-    return [Leaf(name, t.shape, t.dtype, t.nbytes, t.nbytes) for name, t in tensors.items()]
+    found = open_checkpoint(path)
+    leaves = [leaf for name, weight in found.weights.items() for leaf in rename(inventory([weight.abstract]), name)]
+    return leaves, {"format": found.format, "notes": list(found.notes)}

@@ -205,6 +205,11 @@ def account(arguments: argparse.Namespace, recipe: Any, report: Any, watch: Any)
 def folder_of(source: str) -> None:
     from jq4.errors import JQ4Error
 
+    if Path(source).is_file():
+        raise JQ4Error(
+            f"{source}: is a file, wanted a folder of dense weights. Packed ones are run as they are by jq4 eval and "
+            "jq4 generate; jq4 convert --to safetensors makes dense ones of them."
+        )
     if not Path(source).is_dir():
         raise JQ4Error(f"{source}: there is no such folder; give a Hugging Face folder or one that jq4 quantize made")
 

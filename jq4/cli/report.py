@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from jq4.cli import _models
 from jq4.cli.eval import add_text_arguments
 
 HELP = "write a quality report: KLD, perplexity, error by layer, bytes; JSON, Markdown, HTML"
@@ -16,7 +17,7 @@ _COMPARED = ("bits_per_weight_packed", "bytes", "kld_mean", "top1_agreement", "p
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a folder that jq4 quantize made, or a Hugging Face folder")
+    parser.add_argument("model", metavar="MODEL", help=_models.MODEL)
     parser.add_argument("--reference", metavar="MODEL", help="the dense model that it was made from")
     add_text_arguments(parser)
     parser.add_argument("--out", default="jq4-report", metavar="DIR", help="where to write (default ./jq4-report)")
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The report's data: what `jq4 report --json` prints."""
-    from jq4.cli import _models, _terminal
+    from jq4.cli import _terminal
     from jq4.cli.eval import read_given
     from jq4.inventory import bytes_on_disk, inventory, totals
     from jq4.quality_report import compose_report, expert_coverage, leaf_rows, read_report
@@ -63,6 +64,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     others = [read_compared(path) for path in arguments.compare]
     model = _models.open_model(arguments.model)
     reference = None if arguments.reference is None else _models.open_model(arguments.reference)
+    if reference is not None:
+        model, reference = _models.in_the_same_runs(model, reference)
     rows, dropped = given.rows_for(model, arguments.model, arguments.context)
     text = given.described(rows, dropped)
     for other in others:
@@ -98,7 +101,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def measure_leaves(model: Any, reference: Any, rows: Any, batch_size: int) -> tuple[list[Any], Any]:
     """Each packed leaf's error over the inputs that the reference's weights meet on `rows`, and those statistics."""
     from jq4.axes import contraction_axes
-    from jq4.cli import _models, _terminal
+    from jq4.cli import _terminal
     from jq4.leaf_errors import collect_hessians, leaf_errors
 
     axes = contraction_axes(_models.function_of(reference), reference.params, rows[:1])
@@ -115,7 +118,6 @@ def name_of(folder: str) -> str:
 def made_of(folder: str) -> dict[str, Any]:
     """How a folder was made, by its own account: recipe, source and calibration."""
     from jq4.checkpoint.orbax import read_manifest
-    from jq4.cli import _models
 
     if not _models.is_checkpoint(folder):
         return {}
@@ -126,7 +128,6 @@ def made_of(folder: str) -> dict[str, Any]:
 
 def notes_on_reference(folder: str, reference: str | None) -> list[str]:
     """That the reference's files are others than those the folder says it was made from, where it says so."""
-    from jq4.cli import _models
 
     recorded = made_of(folder).get("source", {}).get("files", {})
     if reference is None or not recorded or _models.MANIFEST in recorded:

@@ -13,7 +13,6 @@ end_to_end.py       the step after the last block: all of them learned together
 rows_learned.py     the report's rows of what was learned
 store.py            what is done: packed blocks on disk, one file for each part of each leaf
 journal.py          how far a killed run was, and whether the next one is the same run
-freed_pages.py      memory that was freed, given back to the system
 report.py           what became of every leaf of every block
 """
 

@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq4.chain import Chain
-from jq4.driver.freed_pages import give_back_freed_pages
 from jq4.driver.plan import BlockPlan, paths_of
 from jq4.driver.report import LeafRow
 from jq4.driver.stage_statistics import collectors, stage_statistics
 from jq4.driver.streams import Stream
 from jq4.errors import JQ4Error
+from jq4.freed_pages import give_back_freed_pages
 from jq4.leaf_errors import error_of
 from jq4.paths import leaf_path
 from jq4.qarray import is_qarray

@@ -17,12 +17,12 @@ from jq4.chain import BlockSource, Chain
 from jq4.driver.block import BlockQuantizer, check_dense_leaves
 from jq4.driver.calibration_rows import Needs
 from jq4.driver.equalized import Equalizer
-from jq4.driver.freed_pages import give_back_freed_pages
 from jq4.driver.plan import BlockPlan, paths_of
 from jq4.driver.report import LeafRow
 from jq4.driver.rows_learned import rows_learned
 from jq4.driver.stage_statistics import Collector
 from jq4.driver.streams import Placement, Stream, make_stream
+from jq4.freed_pages import give_back_freed_pages
 from jq4.observe import observe
 from jq4.recipe import Recipe
 from jq4.sparing_jit import sparing_jit

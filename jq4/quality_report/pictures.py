@@ -10,6 +10,8 @@ from typing import Any
 
 from jq4.drawing import COLOURS, GREY, draw_klds, png_of, subplots
 
+_RUN = re.compile(r"(?<=layers/)\d+(?=/)")
+
 
 def can_draw(data: Mapping[str, Any]) -> bool:
     return bool(_panels(data))
@@ -43,14 +45,17 @@ def errors_by_layer(data: Mapping[str, Any]) -> dict[str, dict[int, float]]:
     """Kind of weight -> layer -> error: the output error, or noise over signal where outputs are not known.
 
     A stacked leaf is a kind, its slices the layers (a mean over experts); of leaves that are named by layer, such as
-    "layers_3/mlp/up_proj/kernel", those that differ by that number alone are a kind.
+    "layers_3/mlp/up_proj/kernel", those that differ by that number alone are a kind. "layers/03/mlp/up_proj/kernel" is
+    a run of layers, stacked from layer 3 on.
     """
     gathered: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for leaf in data.get("leaves", []):
         if slices := leaf.get("slices"):
+            run = _RUN.search(leaf["path"])
+            kind, first = (leaf["path"], 0) if run is None else (_RUN.sub("*", leaf["path"]), int(run[0]))
             for each in slices:
                 if (error := _error(each)) is not None:
-                    gathered[leaf["path"]][each["index"][0]].append(error)
+                    gathered[kind][first + each["index"][0]].append(error)
         elif (error := _error(leaf)) is not None:
             number = re.search(r"(?<=[_/.])\d+(?=[_/.]|$)", leaf["path"])
             kind = leaf["path"] if number is None else leaf["path"].replace(number[0], "*", 1)
@@ -111,5 +116,5 @@ def draw_bits_against_kld(axes: Any, points: list[tuple[str, float, float]]) -> 
 
 def short_name(path: str) -> str:
     """params/layers/mlp/up_proj/kernel -> mlp up_proj."""
-    parts = [part for part in path.split("/") if part not in ("params", "layers", "kernel")]
+    parts = [part for part in path.split("/") if part not in ("params", "layers", "*", "kernel")]
     return " ".join(parts) or path

@@ -11,13 +11,26 @@ so that a conversion can say what is lost before it reads a byte, and can write 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.checkpoint.safetensors_files import DTYPES
+from jq4.freed_pages import give_back_mapped_pages
+
+PIECE_BYTES = 16 * 2**20
+
+# the modules of this package that write a format
+WRITERS: tuple[str, ...] = (
+    "compressed_tensors_writing",
+    "gptq_writing",
+    "awq_writing",
+    "mxfp4_writing",
+    "bnb_nf4",
+    "mxfp4",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +45,9 @@ class Planned:
         same codes and scales.
       doubt: what can only be known once the data is seen ("scales must fit float16"); "" for nothing. `encode` raises
         JQ4Error where it turns out badly.
+      requantized: whether a packed weight gets other codes, which a conversion does only where it is asked for.
+      pieces: where it makes a single tensor: what `encode` makes of it, cut into flat arrays that follow each other and
+        are made one by one, so that a large tensor never is in memory as a whole.
     """
 
     weight: LazyWeight
@@ -39,6 +55,8 @@ class Planned:
     encode: Callable[[Any], Mapping[str, np.ndarray]] = dataclasses.field(repr=False)
     loss: str = ""
     doubt: str = ""
+    requantized: bool = False
+    pieces: Callable[[Any], Iterable[np.ndarray]] | None = dataclasses.field(default=None, repr=False)
 
 
 class Writer(Protocol):
@@ -54,4 +72,15 @@ class Writer(Protocol):
 def as_it_is(weight: LazyWeight) -> Planned:
     """A dense weight under its own name, in its own dtype."""
     name = next(name for name, dtype in DTYPES.items() if dtype == weight.abstract.dtype)
-    return Planned(weight, {weight.name: (name, weight.shape)}, lambda array: {weight.name: np.asarray(array)})
+    return Planned(
+        weight, {weight.name: (name, weight.shape)}, lambda array: {weight.name: np.asarray(array)}, pieces=flat_pieces
+    )
+
+
+def flat_pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The elements of an array in order, a piece at a time; of a mapped file no more than a piece stays resident."""
+    flat = array.reshape(-1)
+    step = max(1, PIECE_BYTES // flat.dtype.itemsize)
+    for start in range(0, flat.size, step):
+        yield np.array(flat[start : start + step])
+        give_back_mapped_pages(array)

@@ -1,0 +1,66 @@
+"""What a conversion may write to, and the rename that makes its work the destination.
+
+Nothing but DST and DST.partial is touched. An older conversion in DST (it has a jq4-conversion.json; jq4's own folders
+a jq4.json) is replaced, as jq4 quantize replaces an older folder of its own; anything else that stands there is
+refused. A new DST appears by one rename of a folder whose every byte is on disk.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from jq4.checkpoint.atomic import check_ours, sync_folder
+from jq4.checkpoint.conversion.progress import REPLACED, Journal, folder_of
+from jq4.checkpoint.manifest import MANIFEST
+from jq4.errors import CheckpointError, JQ4Error
+
+REPORT = "jq4-conversion.json"  # software that opens folders of weights looks for files by name, and not for this one
+
+
+def check_destination(source: Path, destination: Path) -> None:
+    """Refuses what would destroy something, before any work is done."""
+    here, there = source.resolve(), destination.resolve()
+    if not there.name:
+        raise JQ4Error(f"{destination}: is no folder to write to; give a name")
+    if here == there or here in there.parents or there in here.parents:
+        raise JQ4Error(f"{destination}: lies in, or is, the source {source}; choose another folder for the result")
+    if folder_of(there) == here or here in folder_of(there).parents or folder_of(there) in here.parents:
+        raise JQ4Error(f"{source}: is the unfinished work for {destination}; choose another folder for the result")
+    if not os.path.lexists(destination):
+        return
+    if not destination.is_dir():
+        raise JQ4Error(f"{destination}: a file stands there; remove it or choose another path")
+    found = sorted(path.name for path in destination.iterdir())
+    if MANIFEST in found:
+        check_ours(there)
+    elif found and REPORT not in found:
+        raise JQ4Error(
+            f"{destination}: holds something else than a conversion of jq4 (found {', '.join(found[:5])}, wanted "
+            f"{REPORT}); choose another path or remove it; nothing was changed"
+        )
+
+
+def check_space(destination: Path, needed: int) -> None:
+    """Raises CheckpointError where the disk cannot hold `needed` more bytes."""
+    parent = destination.resolve().parent
+    free = shutil.disk_usage(next(path for path in (parent, *parent.parents) if path.exists())).free
+    if free < needed:
+        raise CheckpointError(no_space(destination, needed, free))
+
+
+def no_space(destination: Path, needed: int, free: int) -> str:
+    return (
+        f"{destination}: the disk is full: {needed:,} bytes are still to be written and {free:,} are free; make room "
+        "and give the same command again, which goes on from what is written"
+    )
+
+
+def install(journal: Journal, destination: Path, single: str | None = None) -> None:
+    """Renames the finished work to the destination: the folder, or where the output is a file the file `single`."""
+    made = journal.data if single is None else journal.data / single
+    if made.exists():
+        if destination.is_dir():
+            shutil.rmtree(journal.folder / REPLACED, ignore_errors=True)
+            destination.rename(journal.folder / REPLACED)
+        made.rename(destination)
+    sync_folder(destination.parent)

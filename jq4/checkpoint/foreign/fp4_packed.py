@@ -1,0 +1,107 @@
+"""FP4 weights of compressed-tensors, mxfp4-pack-quantized and nvfp4-pack-quantized, as QArrays with packed scales.
+
+    weight_packed         u8 [*E, N, K/2]       e2m1 codes, even k in the low nibble: a QArray's bytes as they are
+    mxfp4   weight_scale  u8 [*E, N, K/32]      e8m0: 2**(byte - 127); 255 is NaN
+    nvfp4   weight_scale  e4m3 [*E, N, K/16]    w = level * weight_scale / weight_global_scale
+            weight_global_scale   f32 [1]
+
+One byte a scale is kept: e8m0 is a dtype of JAX, and the e4m3 bytes are codes of a QArray of 8 bits, "e4m3", whose own
+scale is 1 / global, rounded to float32. So a weight of NVFP4 is exact to that rounding and the product's.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jq4.checkpoint.foreign.partners import Partners, contradiction
+from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
+from jq4.checkpoint.safetensors_files import DTYPES, StoredTensor
+from jq4.errors import JQ4Error
+from jq4.qarray import QArray
+
+MXFP4_GROUP, NVFP4_GROUP = 32, 16
+E8M0 = DTYPES["F8_E8M0"]
+_PARTS = ("weight_packed", "weight_scale", "weight_global_scale", "weight_shape")
+
+
+def weight(partners: Partners, config: Mapping[str, Any]) -> LazyWeight:
+    """The weight of u8 `weight_packed` and its scales."""
+    packed = partners.need("weight_packed", "U8")
+    scale = partners.need("weight_scale", "U8", "F8_E8M0", "F8_E4M3")
+    nvfp4 = scale.dtype == "F8_E4M3"
+    group = NVFP4_GROUP if nvfp4 else MXFP4_GROUP
+    if len(packed.shape) not in (2, 3) or scale.shape[:-1] != packed.shape[:-1]:
+        raise contradiction(scale, f"{[*packed.shape[:-1], 'groups']} for weight_packed {list(packed.shape)}")
+    inputs = packed.shape[-1] * 2
+    if scale.shape[-1] * group != inputs:
+        raise contradiction(
+            scale,
+            f"{inputs / group:g} groups of {group} for {inputs} FP4 inputs",
+            "If these are floats of 6 bits, decompress it with compressed-tensors and save it dense.",
+        )
+    read = _read_nvfp4 if nvfp4 else _read_mxfp4
+    abstract = abstract_qarray(
+        (*packed.shape[:-1], inputs),
+        format="fp4",
+        group_size=group,
+        dtype=model_dtype(config),
+        parts={"scale": (scale.shape, E8M0)},
+    )
+    if nvfp4:
+        abstract = dataclasses.replace(abstract, scale=_abstract_scale(partners, scale))
+    names = partners.names(*_PARTS)
+    return LazyWeight(partners.weight_name, abstract, lambda: read(partners, abstract), names)
+
+
+def model_dtype(config: Mapping[str, Any]) -> np.dtype[Any]:
+    """The dtype that config.json names, bfloat16 where it names none."""
+    text = config.get("text_config")
+    for settings in (config, text if isinstance(text, dict) else {}):
+        named = settings.get("dtype") or settings.get("torch_dtype")
+        for name in ("F16", "BF16", "F32"):
+            if named == DTYPES[name].name:
+                return DTYPES[name]
+    return DTYPES["BF16"]
+
+
+def _abstract_scale(partners: Partners, scale: StoredTensor) -> QArray:
+    whole = partners.need("weight_global_scale", "F32")
+    experts = scale.shape[:-2]
+    if int(np.prod(whole.shape)) not in (1, int(np.prod(experts))):
+        raise contradiction(whole, "F32[1], or one for each expert")
+    shape = (*(experts if int(np.prod(whole.shape)) > 1 else (1,) * len(experts)), 1, 1)
+    return abstract_qarray(
+        scale.shape,
+        format="e4m3",
+        group_size=scale.shape[-1],
+        dtype=np.float32,
+        parts={"scale": (shape, np.float32)},
+    )
+
+
+def _read_mxfp4(partners: Partners, abstract: QArray) -> QArray:
+    stored = partners.need("weight_scale")
+    exponents = np.asarray(stored.read()).view(np.uint8)
+    _refuse_nan(exponents == 255, stored)
+    codes = np.asarray(partners.need("weight_packed").read())
+    return dataclasses.replace(abstract, codes=codes, scale=exponents.view(E8M0))
+
+
+def _read_nvfp4(partners: Partners, abstract: QArray) -> QArray:
+    stored, whole = partners.need("weight_scale"), partners.need("weight_global_scale")
+    levels, factor = np.asarray(stored.read()).view(np.uint8), np.asarray(whole.read())
+    _refuse_nan((levels & 0x7F) == 0x7F, stored)
+    _refuse_nan(~(np.isfinite(factor) & (factor != 0)), whole)
+    inverse = (np.float32(1) / factor).reshape(abstract.scale.scale.shape)
+    scale = dataclasses.replace(abstract.scale, codes=levels, scale=inverse)
+    return dataclasses.replace(abstract, codes=np.asarray(partners.need("weight_packed").read()), scale=scale)
+
+
+def _refuse_nan(bad: np.ndarray, tensor: StoredTensor) -> None:
+    if bad.any():
+        raise JQ4Error(
+            f"{tensor.file}: tensor {tensor.name!r} holds {int(bad.sum())} scales that are NaN, infinite or a zero to "
+            "divide by, wanted finite ones. The checkpoint is damaged; download it again."
+        )

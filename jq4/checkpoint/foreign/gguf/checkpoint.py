@@ -1,0 +1,109 @@
+"""A .gguf file (or its shards) as a Checkpoint: weights by Hugging Face's names, a config, a tokenizer.
+
+Weights come as QArrays [N, K] or dense; llama's query and key rows are put back in Hugging Face's order, and Gemma's
+norms, kept as 1 + w, come as w. An architecture that models/ does not have keeps GGUF's names, and has no config.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jq4.checkpoint.foreign.gguf import qarrays
+from jq4.checkpoint.foreign.gguf.config_in import FREQUENCIES, LONG, SHORT, config_of
+from jq4.checkpoint.foreign.gguf.container import Container, GGUFTensor, damaged, read_container
+from jq4.checkpoint.foreign.gguf.names import from_llama_order, hf_name, is_shifted_norm, permuted_heads
+from jq4.checkpoint.foreign.gguf.tokenizer_in import tokenizer_files
+from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight
+from jq4.errors import JQ4Error
+
+NAME = "gguf"
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+
+
+def open_gguf(file: Path) -> Checkpoint:
+    """The checkpoint of a .gguf file; given one shard, all of them. Raises JQ4Error as `read_container` does."""
+    container = _with_its_shards(file)
+    architecture = str(container.metadata.get("general.architecture", ""))
+    config = config_of(container)
+    files, notes = tokenizer_files(container.metadata, str(container.file))
+    if config is None:
+        notes.append(f"the architecture {architecture!r} is not known: weights keep GGUF's names; there is no config")
+    weights: dict[str, LazyWeight] = {}
+    for tensor in container.tensors.values():
+        if config is not None and tensor.name in (FREQUENCIES, LONG, SHORT):
+            continue  # these became rope_scaling
+        weight = _weight(tensor, architecture, config, notes)
+        if weight.name in weights:
+            raise damaged(tensor.file, f"tensor {tensor.name!r} is another {weight.name!r}", "each weight once")
+        weights[weight.name] = weight
+    return Checkpoint(NAME, weights, config, {}, files, tuple(notes))
+
+
+def _weight(tensor: GGUFTensor, architecture: str, config: Mapping[str, Any] | None, notes: list[str]) -> LazyWeight:
+    name = None if config is None else hf_name(tensor.name, architecture)
+    if config is None or name is None:
+        if config is not None:
+            notes.append(f"tensor {tensor.name!r} has no name in a {config['model_type']} model: it keeps its own")
+        return LazyWeight(tensor.name, _abstract(tensor), _reader(tensor, 0, False), (tensor.name,))
+    heads = permuted_heads(tensor.name, architecture, config)
+    read = _reader(tensor, heads, is_shifted_norm(tensor.name, architecture))
+    return LazyWeight(name, _abstract(tensor), read, (tensor.name,))
+
+
+def _abstract(tensor: GGUFTensor) -> Any:
+    if tensor.kind.dtype is not None:
+        return jax.ShapeDtypeStruct(tensor.shape, tensor.kind.dtype)
+    if len(tensor.shape) < 2:
+        raise JQ4Error(
+            f"{tensor.file}: tensor {tensor.name!r} is a row in {tensor.kind.name}, wanted a matrix, or a dense type. "
+            "The file is damaged; download it again."
+        )
+    return qarrays.abstract(tensor.kind, tensor.shape)
+
+
+def _reader(tensor: GGUFTensor, heads: int, shifted: bool) -> Callable[[], Any]:
+    def read() -> Any:
+        if tensor.kind.dtype is None:
+            return qarrays.to_qarray(tensor.kind, from_llama_order(tensor.blocks(), heads, tensor.name))
+        dense = tensor.blocks().reshape(-1).view(tensor.kind.dtype).reshape(tensor.shape)
+        if shifted:
+            return (dense.astype(np.float32) - np.float32(1)).astype(dense.dtype)
+        return from_llama_order(dense, heads, tensor.name)
+
+    return read
+
+
+def _with_its_shards(file: Path) -> Container:
+    """The container of a file, with the tensors of all shards if it is one of several."""
+    named = _SHARD.fullmatch(file.name)
+    if named is None:
+        container = read_container(file)
+        if container.metadata.get("split.count", 1) != 1:
+            raise JQ4Error(
+                f"{file}: is one of {container.metadata['split.count']} shards, wanted a name that ends in "
+                "-00001-of-0000N.gguf so that the others are found. Rename the shards as they were downloaded."
+            )
+        return container
+    count = int(named[3])
+    if not 1 <= count <= 10_000:
+        raise JQ4Error(f"{file}: its name says {count} shards, wanted 1 to 10000. Rename it as it was downloaded.")
+    shards = []
+    for number in range(1, count + 1):
+        shard = file.with_name(f"{named[1]}-{number:05}-of-{named[3]}.gguf")
+        if not shard.exists():
+            raise JQ4Error(f"{shard}: the shard is missing, wanted beside {file.name}. Download it again.")
+        shards.append(read_container(shard))
+    tensors: dict[str, GGUFTensor] = {}
+    for shard in shards:
+        for name, tensor in shard.tensors.items():
+            if name in tensors:
+                raise damaged(shard.file, f"tensor {name!r} is in {tensors[name].file.name} too", "each tensor once")
+            tensors[name] = tensor
+    wanted = shards[0].metadata.get("split.tensors.count", len(tensors))
+    if wanted != len(tensors):
+        raise damaged(file, f"its shards hold {len(tensors)} tensors", f"{wanted}")
+    return Container(shards[0].file, shards[0].version, shards[0].metadata, tensors)
