@@ -261,7 +261,7 @@ def _quantize_named(
         check_finite(entry.path, statistics)
         if method.needs_statistics:
             _check_axes(entry.path, leaf.shape, axis, statistics)
-    _check_values(entry.path, leaf, rule)
+    check_values(entry.path, leaf, rule)
     try:
         looked_at = statistics if method.needs_statistics else None
         block = 0
@@ -302,7 +302,7 @@ def _with_activations(packed: QArray, rule: Rule, statistics: Any) -> QArray:
     return rounding_inputs(packed, wanted.name, absmax)
 
 
-def _check_values(path: str, leaf: Any, rule: Rule) -> None:
+def check_values(path: str, leaf: Any, rule: Rule) -> None:
     """Raises JQ4Error for a NaN, an Inf, or more than scales can hold; a tracer has no values to look at."""
     if _is_traced(leaf):
         return
