@@ -287,7 +287,8 @@ def test_the_command_line_takes_the_writers_options(tmp_path, capsys):
     source = str(save(tmp_path / "source", tensors, settings))
     assert main(["convert", source, str(tmp_path / "v"), "--to", "gptq"]) != 0
     assert "--checkpoint-format gptq_v2" in " ".join(capsys.readouterr().err.split())
-    options = ["--to", "gptq", "--checkpoint-format", "gptq_v2", "--scale-dtype", "float32", "--verify"]
+    room = ["--memory", "64GB"]  # the process of the tests holds more than the default
+    options = [*room, "--to", "gptq", "--checkpoint-format", "gptq_v2", "--scale-dtype", "float32", "--verify"]
     assert main(["convert", source, str(tmp_path / "made"), *options]) == 0
     checkpoint = open_checkpoint(tmp_path / "made")
     assert checkpoint.quantization["checkpoint_format"] == "gptq_v2"
