@@ -86,8 +86,11 @@ def _module(partners: Partners, quantization: Mapping[str, Any], notes: Notes) -
 def _bits_and_shape(partners: Partners) -> tuple[int, tuple[int, int]]:
     qweight, qzeros = partners.need("qweight", "I32"), partners.need("qzeros", "I32")
     scales = partners.need("scales", *FLOATS)
-    if len(qweight.shape) != 2 or len(scales.shape) != 2 or scales.shape[1] != qweight.shape[1]:
-        raise contradiction(scales, f"[groups, {qweight.shape[-1]}], for qweight {list(qweight.shape)}")
+    for one in (qweight, qzeros, scales):
+        if len(one.shape) != 2:
+            raise contradiction(one, "a matrix")
+    if scales.shape[1] != qweight.shape[1]:
+        raise contradiction(scales, f"[groups, {qweight.shape[1]}], for qweight {list(qweight.shape)}")
     groups, outputs = scales.shape
     bits, rest = divmod(qzeros.shape[-1] * 32, outputs)
     if rest or bits not in SUPPORTED_BITS or qzeros.shape != (groups, outputs * bits // 32):

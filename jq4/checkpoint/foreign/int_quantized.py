@@ -30,6 +30,8 @@ def weight(partners: Partners, scheme: Scheme) -> LazyWeight:
             "Floats of 8 bits are not read: decompress it with compressed-tensors and save it dense, or take the "
             "original checkpoint.",
         )
+    if len(stored.shape) != 2:
+        raise contradiction(stored, "a matrix")
     scale, zeros = partners.need("weight_scale", *FLOATS), partners.get("weight_zero_point")
     groups = _groups(partners)
     bits = scheme.num_bits if scheme.num_bits in range(2, 9) else 8
@@ -53,7 +55,7 @@ def _groups(partners: Partners) -> int:
     stored, scale = partners.need("weight"), partners.need("weight_scale")
     if scale.shape in ((), (1,)):
         return 1
-    if scale.shape[:-1] != stored.shape[:-1] or len(stored.shape) != 2:
+    if scale.shape[:-1] != stored.shape[:-1]:
         raise contradiction(
             scale,
             f"[{stored.shape[0]}, groups], [{stored.shape[0]}, 1] or [1]",
