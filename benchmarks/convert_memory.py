@@ -3,7 +3,8 @@
     python -m benchmarks.convert_memory [--layers 9 22 49] [--to compressed-tensors orbax] [--folder DIR] [--json FILE]
 
 Each conversion runs as a process of its own (--memory 1GB, the default): the seconds are its whole life, importing JAX
-included, the peak is its resident memory at most (mapped pages of the files included), as the system counts it. The
+included (and those of the processors beside them: `load` tells how many others they were shared with), the peak is its
+resident memory at most (mapped pages of the files included), as the system counts it. The
 copy reads and writes the same bytes in blocks of 16 MiB and waits for the disk, as the conversion does, right before
 it. The page cache is told to forget the source before each. Codes are random bytes, which do not compress. The
 checkpoints are removed afterwards.
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -111,10 +113,11 @@ def copy_seconds(source: Path, target: Path) -> float:
     return seconds
 
 
-def convert_in_a_process(source: Path, target: Path, to: str) -> tuple[float, int]:
-    """Seconds, and the most resident memory in bytes."""
+def convert_in_a_process(source: Path, target: Path, to: str) -> dict[str, Any]:
+    """Seconds, of the clock and of the processors, and the most resident memory in bytes."""
     forget(source)
     words = [sys.executable, "-m", "jq4", "convert", str(source), str(target), "--to", to, "--json"]
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process, peak = subprocess.Popen(words, stdout=subprocess.DEVNULL), 0
     while process.poll() is None:
@@ -124,7 +127,9 @@ def convert_in_a_process(source: Path, target: Path, to: str) -> tuple[float, in
     if process.returncode:
         raise SystemExit(f"{' '.join(words)}: exit code {process.returncode}")
     shutil.rmtree(target)
-    return seconds, peak
+    total = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processors = total.ru_utime + total.ru_stime - used.ru_utime - used.ru_stime
+    return {"seconds": round(seconds, 2), "processor_seconds": round(processors, 2), "peak_resident_bytes": peak}
 
 
 def peak_resident(pid: int) -> int:
@@ -143,18 +148,9 @@ def measured(folder: Path, layers: int, targets: list[str]) -> list[dict[str, An
     rows = []
     for to in targets:
         copied = copy_seconds(source, folder / "copy")
-        seconds, peak = convert_in_a_process(source, folder / "converted", to)
-        rows.append(
-            {
-                "to": to,
-                "layers": layers,
-                "bytes": size,
-                "copy_seconds": round(copied, 2),
-                "seconds": round(seconds, 2),
-                "share_of_copy_speed": round(copied / seconds, 3),
-                "peak_resident_bytes": peak,
-            }
-        )
+        row = {"to": to, "layers": layers, "bytes": size, "copy_seconds": round(copied, 2)}
+        row |= convert_in_a_process(source, folder / "converted", to)
+        rows.append(row | {"share_of_copy_speed": round(copied / row["seconds"], 3), "load": os.getloadavg()[0]})
         print(json.dumps(rows[-1]), flush=True)
     shutil.rmtree(source)
     return rows

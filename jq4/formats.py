@@ -5,6 +5,7 @@ points, its levels are `code - zero_point` instead. Codebook formats list their 
 
     iq4_nl  GGUF's non-linear levels, whole numbers denser around zero (llama.cpp)
     nf4   quantiles of a normal distribution, scaled to [-1, 1] (Dettmers et al. 2023, QLoRA; bitsandbytes' table)
+    bnb_fp4  bitsandbytes' FP4: a sign, two bits of exponent, one of mantissa, divided by 12 and in its own order
     fp4   e2m1: a sign bit, two bits of exponent, one of mantissa (OCP Microscaling 1.0): 0 .5 1 1.5 2 3 4 6
     dynamic8  a sign, a power of ten down to 1e-6 and a linear fraction of the bits that it leaves: bitsandbytes' signed
           "dynamic" map (Dettmers 2016), for scales that are packed themselves (jq4.double_quant)
@@ -83,6 +84,7 @@ def _evenly_spaced(count: int) -> np.ndarray:
 _IQ4_NL = (
     -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
 )  # fmt: skip
+_BNB_FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 _E4M3 = tuple(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64).tolist())
@@ -100,6 +102,7 @@ FORMATS: dict[str, Format] = {
         Format("nf4", 4, _NF4),
         Format("iq4_nl", 4, _IQ4_NL),
         Format("fp4", 4, _E2M1 + tuple(-level for level in _E2M1)),
+        Format("bnb_fp4", 4, _BNB_FP4 + tuple(-level for level in _BNB_FP4)),
         Format("dynamic8", 8, _dynamic_levels()),
         Format("e4m3", 8, _E4M3),
     )

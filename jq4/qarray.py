@@ -226,6 +226,8 @@ def validate(q: QArray, path: str = "QArray") -> QArray:
                 f"{path}: {name} has shape {tuple(part.shape)}, wanted {tuple(wanted)} (or 1 on an axis other than the "
                 f"grouped one) for {q.format} of shape {q.shape} in groups of {q.group_size} along axis {q.axis}"
             )
+        if is_qarray(part):
+            validate(part, f"{path}.{name}")
     _validate_inputs(q, path)
     return q
 

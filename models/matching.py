@@ -60,7 +60,7 @@ def matched_weights(where: str, checkpoint: Checkpoint, config: DecoderConfig) -
 def check_dense(where: str, checkpoint: Checkpoint) -> None:
     """Raises JQ4Error where a checkpoint holds packed weights."""
     if any(weight.packed for weight in checkpoint.weights.values()):
-        raise _packed(where, checkpoint.format)
+        raise _packed(where, checkpoint.format, known=True)
 
 
 def _prefix(names: Iterable[str]) -> str:
@@ -101,17 +101,22 @@ def _check_same(where: str, embedding: LazyWeight, head: LazyWeight) -> None:
     )
 
 
-def _packed(where: str, method: Any) -> JQ4Error:
+def _packed(where: str, method: Any, known: bool) -> JQ4Error:
+    """`known`: whether jq4 has read them as packed weights."""
+    instead = (
+        "these are run as they are by jq4 eval and jq4 generate, and written in other formats by jq4 convert --to"
+        if known
+        else "jq4 does not read these"
+    )
     return JQ4Error(
-        f"{where}: the weights are packed ({method}), wanted dense ones. Take the dense original; these are "
-        "run as they are by jq4 eval and jq4 generate, and written in other formats by jq4 convert --to."
+        f"{where}: the weights are packed ({method}), wanted dense ones. Take the dense original; {instead}."
     )
 
 
 def _missing(where: str, missing: list[str], checkpoint: Checkpoint, config: DecoderConfig) -> JQ4Error:
     stated = json.loads(config.source or "{}").get("quantization_config") or checkpoint.quantization
     if stated.get("quant_method") and not any(weight.packed for weight in checkpoint.weights.values()):
-        return _packed(where, stated["quant_method"])
+        return _packed(where, stated["quant_method"], known=False)
     remedy = "Take the config.json that belongs to these weights, or download them again."
     if missing == ["lm_head.weight"]:
         remedy = 'Write "tie_word_embeddings": true in config.json if the head is the embedding.'

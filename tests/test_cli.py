@@ -229,7 +229,7 @@ def test_an_idle_rule_and_needless_calibration_are_told(capsys, source, tmp_path
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("rtn-w5g32", "rtn-w5g32"),
+        ("rtn-w9g32", "rtn-w9g32"),
         ("nonsense", "unknown preset 'nonsense'"),
         ("no.yaml", "no.yaml: no such recipe file"),
     ],

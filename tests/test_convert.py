@@ -125,7 +125,7 @@ def test_a_folder_of_our_own_is_the_model_that_the_source_is(tmp_path, capsys, g
 def test_weights_that_make_no_model_keep_their_names_in_the_bytes_of_jq4_save(tmp_path, capsys, gptq):
     source = gptq[0]
     (source / "config.json").write_text(json.dumps({"model_type": "strange"}))
-    told = converted(capsys, source, tmp_path / "out", "--to", "orbax")
+    told = converted(capsys, source, tmp_path / "out", "--to", "orbax", "--verify")
     assert "the weights keep their own names" in told["notes"][-1]
     weights = open_checkpoint(source).weights
     tree = {name: jax.tree.map(np.asarray, weight.read()) for name, weight in weights.items()}
@@ -134,10 +134,12 @@ def test_weights_that_make_no_model_keep_their_names_in_the_bytes_of_jq4_save(tm
     files = [path.relative_to(saved) for path in sorted(saved.rglob("*")) if path.is_file()]
     assert files == [path.relative_to(ours) for path in sorted(ours.rglob("*")) if path.is_file()]
     assert all((ours / name).read_bytes() == (saved / name).read_bytes() for name in files)
+    converted(capsys, tmp_path / "out", tmp_path / "back", "--to", "gptq", "--verify")
+    assert_same_tensors(tmp_path / "back", gptq[1])
 
 
 def test_large_arrays_are_written_in_chunks(tmp_path, capsys, monkeypatch, gptq):
-    monkeypatch.setattr("jq4.checkpoint.conversion.orbax_files.CHUNK_BYTES", 1024)
+    monkeypatch.setattr("jq4.checkpoint.conversion.zarr_arrays.CHUNK_BYTES", 1024)
     monkeypatch.setattr("jq4.checkpoint.foreign.writing.PIECE_BYTES", 1000)
     monkeypatch.setattr("jq4.checkpoint.conversion.dense.ROW_BYTES", 1000)
     converted(capsys, gptq[0], tmp_path / "ours", "--to", "orbax")
@@ -148,8 +150,8 @@ def test_large_arrays_are_written_in_chunks(tmp_path, capsys, monkeypatch, gptq)
 def test_what_a_target_cannot_hold_is_refused_and_rounded_again_on_demand(tmp_path, capsys, shared_data):
     source = shared_data / "gguf" / "tinystories-656k-q4_1.gguf"
     said = refused(capsys, source, tmp_path / "out", "--to", "gptq")
-    assert "cannot hold 15 of 20 weights as they are; nothing was written: model.embed_tokens.weight: has a" in said
-    assert "(and 12 more). --requantize rounds them again, to the nearest that the target holds" in said
+    assert "cannot hold 15 of 20 weights as they are; --requantize rounds them again, to the nearest that" in said
+    assert "nothing was written: model.embed_tokens.weight: has a" in said and "(and 12 more)" in said
     assert list(tmp_path.iterdir()) == []
     told = converted(capsys, source, tmp_path / "out", "--to", "gptq", "--requantize", "--verify")
     verified = {one["name"]: one for one in told["verified"]}
@@ -200,3 +202,20 @@ def test_names_are_keys_and_never_paths(tmp_path, capsys):
     assert sorted(jq4.restore(tmp_path / "out" / "orbax")) == sorted(names)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["orbax", "safetensors"]
+
+
+def test_mxfp4_goes_through_its_three_layouts_and_nf4_through_ours(tmp_path, capsys):
+    write_dense(tmp_path / "dense")
+    told = converted(capsys, tmp_path / "dense", tmp_path / "mx", "--to", "mxfp4", "--requantize", "--verify")
+    assert len(told["requantized"]) == 2 * len(LINEAR)
+    assert all(0.05 < error["relative"] < 0.15 for error in told["requantized"].values())
+    converted(capsys, tmp_path / "dense", tmp_path / "nf4", "--to", "bnb-nf4")
+    for name, steps in {"mx": ("gpt-oss", "orbax", "mxfp4"), "nf4": ("orbax", "bnb-nf4")}.items():
+        source = tmp_path / name
+        for target in steps:
+            told = converted(capsys, source, tmp_path / f"{name}-{target}", "--to", target, "--verify")
+            assert told["lossless"] and all(one["largest"] == 0 for one in told["verified"])
+            source = tmp_path / f"{name}-{target}"
+        assert_same_tensors(source, load_file(tmp_path / name / "model.safetensors"))
+    said = refused(capsys, tmp_path / "nf4", tmp_path / "out", "--to", "mxfp4")
+    assert "cannot hold 14 of 21 weights as they are; --requantize rounds them again" in said

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jq4 import JQ4Error, QArray
-from tests.foreign_folder import assert_same_tensors, convert, dense64, opened, read_weight, weight_of
+from jq4.checkpoint.foreign import open_checkpoint
+from tests.foreign_folder import assert_same_tensors, convert, dense64, opened, read_weight, save, weight_of
 from tests.packed_oracle import unpack_bits, words_along
 
 P = "model.layers.0.mlp.up_proj"
@@ -62,8 +63,6 @@ def test_real_slices_are_exact_and_come_back_byte_for_byte(slice_name, shared_da
 
 
 def test_the_layout_of_a_real_file(shared_data):
-    from jq4.checkpoint.foreign import open_checkpoint
-
     checkpoint = open_checkpoint(shared_data / "quant_slices" / "safetensors" / "gptq.safetensors")
     weight = checkpoint.weights["model.layers.0.weight"]
     assert (checkpoint.format, weight.shape, weight.format) == ("gptq", (32, 64), "int4")
@@ -202,6 +201,7 @@ def test_dynamic_overrides_and_the_ways_of_auto_round(tmp_path):
         (lambda t: t.update(scales=t["scales"][:, :24]), r"scales' is F16\[4, 24\], wanted \[groups, 32\]"),
         (lambda t: t.update(scales=t["scales"][:3]), r"qzeros' is I32\[4, 4\], wanted \[3, 32 \* bits / 32\]"),
         (lambda t: t.update(qzeros=t["qzeros"][:, :1]), r"which gives 1 bits here"),
+        (lambda t: t.update(qzeros=t["qzeros"][0]), r"qzeros' is I32\[4\], wanted two axes"),
         (lambda t: t.update(g_idx=t["g_idx"][:64]), r"g_idx' is I32\[64\], wanted I32\[128\]"),
         (lambda t: t.update(scales=t["scales"][:3], qzeros=t["qzeros"][:3]), r"wanted 4 groups of 32 for 128 inputs"),
         (lambda t: t.update(scales=t["scales"].astype(np.int32)), r"wanted dtype F16 or BF16 or F32"),
@@ -241,7 +241,7 @@ def test_scales_are_cast_only_where_nothing_is_lost_or_the_loss_is_stated():
     assert (exact.loss, exact.doubt) == ("", "bfloat16 scales must be exact in float16")
     assert exact.encode(exact.weight.read())["m.scales"].dtype == np.float16
     with pytest.raises(
-        JQ4Error, match=r"m.weight: 128 of 128 scales of bfloat16 .* not exact in float16.*scale_dtype="
+        JQ4Error, match=r"m.weight: 128 of 128 scales of bfloat16 .* not exact in float16.*--scale-dtype bfloat16"
     ):
         convert("gptq", [weight_of(packed(ml_dtypes.bfloat16, 1e-9))])
     assert plan(weight_of(packed(np.float32, 0.1)), {}).loss == "scales float32 to float16"
@@ -275,3 +275,22 @@ def test_one_checkpoint_has_one_format():
     tensors, written = convert("gptq", both, checkpoint_format="gptq_v2")
     assert written["dynamic"] == {"+:^b$": {"bits": 4, "group_size": 32, "sym": False}}
     assert (unpack_bits(tensors["a.qzeros"].view(np.uint8), 4, -1, 32) == 8).all()
+
+
+def test_the_command_line_takes_the_writers_options(tmp_path, capsys):
+    from jq4.cli import main
+
+    asymmetric = packed(zero_point=np.full((32, 4), 7, np.uint8))
+    tensors, settings = convert(
+        "compressed_tensors", [weight_of(packed(), "a.weight"), weight_of(asymmetric, "b.weight")]
+    )
+    source = str(save(tmp_path / "source", tensors, settings))
+    assert main(["convert", source, str(tmp_path / "v"), "--to", "gptq"]) != 0
+    assert "--checkpoint-format gptq_v2" in " ".join(capsys.readouterr().err.split())
+    options = ["--to", "gptq", "--checkpoint-format", "gptq_v2", "--scale-dtype", "float32", "--verify"]
+    assert main(["convert", source, str(tmp_path / "made"), *options]) == 0
+    checkpoint = open_checkpoint(tmp_path / "made")
+    assert checkpoint.quantization["checkpoint_format"] == "gptq_v2"
+    assert read_weight(checkpoint, "a.weight").scale.dtype == np.float32
+    assert main(["convert", source, str(tmp_path / "w"), "--to", "awq", "--checkpoint-format", "gptq"]) != 0
+    assert "--checkpoint-format is for --to gptq, and this is --to awq" in " ".join(capsys.readouterr().err.split())

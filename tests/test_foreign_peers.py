@@ -1,6 +1,7 @@
-"""Oracle: compressed-tensors' own packers and unpackers, and the logits of transformers on files that jq4 writes."""
+"""Oracle: compressed-tensors' own packers, transformers' logits on what jq4 writes, GPTQModel's dequantized weights."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,11 +187,28 @@ def test_zero_points_load_in_transformers_with_the_same_logits(peer, torch, tmp_
     np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("writer, symmetric", [("gptq", True), ("gptq", False), ("awq", False), ("awq", True)])
-def test_gptq_and_awq_load_in_transformers_with_the_same_logits(writer, symmetric, torch, tmp_path):
-    pytest.importorskip("gptqmodel", reason="GPTQModel is not installed; it builds kernels: pip install gptqmodel")
-    if writer == "gptq":
-        pytest.importorskip("optimum.gptq", reason="optimum is not installed, through which transformers reads GPTQ")
-    weights = llama(lambda rng, name, shape: random_qarray(rng, shape, 4, 32, symmetric))
-    found, wanted = logits_of_both(torch, writer, weights, tmp_path)
-    np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("writer, bits", [("gptq", 2), ("gptq", 3), ("gptq", 4), ("gptq", 8), ("awq", 4)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptqmodel_dequantizes_what_is_written_without_difference(writer, bits, symmetric, torch, tmp_path):
+    reason = "GPTQModel is not installed (it builds kernels): pip install gptqmodel"
+    gptqmodel = pytest.importorskip("gptqmodel", reason=reason)
+    weights = llama(lambda rng, name, shape: random_qarray(rng, shape, bits, 32, symmetric))
+    tensors, quantization = convert(writer, [weight_of(value, name) for name, value in weights.items()])
+    folder = save(tmp_path, tensors, quantization, **LLAMA)
+    for file in (Path(__file__).parents[1] / "models" / "tiny").glob("tokenizer*.json"):  # which GPTQModel asks for
+        (folder / file.name).write_bytes(file.read_bytes())
+    backend = gptqmodel.BACKEND.GPTQ_TORCH if writer == "gptq" else gptqmodel.BACKEND.AWQ_TORCH
+    model = gptqmodel.GPTQModel.load(str(folder), backend=backend, device="cpu", dtype=torch.float16).model
+    found = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
+    assert len(found) == 14
+    for name, module in found.items():
+        dense = dense64(weights[f"{name}.weight"]).astype(np.float16)  # the peer's kernels have no other dtype
+        np.testing.assert_array_equal(_dequantized(module).T.numpy(), dense)
+
+
+def _dequantized(module):
+    if hasattr(module, "dequantize_weight"):
+        return module.dequantize_weight()
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    return dequantize_gemm(module.qweight, module.qzeros, module.scales, module.bits, module.group_size)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import packed_checkpoint
 import pytest
@@ -134,7 +135,7 @@ def test_runs_are_traced_like_a_stack():
     wanted = jax.eval_shape(lambda params: in_runs(config, params, (5, 11)), whole)
     jax.tree.map(_same_shape, shapes, wanted)
     jax.eval_shape(lambda params: in_runs(config, params, (0, 5, 7, 11)), wanted)
-    gradient = jax.grad(lambda params, ids: cut.apply({"params": params}, ids).sum())
+    gradient = jax.grad(lambda params, ids: jnp.sum(cut.apply({"params": params}, ids)))  # pyright: ignore[reportArgumentType]
     jax.tree.map(_same_shape, jax.eval_shape(gradient, shapes, tokens), shapes)
     axes = contraction_axes(lambda params, ids: cut.apply({"params": params}, ids), shapes, tokens)
     assert axes["layers/05/mlp/up_proj/kernel"] == -2

@@ -158,10 +158,10 @@ def test_a_tied_head_that_differs_is_refused(tmp_path):
 
 def test_packed_weights_are_refused_by_their_method(tmp_path):
     folder, _, tensors = _folder(tmp_path, LLAMA)
-    config = DecoderConfig.from_hf(LLAMA | {"quantization_config": {"quant_method": "gptq"}})
-    packed = {QUERY: None, QUERY.replace("weight", "qweight"): np.zeros((1, 8), np.int32)}
+    config = DecoderConfig.from_hf(LLAMA | {"quantization_config": {"quant_method": "exl2"}})
+    packed = {QUERY: None, QUERY.replace("weight", "q_weight"): np.zeros((1, 8), np.int32)}
     _rewrite(folder, _changed(tensors, **packed))
-    with pytest.raises(JQ4Error, match=r"the weights are packed \(gptq\), wanted dense ones. Take the dense original"):
+    with pytest.raises(JQ4Error, match=r"the weights are packed \(exl2\), wanted dense ones. Take the dense original"):
         load_params(folder, config)
 
 

@@ -177,7 +177,7 @@ def _gemma() -> Folder:
     made = {
         f"{name}.weight": random.integers(0, 256, (8, 16), np.uint8),
         f"{name}.weight_scale": np.ones((8, 1), np.float32),
-        "model.embed_tokens.embedding": random.integers(-128, 128, (8, 16), np.int8),
+        "model.embed_tokens.embedding_quantized": random.integers(-128, 128, (8, 16), np.int8),
         "model.embed_tokens.embedding_scale": np.ones((8, 1), np.float32),
     }
     return _one(made, {"quant_method": "gemma", "num_bits": 4, "module_quant_configs": {".*up_proj": {"num_bits": 2}}})

@@ -48,7 +48,7 @@ def value(draw: random.Random, depth: int = 0) -> Any:
     if kind < 2:
         return draw.choice(NUMBERS)
     if kind == 2:
-        return draw.choice((None, True, False, 0.5, -0.0, 1e308, float("nan"), float("inf"), -float("inf")))
+        return draw.choice((None, True, False, 0.5, -0.0, 2.0, 4.0, 32.0, 1e308, float("nan"), float("inf"), -float("inf")))
     if kind == 3:
         return draw.choice(PATTERNS)
     if kind < 7:
@@ -136,11 +136,22 @@ def flipped(draw: random.Random, content: bytes) -> bytes:
     return bytes(held)
 
 
+def _text(draw: random.Random, content: bytes) -> np.ndarray:
+    """Bytes that are a text or JSON, with another text or another JSON."""
+    try:
+        content = as_text(draw, changed(draw, json.loads(content)))
+    except (ValueError, RecursionError):
+        content = draw.choice((flipped(draw, content), draw.choice(STRINGS).encode("utf-8", "surrogatepass")))
+    return np.frombuffer(content or b"\0", np.uint8)
+
+
 def array(draw: random.Random, held: np.ndarray) -> np.ndarray:
     """The array with an element, a row or all of it replaced: NaN, infinity, extremes, noise."""
     copy = np.array(held)
     if not copy.size:
         return copy
+    if copy.dtype == np.uint8 and copy.ndim == 1 and draw.random() < 0.8:
+        return _text(draw, copy.tobytes())
     flat = copy.reshape(-1).view(np.uint8).reshape(copy.size, -1)
     width = flat.shape[1]
     at = slice(None) if draw.random() < 0.3 else draw.randrange(len(flat))

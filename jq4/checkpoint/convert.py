@@ -63,7 +63,7 @@ def convert(
       JQ4Error: bad input, or a weight that the target turns out not to hold; CheckpointError: a full disk, or a source
         that changed; OSError. The destination is as it was then.
     """
-    source, destination = Path(source), Path(destination).absolute()
+    source, destination = Path(source), Path(destination).resolve()
     check_destination(source, destination)
     room = room_within(memory)
     check_fits(target, room, memory)

@@ -23,6 +23,7 @@ import numpy as np
 from jq4.errors import JQ4Error
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_METADATA = "__metadata__"
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _MOST_DIMS, _LARGEST = 32, 2**63  # numpy's axes, and the bytes that it can address
 _DEEPEST = 64  # levels of JSON; what walks over it later may recurse
@@ -74,6 +75,23 @@ class StoredTensor:
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name. Raises JQ4Error naming the file, the tensor and the remedy."""
+    entries, length, size = _header(file)
+    entries.pop(_METADATA, None)
+    tensors = {name: _tensor(file, name, entry, 8 + length, size - 8 - length) for name, entry in entries.items()}
+    _check_cover(file, tensors.values(), 8 + length, size)
+    return tensors
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a file's header says beside its tensors; empty where it says nothing."""
+    metadata = _header(file)[0].get(_METADATA) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(file, f"its {_METADATA} is {str(metadata)[:80]!r}", "an object of texts")
+    return metadata
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as it parses, its length, and the file's size."""
     size = _size(file)
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -83,11 +101,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         if length > min(size - 8, _LONGEST_HEADER):
             raise _damaged(file, f"its header claims {length} bytes", f"at most {min(size - 8, _LONGEST_HEADER)}")
         text = stream.read(length)
-    entries = _parse(file, text)
-    data = size - 8 - length
-    tensors = {name: _tensor(file, name, entry, 8 + length, data) for name, entry in entries.items()}
-    _check_cover(file, tensors.values(), 8 + length, size)
-    return tensors
+    return _parse(file, text), length, size
 
 
 def read_json(file: Path) -> Any:
@@ -212,7 +226,7 @@ def head_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, 
 
     tensors: name -> (safetensors' name of the dtype, shape).
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in tensors.items():
         stop = offset + math.prod(shape) * DTYPES[dtype].itemsize
@@ -221,7 +235,7 @@ def head_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    del header["__metadata__"]
+    del header[_METADATA]
     places = {name: entry["data_offsets"] for name, entry in header.items()}
     return head, {name: (len(head) + start, len(head) + stop) for name, (start, stop) in places.items()}
 
@@ -258,7 +272,6 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
         raise _damaged(file, f"its header does not parse ({error})", "JSON") from error
     if not isinstance(header, dict):
         raise _damaged(file, f"its header is a {type(header).__name__}", "a JSON object")
-    header.pop("__metadata__", None)
     return header
 
 

@@ -53,7 +53,7 @@ def prepare(source: Path, target: str, options: Mapping[str, Any], requantize: b
     if target == "orbax":
         return _to_orbax(source, opened, proposal)
     made = safetensors_target(opened, proposal, writer, options, parse_memory(shard_size))
-    return Work(opened, proposal, made, {"dtype": options["dtype"]})
+    return Work(opened, proposal, made, options)
 
 
 def _kept_type(opened: Checkpoint) -> str:
@@ -115,10 +115,13 @@ def carry_out(work: Work, source: Path, destination: Path, arguments: argparse.N
 def open_any(path: Path) -> Checkpoint:
     """The checkpoint in a folder or file of any format, one of jq4's own too."""
     from jq4.checkpoint.foreign import open_checkpoint
+    from jq4.checkpoint.named_weights import checkpoint_of_names, holds_named_weights
     from jq4.cli import _models
     from models.as_checkpoint import checkpoint_of_folder
 
-    return checkpoint_of_folder(path) if _models.is_checkpoint(path) else open_checkpoint(path)
+    if not _models.is_checkpoint(path):
+        return open_checkpoint(path)
+    return checkpoint_of_names(path) if holds_named_weights(path) else checkpoint_of_folder(path)
 
 
 def _verified(work: Work, made: Path, destination: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,13 @@ DESCRIPTION = (
     "each kind of weight and what is lost; DST is written whole or not at all, and the same command goes on where a "
     "killed one stopped (DST.partial holds its work)."
 )
-_TARGETS = ("orbax", "safetensors", "compressed-tensors", "gptq", "awq", "gguf", "bnb-nf4", "mxfp4")
+_TARGETS = ("orbax", "safetensors", "compressed-tensors", "gptq", "awq", "gguf", "bnb-nf4", "mxfp4", "gpt-oss")
+_OPTIONS = {
+    "dtype": ("safetensors",),
+    "type": ("gguf",),
+    "scale_dtype": ("gptq", "awq"),
+    "checkpoint_format": ("gptq",),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", help="of the weights, for safetensors: bfloat16, float16, float32 (default: their own)"
     )
     parser.add_argument("--type", help="for gguf: q4_0, q4_1, q8_0, iq4_nl, q4_k, q6_k, f16, ...")
+    parser.add_argument(
+        "--scale-dtype", help="for gptq and awq: float16 (default, where none is rounded unsaid), bfloat16, float32"
+    )
+    parser.add_argument(
+        "--checkpoint-format", help="for gptq: gptq (default for symmetric weights) or gptq_v2 (for zero points)"
+    )
     parser.add_argument(
         "--requantize",
         action="store_true",
@@ -78,10 +90,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _options(arguments: argparse.Namespace) -> Mapping[str, Any]:
     from jq4.errors import JQ4Error
 
-    for name, target in (("dtype", "safetensors"), ("type", "gguf")):
-        if getattr(arguments, name) is not None and arguments.to != target:
-            raise JQ4Error(f"--{name} is for --to {target}, and this is --to {arguments.to}; leave it out")
-    return {"dtype": arguments.dtype, "type": arguments.type}
+    for name, targets in _OPTIONS.items():
+        if getattr(arguments, name) is not None and arguments.to not in targets:
+            raise JQ4Error(
+                f"--{name.replace('_', '-')} is for --to {' or '.join(targets)}, and this is --to {arguments.to}; "
+                "leave it out"
+            )
+    return {name: getattr(arguments, name) for name in _OPTIONS}
 
 
 def _check_name(destination: Path, target: str) -> None:

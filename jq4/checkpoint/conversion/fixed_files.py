@@ -90,7 +90,7 @@ class FixedFiles:
             if unsynced < SYNC_BYTES:
                 return
             self._unsynced[file] = 0
-        os.fdatasync(self._descriptors[file])
+        os.fsync(self._descriptors[file])
 
     def _digest(self, place: Place) -> str:
         digest = hashlib.sha256()

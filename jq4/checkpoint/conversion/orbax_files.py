@@ -2,17 +2,12 @@
 
 A leaf may be a stack of layers, each of which is a weight of the source. Its zarr arrays are cut into chunks that hold
 parts of one layer only, so that a layer is written on its own, to files of its own: a slice counts once the journal has
-the SHA-256 of these files, which go into the manifest as they are. Chunks are written by TensorStore, as Orbax does it;
-the header of an array and Orbax's _METADATA are known before, and are those that Orbax itself writes.
+the SHA-256 of these files, which go into the manifest as they are.
 """
 
 import dataclasses
-import errno
 import functools
 import hashlib
-import itertools
-import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,20 +21,17 @@ from jq4.checkpoint import atomic, manifest, structure
 from jq4.checkpoint.arrays import Writer
 from jq4.checkpoint.conversion.layout import nbytes_of
 from jq4.checkpoint.conversion.stream import Target
+from jq4.checkpoint.conversion.zarr_arrays import ArrayToBe, chunk_files, make_group, size_and_digest, write_slice
 from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.checkpoint.foreign.writing import Planned
 from jq4.checkpoint.manifest import ArrayInfo, FileInfo, LeafInfo, Manifest
 from jq4.checkpoint.orbax import listing_hash, made_by
 from jq4.checkpoint.safetensors_files import DTYPES
 from jq4.checkpoint.structure import Keys
-from jq4.errors import CheckpointError
-from jq4.freed_pages import give_back_mapped_pages
-from jq4.host_moves import copy
 from jq4.qarray import PARTS, is_qarray
 
 NAME = "orbax"
 WORK = "data"
-CHUNK_BYTES = 64 * 2**20
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -85,20 +77,6 @@ class SingleLeaf:
     @property
     def slices(self) -> tuple[LazyWeight, ...]:
         return (self.weight,)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Array:
-    """An array to be: in place of a ShapeDtypeStruct, with how it is cut."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    stacked: bool
-    outer: int
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +130,7 @@ class OrbaxFiles:
         abstract = {leaf.keys: jax.tree.map(functools.partial(_array_of, leaf), leaf.abstract) for leaf in leaves}
         self._node, described = structure.describe(_tree_of(abstract))
         by_keys = {leaf.keys: leaf for leaf in leaves}
-        writer = Writer(self._data, _make_group)
+        writer = Writer(self._data, make_group)
         self._infos: list[LeafInfo] = []
         self._slices: dict[str, _Slice] = {}
         for keys, array in described:
@@ -169,15 +147,18 @@ class OrbaxFiles:
         record: dict[str, Any] = {}
         for info, array in zip(place.arrays, _arrays_in(value), strict=True):
             if info.array is not None:
-                _write_slice(self._data / info.array, array, place.index, place.outer)
-                for name in _chunk_files(self._data / info.array, place.index):
-                    record[f"{info.array}/{name}"] = _told(self._data / info.array / name)
+                write_slice(self._data / info.array, array, place.index, place.outer)
+                for name in chunk_files(self._data / info.array, place.index):
+                    record[f"{info.array}/{name}"] = size_and_digest(self._data / info.array / name)
         return record
 
     def holds(self, planned: Planned, record: Mapping[str, Any]) -> bool:
         """Whether the files are there as `write` left them."""
         del planned
-        return all((self._data / name).is_file() and _told(self._data / name) == told for name, told in record.items())
+        return all(
+            (self._data / name).is_file() and size_and_digest(self._data / name) == told
+            for name, told in record.items()
+        )
 
     def finish(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Syncs everything, and writes the manifest."""
@@ -186,20 +167,7 @@ class OrbaxFiles:
             file = self._data / "files" / manifest.check_relative(name, "files")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
-        listing: dict[str, FileInfo] = {}
-        for path in sorted(each for each in self._data.rglob("*") if each.is_file()):
-            name = path.relative_to(self._data).as_posix()
-            if name in written:
-                listing[name] = written[name]
-            elif path.parent.name == "files" or path.name in (".zarray", "_METADATA") or name.startswith("files/"):
-                listing[name] = FileInfo(*_told(path))
-            else:  # what a killed write left
-                path.unlink()
-                continue
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        for inner in (*(path for path in self._data.rglob("*") if path.is_dir()), self._data):
-            atomic.sync_folder(inner)
+        listing = self._synced_listing(written)
         made = Manifest(
             data=f"data-{listing_hash(listing)}",
             tree=self._node,
@@ -217,6 +185,24 @@ class OrbaxFiles:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+    def _synced_listing(self, written: Mapping[str, FileInfo]) -> dict[str, FileInfo]:
+        """Every file that belongs to the data, synced; what a killed write left is removed."""
+        listing: dict[str, FileInfo] = {}
+        for path in sorted(each for each in self._data.rglob("*") if each.is_file()):
+            name = path.relative_to(self._data).as_posix()
+            if name in written:
+                listing[name] = written[name]
+            elif path.name in (".zarray", "_METADATA") or name.startswith("files/"):
+                listing[name] = FileInfo(*size_and_digest(path))
+            else:
+                path.unlink()
+                continue
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        for inner in (*(path for path in self._data.rglob("*") if path.is_dir()), self._data):
+            atomic.sync_folder(inner)
+        return listing
 
 
 def slice_name(leaf: Leaf, index: int, weight: LazyWeight) -> str:
@@ -239,8 +225,9 @@ def _planned(leaf: Leaf, index: int, weight: LazyWeight) -> Planned:
     return Planned(renamed, tensors, lambda value: dict(zip(tensors, _arrays_in(value), strict=True)), pieces=pieces)
 
 
-def _array_of(leaf: Leaf, array: Any) -> _Array:
-    return _Array(tuple(array.shape), np.dtype(array.dtype), leaf.stacked, min(leaf.outer, len(array.shape) - 1))
+def _array_of(leaf: Leaf, array: Any) -> ArrayToBe:
+    outer = max(0, min(leaf.outer, len(array.shape) - 1 - leaf.stacked))
+    return ArrayToBe(tuple(array.shape), np.dtype(array.dtype), leaf.stacked, outer)
 
 
 def _undo_finish(folder: Path) -> None:
@@ -273,93 +260,3 @@ def _arrays_in(leaf: Any) -> list[Any]:
     if not is_qarray(leaf):
         return [leaf]
     return [inner for name in PARTS if (part := getattr(leaf, name)) is not None for inner in _arrays_in(part)]
-
-
-def _make_group(folder: Path, arrays: Mapping[tuple[str, ...], "_Array"]) -> None:
-    """The empty arrays of a group, and what Orbax wants to know of them."""
-    folder.mkdir(exist_ok=True)
-    told: dict[str, Any] = {}
-    for keys, array in sorted(arrays.items()):
-        place = folder / ".".join(keys)
-        place.mkdir(exist_ok=True)
-        (place / ".zarray").write_text(json.dumps(_zarr_header(array), separators=(",", ":")))
-        told[str(keys)] = {
-            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
-            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
-        }
-    about = {"use_ocdbt": False, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
-    (folder / "_METADATA").write_text(json.dumps({"tree_metadata": told, **about, "custom_metadata": None}))
-
-
-def _zarr_header(array: "_Array") -> dict[str, Any]:
-    builtin = np.dtype(array.dtype).isbuiltin == 1
-    return {
-        "chunks": list(_chunk_shape(array)),
-        "compressor": {"id": "zstd", "level": 1},
-        "dimension_separator": ".",
-        "dtype": np.dtype(array.dtype).str if builtin else np.dtype(array.dtype).name,
-        "fill_value": None,
-        "filters": None,
-        "order": "C",
-        "shape": list(array.shape),
-        "zarr_format": 2,
-    }
-
-
-def _chunk_shape(array: "_Array") -> tuple[int, ...]:
-    """A slice whole, or cut along its outer axis where it is large."""
-    chunks = [1, *array.shape[1:]] if array.stacked else list(array.shape)
-    axis = array.outer + array.stacked
-    if len(chunks) > axis:
-        rest = max(1, math.prod(chunks) // chunks[axis] * np.dtype(array.dtype).itemsize)
-        chunks[axis] = min(chunks[axis], max(1, CHUNK_BYTES // rest))
-    return tuple(chunks)
-
-
-def _write_slice(folder: Path, array: Any, index: int | None, outer: int) -> None:
-    """Writes all chunks of one slice, one at a time."""
-    import tensorstore as ts
-
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": str(folder)},
-        "context": {"file_io_sync": False},
-        "store_data_equal_to_fill_value": True,
-    }
-    try:
-        store = ts.open(spec, open=True).result()
-        store = store if index is None else store[index]
-        if not array.ndim:
-            store.write(array).result()
-            return
-        outer = min(outer, array.ndim - 1)
-        step = _chunk_step(folder, array.ndim, outer)
-        for start in range(0, array.shape[outer], step):
-            part = (slice(None),) * outer + (slice(start, min(start + step, array.shape[outer])),)
-            chunk = np.empty(array[part].shape, array.dtype)
-            copy(chunk, array[part])
-            store[part].write(chunk).result()
-            give_back_mapped_pages(array)
-    except ValueError as error:  # TensorStore's
-        if "No space left" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
-        raise CheckpointError(f"{folder}: TensorStore cannot write this array ({error})") from error
-
-
-def _chunk_step(folder: Path, ndim: int, outer: int) -> int:
-    return json.loads((folder / ".zarray").read_bytes())["chunks"][outer - ndim]
-
-
-def _chunk_files(folder: Path, index: int | None) -> list[str]:
-    """The names of a slice's chunks."""
-    header = json.loads((folder / ".zarray").read_bytes())
-    counts = [range(-(-size // chunk)) for size, chunk in zip(header["shape"], header["chunks"], strict=True)]
-    if index is not None:
-        counts[0] = range(index, index + 1)
-    return [".".join(map(str, at)) or "0" for at in itertools.product(*counts)]
-
-
-def _told(file: Path) -> list[Any]:
-    """The size and SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return [os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()]

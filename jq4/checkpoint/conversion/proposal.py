@@ -16,7 +16,7 @@ import numpy as np
 
 from jq4.checkpoint.conversion import dense, orbax_files
 from jq4.checkpoint.conversion.layout import nbytes_of
-from jq4.checkpoint.conversion.requantize import Requantizer
+from jq4.checkpoint.conversion.requantize import MXFP4, Requantizer
 from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight
 from jq4.checkpoint.foreign.writing import WRITERS, Planned, Writer
 from jq4.errors import JQ4Error
@@ -82,20 +82,26 @@ def propose(
             f"--to {target}: all weights of the source are dense, and {target} packs what was quantized before; "
             "quantize it first (jq4 quantize SRC PACKED --recipe ...) and convert PACKED"
         )
+    if target == MXFP4 and not requantize and not any(weight.packed for weight in weights):
+        raise JQ4Error(
+            f"--to {target}: all weights of the source are dense; --requantize rounds its linear layers to it"
+        )
     requantizer = Requantizer(target) if requantize else None
     planned: list[Planned] = []
-    refused: list[str] = []
+    refused: dict[str, str] = {}
     for weight in weights:
         try:
             planned.append(_plan(weight, writer, options, requantizer))
         except JQ4Error as error:
-            refused.append(str(error) if weight.name in str(error) else f"{weight.name}: {error}")
+            refused[weight.name] = str(error) if weight.name in str(error) else f"{weight.name}: {error}"
     if refused:
         more = f" (and {len(refused) - _TOLD} more)" if len(refused) > _TOLD else ""
+        remedy = ""
+        if not requantize and any(_is_rounded_again(checkpoint.weights[name], writer, options) for name in refused):
+            remedy = "; --requantize rounds them again, to the nearest that the target holds"
         raise JQ4Error(
-            f"--to {target}: cannot hold {len(refused)} of {len(weights)} weights as they are; nothing was written: "
-            f"{'; '.join(refused[:_TOLD])}{more}"
-            + ("" if requantize else ". --requantize rounds them again, to the nearest that the target holds")
+            f"--to {target}: cannot hold {len(refused)} of {len(weights)} weights as they are{remedy}; nothing was "
+            f"written: {'; '.join(list(refused.values())[:_TOLD])}{more}"
         )
     return Proposal(tuple(planned), checkpoint.weights, checkpoint.format, target, requantizer)
 
@@ -149,6 +155,8 @@ def made_bytes(planned: Planned) -> int:
 
 
 def _plan(weight: LazyWeight, writer: Writer, options: Mapping[str, Any], requantizer: Requantizer | None) -> Planned:
+    if requantizer is not None and requantizer.packs(weight, options):
+        return requantizer.plan(weight, writer, options, why="")
     try:
         planned = writer.plan(weight, options)
     except JQ4Error as error:
@@ -158,3 +166,12 @@ def _plan(weight: LazyWeight, writer: Writer, options: Mapping[str, Any], requan
     if planned.requantized and requantizer is None:
         raise JQ4Error(f"{weight.name}: {form_of(weight)} would be {planned.loss}")
     return planned
+
+
+def _is_rounded_again(weight: LazyWeight, writer: Writer, options: Mapping[str, Any]) -> bool:
+    """Whether a weight would be taken if it may be rounded again."""
+    try:
+        _plan(weight, writer, options, Requantizer(writer.NAME))
+    except JQ4Error:
+        return False
+    return True

@@ -4,12 +4,13 @@ Each of a few threads takes a weight all the way (numpy, hashing and the system'
 reads or encodes while another waits for the disk. Where the output puts each byte does not depend on their order.
 
 What a weight holds on its way is estimated from its sizes: its packed bytes (mapped pages of the file among them) and
-what is made of them, with copies that transposing and unpacking make; a weight that is made in pieces holds a few of
-those. A thread begins a weight only while the sum stays within the bound; a weight beyond the bound by itself is an
-error before anything is written.
+what is made of them, with the copies that transposing and unpacking make, and its values where it is rounded anew; a
+weight that is made in pieces holds a few of those. A thread begins a weight only while the sum stays within the bound;
+a weight beyond the bound by itself is an error before anything is written.
 """
 
 import dataclasses
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 
 from jq4.checkpoint.conversion.progress import Journal
 from jq4.checkpoint.foreign.writing import PIECE_BYTES, Planned
+from jq4.checkpoint.safetensors_files import DTYPES
 from jq4.errors import JQ4Error
 from jq4.freed_pages import give_back_freed_pages
 from jq4.report import format_bytes
@@ -113,7 +115,9 @@ def held_bytes(planned: Planned, made: int) -> int:
     given = planned.weight.nbytes
     if planned.pieces is not None:
         return (COPIES * given if planned.weight.packed else 0) + min(PIECES * PIECE_BYTES, 4 * (given + made))
-    return COPIES * (given + made)
+    anew = planned.requantized or any(dtype not in DTYPES for dtype, _ in planned.tensors.values())
+    values = 4 * math.prod(planned.weight.shape) if anew else 0  # in float32, where a weight is rounded as a whole
+    return COPIES * (given + made + values)
 
 
 def room_within(memory: int) -> int:

@@ -10,16 +10,17 @@ fast    i16 [N/4, K]. In tiles of 4 rows by 64 columns, (n, k) is nibble (k % 32
         64 (k // 64) + 16 (n % 4) + 8 (k % 64 // 32) + k % 8. Two neighbouring words hold neighbouring k.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from jq4.checkpoint.foreign.bit_strings import bytes_of_words, pack, unpack, words_of_bytes
+from jq4.checkpoint.foreign.transposing import SKEW
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _INVERSE = np.argsort(ORDER)
 _STEPS = ((1, 4, 0x0F0F0F0F), (2, 8, 0x00FF00FF), (4, 16, 0x0000FFFF))  # nibbles, bits, the half that is moved
-_TALL, _WIDE = 16, 512  # blocks of 8 rows, and words of a row, at a time: 256 KB that stay in the cache
+_TALL, _WIDE = 128, 64  # blocks of 8 rows, and words of a row, at a time: 256 KB that stay in the cache
 _ROWS = 16
 
 
@@ -29,7 +30,7 @@ def codes_of_gemm(words: np.ndarray) -> np.ndarray:
     rows = words.view(np.uint32).reshape(inputs // 8, 8, eighths)
     codes = np.empty((eighths, 8, inputs // 8), np.uint32)
     for across, down in _tiles(eighths, inputs // 8):
-        block = np.ascontiguousarray(rows[down, :, across].swapaxes(0, 1))  # u32[8, R, C]
+        block = _skewed([rows[down, row, across] for row in range(8)])  # u32[8, R, C]
         _transpose_nibbles(block)
         for nibble, column in enumerate(ORDER):
             codes[across, column, down] = block[nibble].T
@@ -42,9 +43,10 @@ def gemm_of_codes(codes: np.ndarray) -> np.ndarray:
     columns = np.ascontiguousarray(codes).view(np.uint32).reshape(eighths, 8, blocks)
     words = np.empty((blocks, 8, eighths), np.uint32)
     for across, down in _tiles(eighths, blocks):
-        block = np.stack([columns[across, column, down].T for column in ORDER])  # u32[8, R, C]
+        block = _skewed([columns[across, column, down] for column in ORDER])  # u32[8, C, R]
         _transpose_nibbles(block)
-        words[down, :, across] = block.swapaxes(0, 1)
+        for row in range(8):
+            words[down, row, across] = block[row].T
     return words.view(np.int32).reshape(blocks * 8, eighths)
 
 
@@ -54,14 +56,26 @@ def _tiles(width: int, height: int) -> Iterator[tuple[slice, slice]]:
             yield slice(left, left + _WIDE), slice(top, top + _TALL)
 
 
+def _skewed(lanes: Sequence[np.ndarray]) -> np.ndarray:
+    """The arrays [A, B] as one [8, A, B] whose rows do not share their place in the cache."""
+    rows, columns = lanes[0].shape
+    held = np.empty((len(lanes), rows, columns + SKEW), np.uint32)[..., :columns]
+    for lane, array in enumerate(lanes):
+        held[lane] = array
+    return held
+
+
 def _transpose_nibbles(words: np.ndarray) -> None:
     """u32[8, ...] in place: nibble i of word k changes places with nibble k of word i."""
     for distance, bits, mask in _STEPS:
         pairs = words.reshape(4 // distance, 2, distance, *words.shape[1:])
         upper, lower = pairs[:, 0], pairs[:, 1]
-        moved = ((upper >> np.uint32(bits)) ^ lower) & np.uint32(mask)
+        moved = upper >> np.uint32(bits)
+        moved ^= lower
+        moved &= np.uint32(mask)
         lower ^= moved
-        upper ^= moved << np.uint32(bits)
+        moved <<= np.uint32(bits)
+        upper ^= moved
 
 
 def zeros_of_gemm(words: np.ndarray) -> np.ndarray:

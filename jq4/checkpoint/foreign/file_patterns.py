@@ -23,8 +23,10 @@ _ops: Any = getattr(re, "_constants")  # noqa: B009
 _ONE = (_ops.LITERAL, _ops.NOT_LITERAL, _ops.ANY, _ops.IN)
 
 
-def matches(pattern: str, name: str, where: str) -> bool:
-    """Whether `pattern` matches from the start of `name`, as re.match has it; `where` is what errors call it.
+def matches(pattern: str, name: str, where: str, *, anywhere: bool = False) -> bool:
+    """Whether `pattern` matches from the start of `name`, as re.match has it, or `anywhere` in it, as re.search has.
+
+    `where` is what errors call the pattern.
 
     Raises JQ4Error for what is no regular expression, or one that would take too long.
     """
@@ -32,7 +34,8 @@ def matches(pattern: str, name: str, where: str) -> bool:
         raise JQ4Error(f"{where}: {pattern!r} or the name {name!r} is longer than {_LONGEST} characters. {_REMEDY}")
     try:
         parsed = _parsed(pattern)
-        return bool(_Match(name, parsed.state.flags).ends_of(parsed, {0}))
+        starts = set(range(len(name) + 1)) if anywhere else {0}
+        return bool(_Match(name, parsed.state.flags).ends_of(parsed, starts))
     except (re.error, OverflowError, RecursionError) as error:
         raise JQ4Error(
             f"{where}: {pattern!r} is not a regular expression that is read ({error or type(error).__name__}). {_REMEDY}"

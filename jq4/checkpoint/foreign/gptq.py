@@ -86,9 +86,9 @@ def _module(partners: Partners, quantization: Mapping[str, Any], notes: Notes) -
 def _bits_and_shape(partners: Partners) -> tuple[int, tuple[int, int]]:
     qweight, qzeros = partners.need("qweight", "I32"), partners.need("qzeros", "I32")
     scales = partners.need("scales", *FLOATS)
-    for one in (qweight, qzeros, scales):
-        if len(one.shape) != 2:
-            raise contradiction(one, "a matrix")
+    for tensor in (qweight, qzeros, scales):
+        if len(tensor.shape) != 2:
+            raise contradiction(tensor, "two axes")
     if scales.shape[1] != qweight.shape[1]:
         raise contradiction(scales, f"[groups, {qweight.shape[1]}], for qweight {list(qweight.shape)}")
     groups, outputs = scales.shape

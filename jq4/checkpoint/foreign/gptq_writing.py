@@ -77,7 +77,8 @@ def _qzeros(q: QArray, version: str, weight: LazyWeight) -> np.ndarray:
         if not zeros.all():
             raise JQ4Error(
                 f"{weight.name}: {int((zeros == 0).sum())} of {zeros.size} zero points are 0, wanted 1 or more for "
-                "checkpoint_format 'gptq', whose readers disagree about 0. Write checkpoint_format 'gptq_v2'."
+                "checkpoint_format 'gptq', whose readers disagree about 0. Write checkpoint_format 'gptq_v2' "
+                "(--checkpoint-format gptq_v2)."
             )
         zeros = zeros - np.uint8(1)
     return words_of_bytes(pack(zeros, q.bits))
@@ -94,7 +95,7 @@ def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> d
     if len(versions) > 1:
         raise JQ4Error(
             "gptq: some weights are symmetric and some have zero points, and a checkpoint has one checkpoint_format. "
-            "Give checkpoint_format 'gptq_v2' for all of them."
+            "Give checkpoint_format 'gptq_v2' for all of them (--checkpoint-format gptq_v2)."
         )
     settings = by_setting(weights, _setting)
     common = next(iter(settings), (4, -1, True))

@@ -53,6 +53,8 @@ def weight(partners: Partners, scheme: Scheme) -> LazyWeight:
 
 def _groups(partners: Partners) -> int:
     stored, scale = partners.need("weight"), partners.need("weight_scale")
+    if len(stored.shape) != 2:
+        raise contradiction(stored, "[N, K]", "Stacks of experts are read where each is a tensor of its own.")
     if scale.shape in ((), (1,)):
         return 1
     if scale.shape[:-1] != stored.shape[:-1]:

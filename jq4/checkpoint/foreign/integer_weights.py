@@ -90,7 +90,7 @@ def cast_scales(scale: Any, dtype: str, weight: LazyWeight, *, exactly: bool) ->
         raise JQ4Error(
             f"{weight.name}: {changed} of {scale.size} scales of {scale.dtype} (|scale| from "
             f"{np.abs(source).min():.3g} to {np.abs(source).max():.3g}) are not exact in {DTYPES[dtype].name}. "
-            f"Keep them with scale_dtype={scale.dtype.name}, or round them with scale_dtype=float16 if they fit it."
+            f"Keep them (--scale-dtype {scale.dtype.name}), or round them if they fit (--scale-dtype float16)."
         )
     return cast
 

@@ -11,16 +11,22 @@ weight takes is dense, and kept as it is. `notes` say where the label and the co
 """
 
 import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight, dense_weight
-from jq4.checkpoint.safetensors_files import StoredTensor, open_tensors, read_json, read_small_file
+from jq4.checkpoint.safetensors_files import INDEX, SINGLE, StoredTensor, open_tensors, read_json, read_small_file
 from jq4.errors import JQ4Error
 
 # in the order in which they are asked
-READERS: tuple[str, ...] = ("compressed_tensors", "gptq", "awq")
+READERS: tuple[str, ...] = (
+    "bitsandbytes", "mxfp4", "hqq", "torchao", "gemma", "mlx", "quanto",
+    "compressed_tensors", "gptq", "awq",
+)  # fmt: skip
+
+_LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 # what belongs to a model beside its weights
 COMPANIONS = (
@@ -45,16 +51,17 @@ class Reader(Protocol):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint in a Hugging Face folder, a .safetensors file or a .gguf file; weights are not read yet.
+    """The checkpoint in a Hugging Face folder, a .safetensors file, or a .gguf file or its folder; nothing is read yet.
 
     Raises JQ4Error, naming file and tensor, for what is missing, damaged, contradictory or of a format that is not
     read; a pickle is always refused.
     """
     path = Path(path)
-    if path.suffix == ".gguf" or _begins_as_gguf(path):
+    of_llama_cpp = _gguf_file(path)
+    if of_llama_cpp is not None:
         from jq4.checkpoint.foreign.gguf import open_gguf
 
-        return open_gguf(path)
+        return open_gguf(of_llama_cpp)
     folder = path if path.is_dir() else path.parent
     tensors = open_tensors(path)
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
@@ -73,11 +80,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def _begins_as_gguf(path: Path) -> bool:
+def _gguf_file(path: Path) -> Path | None:
+    """The .gguf file (the first shard of one) that a path is, or that is all the weights of a folder."""
+    if path.is_dir():
+        if any((path / name).exists() for name in (SINGLE, INDEX)):
+            return None
+        files = [file for file in sorted(path.glob("*.gguf")) if not _LATER_SHARD.search(file.name)]
+        if len(files) > 1:
+            raise JQ4Error(f"{path}: holds {len(files)} .gguf files ({files[0].name}, ...); say which one.")
+        return files[0] if files else None
+    if path.suffix == ".gguf":
+        return path
     if not path.is_file():
-        return False
+        return None
     with path.open("rb") as stream:
-        return stream.read(4) == b"GGUF"
+        return path if stream.read(4) == b"GGUF" else None
 
 
 def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:

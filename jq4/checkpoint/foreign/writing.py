@@ -23,7 +23,14 @@ from jq4.freed_pages import give_back_mapped_pages
 PIECE_BYTES = 16 * 2**20
 
 # the modules of this package that write a format
-WRITERS: tuple[str, ...] = ("compressed_tensors_writing", "gptq_writing", "awq_writing", "mxfp4_writing")
+WRITERS: tuple[str, ...] = (
+    "compressed_tensors_writing",
+    "gptq_writing",
+    "awq_writing",
+    "mxfp4_writing",
+    "bnb_nf4",
+    "mxfp4",
+)
 
 
 @dataclasses.dataclass(frozen=True)

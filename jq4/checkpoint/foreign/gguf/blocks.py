@@ -57,21 +57,28 @@ def join(kind: BlockType, fields: Fields) -> np.ndarray:
 
 def neighbours(halves: np.ndarray, half: int) -> np.ndarray:
     """Half-split nibbles u8[..., n * half] (n runs of 2 * half elements) as bytes of two neighbours."""
-    runs = halves.reshape(*halves.shape[:-1], -1, half)
-    even, odd = runs[..., 0::2], runs[..., 1::2]
-    low = (even & 15) | (odd << 4)
-    high = (even >> 4) | (odd & 0xF0)
-    return np.concatenate([low, high], axis=-1).reshape(halves.shape)
+    pairs = np.ascontiguousarray(halves).view("<u2").reshape(-1, half // 2)
+    packed = np.empty((len(pairs), 2, half // 16), np.uint64)
+    for piece in _pieces(len(pairs)):
+        low, high = pairs[piece] & 0x0F0F, (pairs[piece] >> 4) & 0x0F0F
+        for which, nibbles in enumerate((low, high)):
+            packed[piece, which] = (nibbles | nibbles >> 4).astype(np.uint8).view(np.uint64)
+    return packed.view(np.uint8).reshape(halves.shape)
 
 
 def half_split(packed: np.ndarray, half: int) -> np.ndarray:
     """Undoes `neighbours`."""
-    runs = packed.reshape(*packed.shape[:-1], -1, 2, half // 2)
-    low, high = runs[..., 0, :], runs[..., 1, :]
-    halves = np.empty((*runs.shape[:-2], half), np.uint8)
-    halves[..., 0::2] = (low & 15) | (high << 4)
-    halves[..., 1::2] = (low >> 4) | (high & 0xF0)
-    return halves.reshape(packed.shape)
+    runs = np.ascontiguousarray(packed).view(np.uint64).reshape(-1, 2, half // 16)
+    pairs = np.empty((len(runs), half // 2), "<u2")
+    for piece in _pieces(len(runs)):
+        low, high = (np.ascontiguousarray(runs[piece, i]).view(np.uint8).astype(np.uint16) for i in (0, 1))
+        pairs[piece] = ((low | low << 4) & 0x0F0F) | ((high | high << 4) & 0x0F0F) << 4
+    return pairs.view(np.uint8).reshape(packed.shape)
+
+
+def _pieces(runs: int) -> list[slice]:
+    """Slices of runs that the cache holds."""
+    return [slice(at, at + 4096) for at in range(0, runs, 4096)]
 
 
 def as_dtype(field: np.ndarray, dtype: Any) -> np.ndarray:

@@ -17,8 +17,9 @@ from jq4.errors import JQ4Error
 
 READ = tuple(sorted(set(ARCHITECTURES.values())))
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-_MOST_LAYERS = 10_000  # beyond any model: lists of this length are made before the weights are looked at
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, which scale attention by width / heads
+NO_CAP = 1e9  # of logits: llama.cpp's Gemma 2 always has one, and divides by it
+_PATTERNS = {"gemma2": 2, "gemma3": 6}
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -47,8 +48,10 @@ def config_of(container: Container) -> dict[str, Any] | None:
     read = _Values(container, str(architecture))
     config: dict[str, Any] = {"model_type": read.model_type(), "architectures": [_CLASSES[read.model_type()]]}
     config |= {key: read.size(name) for key, name in _SIZES.items()}
-    if config["num_hidden_layers"] > _MOST_LAYERS:
-        raise read.error("block_count", config["num_hidden_layers"], f"at most {_MOST_LAYERS}")
+    if config["num_hidden_layers"] > len(container.tensors):
+        raise read.error(
+            "block_count", config["num_hidden_layers"], f"no more than {len(container.tensors)} tensors fill"
+        )
     heads, width = config["num_attention_heads"], config["hidden_size"]
     config["num_key_value_heads"] = read.size("attention.head_count_kv", heads)
     config["head_dim"] = read.size("attention.key_length", max(1, width // heads))
@@ -131,23 +134,28 @@ def _family(read: _Values, config: Mapping[str, Any]) -> dict[str, Any]:
 def _gemma(read: _Values, config: Mapping[str, Any]) -> dict[str, Any]:
     largest = config["num_hidden_layers"] == LARGEST_GEMMA[read.architecture]
     scale = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
-    pattern = 2 if read.architecture == "gemma2" else 6
-    layers = range(1, config["num_hidden_layers"] + 1)
     settings: dict[str, Any] = {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": scale,
         "sliding_window": read.size("attention.sliding_window", 4096),
-        "layer_types": ["sliding_attention" if one % pattern else "full_attention" for one in layers],
+        "layer_types": sliding_or_full(read.architecture, config["num_hidden_layers"]),
         "attention_bias": False,
     }
     if read.architecture == "gemma2":
-        settings["attn_logit_softcapping"] = read.number("attn_logit_softcapping", 50.0)
-        settings["final_logit_softcapping"] = read.number("final_logit_softcapping", 30.0)
+        for key, usual in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
+            cap = read.number(key, usual)
+            settings[key] = cap if cap < NO_CAP else None
     else:
         settings |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
         settings["rope_local_base_freq"] = read.number("rope.freq_base_swa", 10_000.0)
-        settings["sliding_window_pattern"] = pattern
+        settings["sliding_window_pattern"] = _PATTERNS[read.architecture]
     return settings
+
+
+def sliding_or_full(architecture: str, layers: int) -> list[str]:
+    """layer_types of a Gemma: all but every second (sixth) layer look back over a window."""
+    pattern = _PATTERNS[architecture]
+    return ["sliding_attention" if one % pattern else "full_attention" for one in range(1, layers + 1)]
 
 
 def _rope(read: _Values, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.foreign.gguf.config_in import FREQUENCIES, LARGEST_GEMMA, LONG, SHORT, llama3_factors
+from jq4.checkpoint.foreign.gguf.config_in import (
+    FREQUENCIES,
+    LARGEST_GEMMA,
+    LONG,
+    NO_CAP,
+    SHORT,
+    llama3_factors,
+    sliding_or_full,
+)
 from jq4.checkpoint.foreign.gguf.names import ARCHITECTURES
 from jq4.errors import JQ4Error
 
@@ -90,6 +98,12 @@ class Settings:
         return rope | {"rope_type": "longrope" if kind in ("su", "longrope") else kind}
 
     @property
+    def local_theta(self) -> float:
+        """The rotary base of the layers that look back over a window (Gemma 3)."""
+        local = (self.get("rope_parameters") or {}).get("sliding_attention") or {}
+        return float(local.get("rope_theta") or self.get("rope_local_base_freq"))
+
+    @property
     def turned(self) -> int:
         """Dimensions of a head that are rotated."""
         fraction = self.rope.get("partial_rotary_factor") or self.get("partial_rotary_factor") or 1.0
@@ -118,7 +132,9 @@ def metadata_of(settings: Settings, vocabulary: int) -> dict[str, Any]:
         values["attention.sliding_window"] = int(window)
     if settings.architecture == "gemma2":
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            values[key] = float(settings.get(key))
+            values[key] = float(settings.get(key) or NO_CAP)
+    if settings.architecture == "gemma3":
+        values["rope.freq_base_swa"] = settings.local_theta
     values |= _scaling(settings)
     return {f"{settings.architecture}.{key}": value for key, value in values.items()}
 
@@ -152,7 +168,13 @@ def notes_of(settings: Settings) -> list[str]:
         notes.append(f"sliding_window {window} is left out: llama.cpp lets a Mistral look at all of the text")
     if settings.get("use_sliding_window") and architecture.startswith("qwen"):
         notes.append("use_sliding_window is left out: llama.cpp lets a Qwen look at all of the text")
+    left_out = sorted({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & set(settings.rope))
+    if kind == "yarn" and left_out:
+        notes.append(f"{', '.join(left_out)} of rope_scaling are left out: llama.cpp takes its own")
     if architecture in LARGEST_GEMMA:
+        types = sliding_or_full(architecture, settings.layers)
+        if settings.get("layer_types", types) != types:
+            notes.append(f"layer_types are left out: llama.cpp has windows as every {architecture} has them")
         largest = settings.layers == LARGEST_GEMMA[architecture]
         built = settings.size("hidden_size") // settings.heads["num_attention_heads"] if largest else settings.head_dim
         if settings.get("query_pre_attn_scalar") != built:

@@ -43,26 +43,21 @@ def write(
 
     progress: called with the bytes of tensors written and in all, after each tensor.
     """
-    planned = _each_tensor_once(planned)
-    metadata, factors, _ = _outside(planned, checkpoint, options)
-    described = {name: (BY_NAME["F32"], tuple(array.shape)) for name, array in factors.items()}
-    for one in planned:
-        described |= {name: (BY_NAME[kind], shape) for name, (kind, shape) in one.tensors.items()}
-    total = sum(map(_size, described.values()))
+    planned, head, places, size = outline(planned, checkpoint, options)
     temporary = file.with_name(file.name + ".partial")
-    with temporary.open("wb") as stream:
-        stream.write(header(metadata, described))
-        done = 0
-        for name, array in factors.items():
-            done += _append(stream, name, described[name], array)
-        for one in planned:
-            for name, array in one.encode(one.weight.read()).items() if one.tensors else ():
-                done += _append(stream, name, described[name], array)
-                if progress:
-                    progress(done, total)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(head)
+            for one in planned:
+                for name, array in one.encode(one.weight.read()).items() if one.tensors else ():
+                    _append(stream, name, places[name][1] - places[name][0], array)
+                    if progress:
+                        progress(stream.tell() - len(head), size - len(head))
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def notes(planned: list[Planned], checkpoint: Checkpoint, options: Mapping[str, Any]) -> list[str]:
@@ -88,7 +83,7 @@ def outline(
         stop += _filled(_size(one))
     stream = io.BytesIO()
     for name, array in factors.items():
-        _append(stream, name, described[name], array)
+        _append(stream, name, _size(described[name]), array)
     return planned, head + stream.getvalue(), places, stop
 
 
@@ -145,14 +140,12 @@ def _model_name(name: str, tokenizer: Mapping[str, Any]) -> str:
     return re.sub("(?i)phi-?3", "phi", name) if missing else name
 
 
-def _append(stream: BinaryIO, name: str, described: tuple[BlockType, tuple[int, ...]], array: np.ndarray) -> int:
-    """Writes a tensor and its filling; returns its bytes."""
-    size = _size(described)
+def _append(stream: BinaryIO, name: str, size: int, array: np.ndarray) -> None:
+    """Writes a tensor and its filling."""
     if array.nbytes != size:
         raise JQ4Error(f"{name}: came out as {array.nbytes} bytes, wanted {size}; no file was written.")
     stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     stream.write(bytes(_filled(size) - size))
-    return size
 
 
 def _size(described: tuple[BlockType, tuple[int, ...]]) -> int:

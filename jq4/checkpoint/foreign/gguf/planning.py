@@ -109,7 +109,7 @@ def _loss(weight: LazyWeight, kind: BlockType) -> str:
         return f"dequantized, and quantized anew to {kind.name}" if weight.packed else f"quantized to {kind.name}"
     if weight.packed:
         return "" if kind.name == "F32" else f"dequantized, and rounded to {kind.name}"
-    exact = np.promote_types(weight.abstract.dtype, kind.dtype) == kind.dtype
+    exact = weight.abstract.dtype == kind.dtype or (kind.name == "F32" and weight.format in _DENSE)
     return "" if exact else f"{weight.format} rounded to {kind.name}"
 
 

@@ -26,7 +26,9 @@ def tokenizer_metadata(
 ) -> tuple[dict[str, Any], list[str]]:
     """The values, and notes on what they do not say. `vocabulary`: rows of the embedding, as many as tokens."""
     if "tokenizer.json" not in files:
-        return {"tokenizer.ggml.model": "none"}, ["there is no tokenizer.json: llama.cpp gets token ids, and no text"]
+        ids = _Source({}, config).special_ids()
+        values = {"tokenizer.ggml.model": "none"} | {f"tokenizer.ggml.{key}": value for key, value in ids.items()}
+        return values, ["there is no tokenizer.json: llama.cpp gets token ids, and no text"]
     source = _Source(files, config)
     if source.model.get("type") != "BPE":
         raise JQ4Error(

@@ -1,0 +1,56 @@
+"""A folder of jq4's own that holds weights by their names and not a model's tree, as a checkpoint.
+
+Such is what `jq4 convert --to orbax` makes of a model that jq4 does not run: {"model.layers.0.mlp.up_proj.weight":
+QArray [N, K], ...}. A weight is read when it is asked for.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from jq4.checkpoint import arrays, atomic, orbax
+from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight
+from jq4.checkpoint.manifest import ArrayInfo, Manifest, QArrayInfo, ScalarInfo, abstract, arrays_of, assemble
+from jq4.checkpoint.verification import check_listing
+from jq4.checkpoint.zarr_slices import StoredArray
+
+
+def holds_named_weights(folder: Path) -> bool:
+    """Whether the tree is a dict of weights alone, packed ones grouped along their last axis."""
+    manifest = orbax.read_manifest(folder)
+    ((kind, entries),) = (manifest.tree or {"null": None}).items()
+    flat = kind == "dict" and all(isinstance(key, str) and set(node or ()) == {"leaf"} for key, node in entries)
+    return flat and not any(isinstance(leaf, ScalarInfo) or _grouped_elsewhere(leaf) for leaf in manifest.leaves)
+
+
+def checkpoint_of_names(folder: Path) -> Checkpoint:
+    """The checkpoint of such a folder, after every file's SHA-256 is checked."""
+    manifest = orbax.verify(folder)
+    data = folder / manifest.data
+    check_listing(data, manifest)
+    arrays.check_zarr(data, manifest)
+    held = atomic.reading(data)
+    held.__enter__()  # as long as any of the weights may be read
+    files = {name: orbax.read_extra_file(folder, name) for name in manifest.extra_files}
+    config = json.loads(files.pop("config.json", b"null"))
+    weights = {leaf.path: _weight(data, leaf, held) for leaf in _leaves(manifest)}
+    return Checkpoint(format="orbax", weights=weights, config=config, files=files)
+
+
+def _weight(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any) -> LazyWeight:
+    return LazyWeight(leaf.path, abstract(leaf), functools.partial(_read, data, leaf, held), (leaf.path,))
+
+
+def _read(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any) -> Any:
+    """`held` is only kept alive, as long as this may be called."""
+    del held
+    return assemble(leaf, {info.path: StoredArray(data, info)[...] for info in arrays_of(leaf)})
+
+
+def _leaves(manifest: Manifest) -> list[ArrayInfo | QArrayInfo]:
+    return [leaf for leaf in manifest.leaves if not isinstance(leaf, ScalarInfo)]
+
+
+def _grouped_elsewhere(leaf: Any) -> bool:
+    return isinstance(leaf, QArrayInfo) and leaf.axis != -1
