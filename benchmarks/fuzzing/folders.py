@@ -97,7 +97,7 @@ def _other_name(draw: random.Random, name: str) -> str:
 def _cast(draw: random.Random, array: np.ndarray) -> np.ndarray:
     """The same bytes, or the same shape, of another dtype."""
     dtype = draw.choice(_DTYPES)
-    if draw.random() < 0.5:
+    if isinstance(array, np.ndarray) and draw.random() < 0.5:
         return np.zeros(array.shape, dtype) if draw.random() < 0.5 else np.ones(array.shape, np.uint8).astype(dtype)
     raw = array.tobytes()
     raw = raw[: len(raw) // dtype.itemsize * dtype.itemsize]

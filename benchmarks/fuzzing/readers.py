@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fuzzing import folders, gguf_files, using, values
+from benchmarks.fuzzing.ours import Checkpoints, Journals, Recipes, WholeCheckpoints
 from benchmarks.fuzzing.seeds import CONFIG, GGUF, SEEDS, Folder
 
 Work = Callable[[], Any]
@@ -70,4 +71,11 @@ def _foreign(name: str) -> Callable[[Path], Any]:
     return lambda folder: Foreign(name, folder)
 
 
-READERS: dict[str, Callable[[Path], Any]] = {**{name: _foreign(name) for name in SEEDS}, "config": Config}
+READERS: dict[str, Callable[[Path], Any]] = {
+    **{name: _foreign(name) for name in SEEDS},
+    "config": Config,
+    "manifest": Checkpoints,
+    "checkpoint": WholeCheckpoints,
+    "journal": Journals,
+    "recipe": Recipes,
+}

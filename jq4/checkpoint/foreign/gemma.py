@@ -99,7 +99,7 @@ def _weight(
     rows, width = codes.shape[0], codes.shape[-1] * 8 // bits
     checked(scale, FLOATS, (rows, None))
     groups = max(scale.shape[1], 1)
-    if not width or width % groups:
+    if not width or not scale.shape[1] or width % groups:
         raise refusal(scale, f"has shape {list(scale.shape)}", f"groups that divide {width}, the weight's columns")
     abstract = abstract_qarray(
         (rows, width), format=f"int{bits}", group_size=width // groups, dtype=dtype,
