@@ -15,7 +15,7 @@ from typing import Any
 from jq4.errors import JQ4Error
 
 _LONGEST = 4000  # characters of an expression or a name
-_STEPS = 50_000  # beginnings that are tried; real expressions and names take hundreds
+_STEPS = 100_000  # beginnings and ends that are kept; real expressions and names have hundreds
 _REMEDY = "Mend config.json: name the modules, or write a simpler expression."
 
 _parser: Any = getattr(re, "_parser")  # noqa: B009  the parser of `re`, which its own compiler asks
@@ -68,10 +68,10 @@ class _Match:
     def _ends(self, node: tuple[Any, Any], start: int) -> Iterable[int]:
         key = id(node), start
         if key not in self.known:
-            self.steps += 1
+            self.known[key] = found = frozenset(self._new_ends(*node, start))
+            self.steps += 1 + len(found)
             if self.steps > _STEPS:
                 raise re.error("it takes too long")
-            self.known[key] = frozenset(self._new_ends(*node, start))
         return self.known[key]
 
     def _new_ends(self, op: Any, argument: Any, start: int) -> Iterable[int]:
