@@ -221,10 +221,11 @@ def _index(draw: random.Random, shards: dict[str, Arrays]) -> Any:
 
 def _damage(draw: random.Random, files: Files) -> None:
     """One file's bytes changed, cut or grown; a file missing, a link, a folder in its place, or another beside it."""
-    name = draw.choice(list(files))
-    content = files[name]
-    if not isinstance(content, bytes):
+    bytes_of = {name: content for name, content in files.items() if isinstance(content, bytes)}
+    if not bytes_of:
         return
+    name = draw.choice(list(bytes_of))
+    content = bytes_of[name]
     way = draw.randrange(9)
     if way < 3:
         files[name] = values.flipped(draw, content)

@@ -16,7 +16,7 @@ from jq4.errors import JQ4Error
 SECONDS = 1.0  # of CPU, for a file of a few KB
 HEADROOM = 384 * 2**20  # of address space beyond what the process has when a campaign begins
 TRACED = 8 * 2**20  # bytes at a time that a file of a few KB may take, where it is measured
-OPENED, REFUSED, MISBEHAVED = "opened", "refused", "misbehaved"
+OUTCOMES = OPENED, REFUSED, MISBEHAVED = "opened", "refused", "misbehaved"
 
 
 class TooSlowError(BaseException):
