@@ -4,13 +4,12 @@ import json
 import os
 import struct
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from benchmarks.fuzzing import folders, gguf_files
 from benchmarks.fuzzing.limits import bounded_memory, outcome
-from benchmarks.fuzzing.seeds import SEEDS, Folder
+from benchmarks.fuzzing.seeds import GGUF, SEEDS, Folder
 from benchmarks.fuzzing.using import laid, use_checkpoint
 from jq4 import JQ4Error, Recipe
 from jq4.checkpoint.conversion.progress import JOURNAL, folder_of, journal_for
@@ -30,10 +29,21 @@ def refused(path) -> str:
     return said
 
 
-def folder_of_seed(folder, reader, number=0, tensors=None, quantization=None):
-    """A sound folder with some tensors (None removes one) and some of quantization_config replaced."""
+def folder_seed(reader: str, number: int = 0) -> Folder:
     seed = SEEDS[reader][number]()
     assert isinstance(seed, Folder)
+    return seed
+
+
+def gguf_seed(number: int = 0) -> GGUF:
+    seed = SEEDS["gguf"][number]()
+    assert isinstance(seed, GGUF)
+    return seed
+
+
+def folder_of_seed(folder, reader, number=0, tensors=None, quantization=None):
+    """A sound folder with some tensors (None removes one) and some of quantization_config replaced."""
+    seed = folder_seed(reader, number)
     ((name, held),) = seed.shards.items()
     held = {key: array for key, array in (held | (tensors or {})).items() if array is not None}
     config = dict(seed.config)
@@ -56,7 +66,10 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
 HEADERS = {
     "an empty tensor beyond any address": ({"w": entry(shape=(0, 2**62), offsets=(0, 0))}, "wanted one that a machine"),
     "a size that no text can hold": ({"w": entry(shape=[10**3000] * 2)}, "wanted a list of whole numbers"),
-    "more axes than numpy has": ({"w": entry(shape=[1] * 70)}, "'w' has shape .*wanted a list of whole numbers, 32 at most"),
+    "more axes than numpy has": (
+        {"w": entry(shape=[1] * 70)},
+        "'w' has shape .*wanted a list of whole numbers, 32 at most",
+    ),
     "a lone surrogate": ({"\ud800": entry()}, r"a tensor is called '\\ud800', wanted a name of printable characters"),
     "NUL": ({"a\0b": entry()}, r"a tensor is called 'a\\x00b'"),
     "what a terminal obeys": ({"\x1b[2J": entry()}, r"a tensor is called '\\x1b\[2J'"),
@@ -114,50 +127,102 @@ def test_expressions_that_would_take_years(pattern, tmp_path):
         what, said = outcome(lambda: use_checkpoint(folder))
     assert what == "opened", said
     for key in ("dynamic", "extra_config"):
-        folder = folder_of_seed(tmp_path, "gptq", 0, None, {key: {pattern.removeprefix("re:"): {"bits": 4}}})
+        folder_of_seed(tmp_path, "gptq", 0, None, {key: {pattern.removeprefix("re:"): {"bits": 4}}})
         with bounded_memory():
-            what, said = outcome(lambda: use_checkpoint(folder))
+            what, said = outcome(lambda: use_checkpoint(tmp_path))
         assert what == "opened", said
 
 
 def _parts(reader):
-    held = SEEDS[reader][0]().shards[SINGLE]
+    held = folder_seed(reader).shards[SINGLE]
     return {name.removeprefix(f"{P}."): array for name, array in held.items() if name.startswith(P)}
 
 
 SCALAR = np.array(1, np.int32)
 FOLDERS = {
-    "a qweight without axes": ("gptq", 0, {f"{P}.qweight": SCALAR}, {}, r"up_proj.qweight' is I32\[\], wanted two axes"),
+    "a qweight without axes": (
+        "gptq",
+        0,
+        {f"{P}.qweight": SCALAR},
+        {},
+        r"up_proj.qweight' is I32\[\], wanted two axes",
+    ),
     "qzeros without axes": ("gptq", 0, {f"{P}.qzeros": SCALAR}, {}, r"up_proj.qzeros' is I32\[\], wanted two axes"),
-    "a format that is a list": ("gptq", 0, {f"{P}.scales": None}, {"checkpoint_format": []}, "scales' is missing or empty"),
+    "a format that is a list": (
+        "gptq",
+        0,
+        {f"{P}.scales": None},
+        {"checkpoint_format": []},
+        "scales' is missing or empty",
+    ),
     "an expression that is none": ("gptq", 0, {}, {"dynamic": {"(": {}}}, r"dynamic: '\(' is not a regular expression"),
     "an expression of 2,000 levels": ("gptq", 0, {}, {"extra_config": {"(" * 2000: {}}}, "is not a regular expression"),
     "a repeat beyond any count": ("gptq", 0, {}, {"dynamic": {"a{99999999999}": {}}}, "repetition number is too large"),
     "int-quantized of one row": (
-        "compressed-tensors", 5, {f"{P}.weight": np.ones(8, np.int8), f"{P}.weight_scale": np.ones(1, np.float16)}, {},
+        "compressed-tensors",
+        5,
+        {f"{P}.weight": np.ones(8, np.int8), f"{P}.weight_scale": np.ones(1, np.float16)},
+        {},
         r"up_proj.weight' is I8\[8\], wanted a matrix",
     ),
     "a global scale whose inverse is infinite": (
-        "compressed-tensors", 7, {f"{P}.weight_global_scale": np.array([1e-45], np.float32)}, {},
+        "compressed-tensors",
+        7,
+        {f"{P}.weight_global_scale": np.array([1e-45], np.float32)},
+        {},
         "weight_global_scale' holds 1 scales that are NaN, infinite or a zero",
     ),
     "scales of no group": (
-        "gemma", 0, {f"{P}.weight_scale": np.zeros((8, 0), np.float32)}, {}, r"weight_scale' has shape \[8, 0\], wanted"
+        "gemma",
+        0,
+        {f"{P}.weight_scale": np.zeros((8, 0), np.float32)},
+        {},
+        r"weight_scale' has shape \[8, 0\], wanted",
     ),
     "an offset beyond float": (
-        "bitsandbytes", 1, {f"{P}.weight.quant_state.bitsandbytes__nf4": np.frombuffer(
-            json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [16, 128],
-                        "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 10**400}).encode(), np.uint8,
-        )}, {}, "has nested_offset 1000.*wanted a finite number",
+        "bitsandbytes",
+        1,
+        {
+            f"{P}.weight.quant_state.bitsandbytes__nf4": np.frombuffer(
+                json.dumps(
+                    {
+                        "quant_type": "nf4",
+                        "blocksize": 64,
+                        "dtype": "bfloat16",
+                        "shape": [16, 128],
+                        "nested_blocksize": 256,
+                        "nested_dtype": "float32",
+                        "nested_offset": 10**400,
+                    }
+                ).encode(),
+                np.uint8,
+            )
+        },
+        {},
+        "has nested_offset 1000.*wanted a finite number",
     ),
     "scales of NaN": (
-        "awq", 0, {f"{P}.scales": np.full((6, 24), np.nan, np.float16)}, {}, "up_proj.scales' holds NaN or infinity"
+        "awq",
+        0,
+        {f"{P}.scales": np.full((6, 24), np.nan, np.float16)},
+        {},
+        "up_proj.scales' holds NaN or infinity",
     ),
     "a permutation out of range": (
-        "gptq", 3, {f"{P}.g_idx": np.full(96, 2**31 - 1, np.int32)}, {}, "up_proj.g_idx' .*wanted 3 groups 0 to 2"
+        "gptq",
+        3,
+        {f"{P}.g_idx": np.full(96, 2**31 - 1, np.int32)},
+        {},
+        "up_proj.g_idx' .*wanted 3 groups 0 to 2",
     ),
-    "a group index below all": ("gptq", 3, {f"{P}.g_idx": np.full(96, -(2**31), np.int32)}, {}, "up_proj.g_idx' .*wanted"),
-}  # fmt: skip
+    "a group index below all": (
+        "gptq",
+        3,
+        {f"{P}.g_idx": np.full(96, -(2**31), np.int32)},
+        {},
+        "up_proj.g_idx' .*wanted",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -169,7 +234,7 @@ def test_folders_of_packed_weights(name, tmp_path):
 
 
 def test_metadata_of_torchao_that_is_no_text(tmp_path):
-    seed = SEEDS["torchao"][0]()
+    seed = folder_seed("torchao")
     laid(tmp_path, folders.sound(Folder(seed.shards, seed.config, {"tensor_names": '["\ud800"]'})))
     assert r"its metadata names '\ud800' and does not describe it" in refused(tmp_path)
 
@@ -180,10 +245,10 @@ def test_an_error_says_nothing_that_a_terminal_obeys_and_is_short():
 
 
 def gguf(folder, tensors=None, number=0, **metadata):
-    seed = SEEDS["gguf"][number]()
+    seed = gguf_seed(number)
     values = {**seed.metadata, **{key.replace("__", "."): value for key, value in metadata.items()}}
-    held = {name: one for name, one in (seed.tensors | (tensors or {})).items() if one is not None}
-    (folder / "m.gguf").write_bytes(gguf_files.sound(type(seed)(values, held)))
+    held = {name: one for name, one in {**seed.tensors, **(tensors or {})}.items() if one is not None}
+    (folder / "m.gguf").write_bytes(gguf_files.sound(GGUF(values, held)))
     return folder / "m.gguf"
 
 
@@ -217,7 +282,7 @@ def test_a_rotation_of_two_thousand_million_dimensions(tmp_path):
 
 
 def test_factors_that_are_not_numbers(tmp_path):
-    seed = SEEDS["gguf"][4]()
+    seed = gguf_seed(4)
     kind, shape, _ = seed.tensors["rope_freqs.weight"]
     for value in (np.nan, 0.0, -1.0):
         held = {"rope_freqs.weight": (kind, shape, np.full(shape, value, np.float32).tobytes())}
@@ -225,7 +290,7 @@ def test_factors_that_are_not_numbers(tmp_path):
 
 
 def test_a_layer_whose_number_has_five_thousand_digits(tmp_path):
-    seed = SEEDS["gguf"][0]()
+    seed = gguf_seed(0)
     name = f"blk.{'9' * 5000}.attn_q.weight"
     content = gguf_files.sound(seed)
     old, new = b"blk.0.attn_q.weight", name.encode()
@@ -251,7 +316,9 @@ def test_values_of_config_json(change, text):
         hash(DecoderConfig.from_hf({**CONFIG, "num_hidden_layers": 1, **change}))
 
 
-BOMB = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9) if a else 'x'}]\n" for a, b in zip("_abcdefgh", "abcdefghi", strict=True))
+BOMB = "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9) if a else 'x'}]\n" for a, b in zip("_abcdefgh", "abcdefghi", strict=True)
+)
 
 
 @pytest.mark.parametrize(
@@ -273,10 +340,15 @@ def test_recipes(text, wanted, tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        {"done": []}, {"done": "w"}, {"done": "w", "wrote": 3}, {"done": "w", "wrote": {"../x": [1, "a"]}},
-        {"done": "w", "wrote": {"/etc/x": [1, "a"]}}, {"done": "w", "wrote": {"x": [1]}}, {"identity": 3},
+        {"done": []},
+        {"done": "w"},
+        {"done": "w", "wrote": 3},
+        {"done": "w", "wrote": {"../x": [1, "a"]}},
+        {"done": "w", "wrote": {"/etc/x": [1, "a"]}},
+        {"done": "w", "wrote": {"x": [1]}},
+        {"identity": 3},
     ],
-)  # fmt: skip
+)
 def test_a_line_of_a_journal_that_no_journal_writes_ends_it(line, tmp_path):
     folder = folder_of(tmp_path / "out")
     folder.mkdir()
@@ -287,15 +359,14 @@ def test_a_line_of_a_journal_that_no_journal_writes_ends_it(line, tmp_path):
         assert list(journal.records) == ["v"]
 
 
-def test_bytes_of_every_dtype_are_opened(tmp_path):
-    """The seeds themselves are sound: what is refused above is refused for what was changed."""
-    assert ml_dtypes.bfloat16 is not None
-    for reader, makers in SEEDS.items():
-        for number, make in enumerate(makers):
+def test_the_seeds_are_sound(tmp_path):
+    """What is refused above is refused for what was changed."""
+    for makers in SEEDS.values():
+        for make in makers:
             seed = make()
             if isinstance(seed, Folder):
                 laid(tmp_path, folders.sound(seed))
                 use_checkpoint(tmp_path)
             else:
-                use_checkpoint(gguf(tmp_path, None, number))
-            assert reader
+                (tmp_path / "m.gguf").write_bytes(gguf_files.sound(seed))
+                use_checkpoint(tmp_path / "m.gguf")

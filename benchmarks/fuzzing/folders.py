@@ -1,4 +1,4 @@
-"""Folders of safetensors, changed on every level: tensors, header, config, text, bytes, and what stands in the folder."""
+"""Folders of safetensors, changed on every level: tensors, header, config, text, bytes, and what else stands there."""
 
 import dataclasses
 import json
@@ -214,7 +214,19 @@ def _index(draw: random.Random, shards: dict[str, Arrays]) -> Any:
     where: dict[str, Any] = {name: shard for shard, held in shards.items() for name in held}
     index: Any = {"metadata": {"total_size": 1}, "weight_map": where}
     if draw.random() < 0.4 and where:
-        hostile_names = ("../x.safetensors", "/etc/passwd", "a/b", "..", "", ".", "\0", "x" * 300, "\ud800", "config.json", 7)
+        hostile_names = (
+            "../x.safetensors",
+            "/etc/passwd",
+            "a/b",
+            "..",
+            "",
+            ".",
+            "\0",
+            "x" * 300,
+            "\ud800",
+            "config.json",
+            7,
+        )
         where[draw.choice(list(where))] = draw.choice((*hostile_names, *shards, "missing.safetensors"))
     return values.changed(draw, index) if draw.random() < 0.4 else index
 

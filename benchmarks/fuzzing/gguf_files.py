@@ -16,9 +16,20 @@ from jq4.checkpoint.foreign.gguf.file_writing import header
 _TYPES = tuple(number for number, dtype in SCALARS.items() if dtype != "bool")
 _HUGE = (2**16, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1)
 _NAMES = (
-    "blk.%s.attn_q.weight" % ("9" * 5000), "blk.0.attn_q.bias", "blk.-1.x.weight", "blk.\u0663.attn_q.weight", "output.weight",
-    "blk.00.attn_q.weight", "token_embd.weight", "rope_freqs.weight", "rope_factors_long.weight", "", "../x", "x\0y", "x" * 5000,
-)  # fmt: skip
+    "blk.%s.attn_q.weight" % ("9" * 5000),
+    "blk.0.attn_q.bias",
+    "blk.-1.x.weight",
+    "blk.\u0663.attn_q.weight",
+    "output.weight",
+    "blk.00.attn_q.weight",
+    "token_embd.weight",
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "",
+    "../x",
+    "x\0y",
+    "x" * 5000,
+)
 
 
 def sound(seed: GGUF) -> bytes:
@@ -56,24 +67,40 @@ def hostile(draw: random.Random, seed: GGUF) -> bytes:
 
 
 def _value(draw: random.Random, metadata: dict[str, Any]) -> None:
-    keys = [key for key in metadata if "tokens" not in key and "scores" not in key] if draw.random() < 0.7 else [*metadata]
+    keys = (
+        [key for key in metadata if "tokens" not in key and "scores" not in key] if draw.random() < 0.7 else [*metadata]
+    )
     key = draw.choice(keys)
     way = draw.randrange(8)
     if way == 0:
         del metadata[key]
     elif way == 1:
-        metadata[draw.choice(("general.alignment", "split.count", "split.tensors.count", "llama.rope.scaling.type", *keys))] = 3
+        metadata[
+            draw.choice(("general.alignment", "split.count", "split.tensors.count", "llama.rope.scaling.type", *keys))
+        ] = 3
     elif way == 2 and isinstance(metadata[key], list):
         held = list(metadata[key])
         held[draw.randrange(len(held))] = draw.choice((*values.STRINGS[:40], "t0", "t0 t1 t2"))
         metadata[key] = draw.choice((held, held * 2, held[:-1], []))
     elif way == 3 and isinstance(metadata[key], np.ndarray):
-        metadata[key] = draw.choice((values.array(draw, metadata[key]), metadata[key][:-1], metadata[key].astype(np.float32)))
+        metadata[key] = draw.choice(
+            (values.array(draw, metadata[key]), metadata[key][:-1], metadata[key].astype(np.float32))
+        )
     else:
         typed: tuple[Any, ...] = (
-            np.array([1, 2], np.int32), np.zeros(0, np.float32), np.array([1, 1], np.uint32), np.array([True, False]),
-            ["a", "b"], [], True, float("nan"), float("inf"), -1.0, 0.0, 1e30,
-        )  # fmt: skip
+            np.array([1, 2], np.int32),
+            np.zeros(0, np.float32),
+            np.array([1, 1], np.uint32),
+            np.array([True, False]),
+            ["a", "b"],
+            [],
+            True,
+            float("nan"),
+            float("inf"),
+            -1.0,
+            0.0,
+            1e30,
+        )
         strings = tuple(one for one in values.STRINGS if "\ud800" not in one and "\udcff" not in one)
         metadata[key] = draw.choice((*typed, *(one for one in values.NUMBERS if 0 <= one < 2**32), *strings))
 

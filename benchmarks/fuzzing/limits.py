@@ -9,6 +9,7 @@ import traceback
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from jq4.errors import JQ4Error
@@ -31,8 +32,7 @@ def _too_slow(*_: Any) -> None:
 def bounded_memory() -> Iterator[None]:
     """No allocation beyond HEADROOM; warnings are errors, as in the tests."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as stream:
-        held = int(stream.read().split()[0]) * resource.getpagesize()
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + HEADROOM, hard))
     previous = signal.signal(signal.SIGPROF, _too_slow)
     try:

@@ -1,5 +1,6 @@
 """What jq4 itself writes, changed by someone who knows the format: manifests, whole checkpoints, journals, recipes."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -163,9 +164,20 @@ class Recipes:
         "a: &a [x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]\nc: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b]\n"
         "d: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c]\ne: &e [*d, *d, *d, *d, *d, *d, *d, *d, *d]\n"
         "f: &f [*e, *e, *e, *e, *e, *e, *e, *e, *e]\nrules: *f\n",
-        "rules: &a [*a]", "rules: [" * 3000, "? [a, b]\n: 1", "!!python/object/apply:os.system ['true']", "rules: !!binary x",
-        "<<: [1]", "rules: [{<<: 3}]", "- " * 5000, "%YAML 9.9\n---\n", "rules: 2001-13-45", "rules: 1_:6", "\t", "rules: .nan",
-    )  # fmt: skip
+        "rules: &a [*a]",
+        "rules: [" * 3000,
+        "? [a, b]\n: 1",
+        "!!python/object/apply:os.system ['true']",
+        "rules: !!binary x",
+        "<<: [1]",
+        "rules: [{<<: 3}]",
+        "- " * 5000,
+        "%YAML 9.9\n---\n",
+        "rules: 2001-13-45",
+        "rules: 1_:6",
+        "\t",
+        "rules: .nan",
+    )
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "recipe.yaml"
@@ -177,9 +189,7 @@ class Recipes:
         text = draw.choice(self._TEXTS).encode()
         if draw.random() < 0.9:
             rules = values.changed(draw, self._RULES)
-            try:
+            with contextlib.suppress(RecursionError, yaml.YAMLError, UnicodeEncodeError):
                 text = yaml.safe_dump(rules).encode() if draw.random() < 0.3 else values.as_text(draw, rules)
-            except (RecursionError, yaml.YAMLError, UnicodeEncodeError):
-                pass
         self.file.write_bytes(values.flipped(draw, text) if draw.random() < 0.2 else text)
         return lambda: Recipe.load(self.file).to_dict()

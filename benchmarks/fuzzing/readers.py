@@ -46,9 +46,17 @@ class Config:
     _FAMILIES: tuple[dict[str, Any], ...] = (
         {},
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-        {"model_type": "gemma2", "sliding_window": 8, "query_pre_attn_scalar": 16, "layer_types": ["full_attention"] * 2},
+        {
+            "model_type": "gemma2",
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["full_attention"] * 2,
+        },
         {"model_type": "gemma3", "text_config": {**CONFIG, "num_hidden_layers": 2, "model_type": "gemma3_text"}},
-        {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
+        {
+            "model_type": "phi3",
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+        },
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
     )
 

@@ -165,9 +165,13 @@ def _torchao() -> Folder:
     }
     entry = {
         "_type": "Int4Tensor",
-        "_data": {"block_size": [1, 16], "shape": [6, 64], "activation_dtype": {"_type": "torch.dtype", "_data": "bfloat16"}},
+        "_data": {
+            "block_size": [1, 16],
+            "shape": [6, 64],
+            "activation_dtype": {"_type": "torch.dtype", "_data": "bfloat16"},
+        },
         "_tensor_data_names": ["qdata", "scale", "zero_point"],
-    }  # fmt: skip
+    }
     held = {f"{name}.weight": json.dumps(entry), "tensor_names": json.dumps([f"{name}.weight"])}
     return dataclasses.replace(_one(made), metadata={"format": "pt", **held})
 
@@ -214,26 +218,42 @@ def _gguf(architecture: str, tokenizer: str, kinds: tuple[str, ...], **more: Any
     """A model of one layer, of 256 wide, whose matrices take the types in turn."""
     width, tokens = 256, [f"t{i}" for i in range(10)] + ["t", "0", "t0t1"]
     sizes = {
-        "context_length": 64, "embedding_length": width, "feed_forward_length": width, "block_count": 1,
-        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 64, "rope.dimension_count": 64,
-        "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 10000.0,
-    }  # fmt: skip
+        "context_length": 64,
+        "embedding_length": width,
+        "feed_forward_length": width,
+        "block_count": 1,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.key_length": 64,
+        "rope.dimension_count": 64,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 10000.0,
+    }
     values: dict[str, Any] = {"general.architecture": architecture, "general.name": "m"}
     values |= {f"{architecture}.{key}": value for key, value in sizes.items()}
     values |= {
-        "tokenizer.ggml.model": tokenizer, "tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.model": tokenizer,
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": np.array([3, 3, 4, *[1] * 10], np.int32),
-        "tokenizer.ggml.scores": np.arange(13, dtype=np.float32), "tokenizer.ggml.merges": ["t 0", "t0 t1"],
-        "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.scores": np.arange(13, dtype=np.float32),
+        "tokenizer.ggml.merges": ["t 0", "t0 t1"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": True,
         "tokenizer.chat_template": "{{ x }}",
-    }  # fmt: skip
+    }
     values |= {key.replace("__", "."): value for key, value in more.items()}
     matrices = ("token_embd", "blk.0.attn_q", "blk.0.attn_k", "blk.0.ffn_up", "output")
     held = {}
     for i, name in enumerate(matrices):
         kind = BY_NAME[kinds[i % len(kinds)]]
         rows = 16 if kind.dtype is None else 8
-        raw = random_blocks(kind, rows, width // kind.length, i) if kind.dtype is None else np.ones((rows, width), kind.dtype)
+        raw = (
+            random_blocks(kind, rows, width // kind.length, i)
+            if kind.dtype is None
+            else np.ones((rows, width), kind.dtype)
+        )
         held[f"{name}.weight"] = (kind, (rows, width), raw.tobytes())
     held["blk.0.attn_norm.weight"] = (BY_NAME["F32"], (width,), np.ones(width, np.float32).tobytes())
     return GGUF(values, held)
@@ -242,7 +262,7 @@ def _gguf(architecture: str, tokenizer: str, kinds: tuple[str, ...], **more: Any
 def _rope(architecture: str, *names: str) -> GGUF:
     seed = _gguf(architecture, "llama", ("Q4_0", "F32"))
     row = (BY_NAME["F32"], (32,), np.linspace(1, 8, 32, dtype=np.float32).tobytes())
-    return dataclasses.replace(seed, tensors={**seed.tensors, **{name: row for name in names}})
+    return dataclasses.replace(seed, tensors={**seed.tensors, **dict.fromkeys(names, row)})
 
 
 _DYNAMIC = {"+:.*up_proj": {"bits": 4, "group_size": 32}, r"-:.*lm_head": {}}
@@ -251,14 +271,22 @@ _PATTERNS = {"targets": [r"re:.*up_proj$", r"re:^(?!.*lm_head).*"]}
 SEEDS: dict[str, tuple[Callable[[], Folder | GGUF], ...]] = {
     "safetensors": (_dense, _shards),
     "gptq": (
-        _gptq, lambda: _gptq(3, False), lambda: _gptq(8, False, True, checkpoint_format="gptq_v2"),
-        lambda: _gptq(4, False, True, dynamic=_DYNAMIC), lambda: _gptq(2, extra_config={".*up_proj": {"bits": 2}}),
+        _gptq,
+        lambda: _gptq(3, False),
+        lambda: _gptq(8, False, True, checkpoint_format="gptq_v2"),
+        lambda: _gptq(4, False, True, dynamic=_DYNAMIC),
+        lambda: _gptq(2, extra_config={".*up_proj": {"bits": 2}}),
     ),
     "awq": (lambda: _awq("gemm"), lambda: _awq("gemv"), lambda: _awq("gemv_fast")),
     "compressed-tensors": (
-        lambda: _compressed(4, (16, 64), 32, False, **_PATTERNS), lambda: _compressed(4, (2, 8, 64), 32, True),
-        lambda: _compressed(5, (16, 27), None, False), _padded, _ordered, _bytes,
-        lambda: _fp4("mxfp4"), lambda: _fp4("nvfp4"),
+        lambda: _compressed(4, (16, 64), 32, False, **_PATTERNS),
+        lambda: _compressed(4, (2, 8, 64), 32, True),
+        lambda: _compressed(5, (16, 27), None, False),
+        _padded,
+        _ordered,
+        _bytes,
+        lambda: _fp4("mxfp4"),
+        lambda: _fp4("nvfp4"),
     ),
     "bitsandbytes": (lambda: _bitsandbytes(False), lambda: _bitsandbytes(True), _int8),
     "mxfp4": (_gpt_oss,),
@@ -268,10 +296,11 @@ SEEDS: dict[str, tuple[Callable[[], Folder | GGUF], ...]] = {
     "mlx": (_mlx,),
     "quanto": (_quanto,),
     "gguf": (
-        lambda: _gguf("llama", "gpt2", ("Q4_0", "Q4_1", "Q8_0")), lambda: _gguf("qwen3", "gpt2", ("Q4_K", "Q6_K", "F16")),
+        lambda: _gguf("llama", "gpt2", ("Q4_0", "Q4_1", "Q8_0")),
+        lambda: _gguf("qwen3", "gpt2", ("Q4_K", "Q6_K", "F16")),
         lambda: _gguf("gemma2", "llama", ("Q5_0", "Q5_1", "IQ4_NL"), gemma2__attention__sliding_window=16),
         lambda: _gguf("mine", "llama", ("Q5_K", "IQ4_XS", "MXFP4", "BF16")),
         lambda: _rope("llama", "rope_freqs.weight"),
         lambda: _rope("phi3", "rope_factors_long.weight", "rope_factors_short.weight"),
     ),
-}  # fmt: skip
+}

@@ -24,10 +24,10 @@ _WRITERS = ("compressed_tensors_writing", "gptq_writing", "awq_writing")
 def laid(folder: Path, files: Files) -> None:
     """Makes the folder hold these files and nothing else."""
     for entry in os.scandir(folder):
-        shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+        shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else Path(entry.path).unlink()
     for name, content in files.items():
         if isinstance(content, Link):
-            os.symlink(content.to, folder / name)
+            (folder / name).symlink_to(content.to)
         elif content is None:
             (folder / name).mkdir()
         else:
@@ -76,7 +76,11 @@ def _used(checkpoint: Checkpoint) -> Iterator[JQ4Error | None]:
             continue
         yield None
         if not is_qarray(value):
-            assert (value.shape, value.dtype) == (weight.shape, weight.abstract.dtype), (name, value.shape, weight.shape)
+            assert (value.shape, value.dtype) == (weight.shape, weight.abstract.dtype), (
+                name,
+                value.shape,
+                weight.shape,
+            )
             value.tobytes()
             continue
         _check_same(value, weight.abstract, name)
@@ -94,7 +98,12 @@ def _check_same(q: QArray, abstract: QArray, where: str) -> None:
             _check_same(found, wanted, f"{where} {part}")
         else:
             described = None if found is None else (tuple(found.shape), found.dtype)
-            assert described == (None if wanted is None else (wanted.shape, wanted.dtype)), (where, part, described, wanted)
+            assert described == (None if wanted is None else (wanted.shape, wanted.dtype)), (
+                where,
+                part,
+                described,
+                wanted,
+            )
     for field in ("format", "group_size", "axis", "padding", "dtype"):
         assert getattr(q, field) == getattr(abstract, field), (where, field)
 

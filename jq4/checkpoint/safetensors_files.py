@@ -293,7 +293,9 @@ def _tensor(file: Path, name: str, entry: Any, base: int, data: int) -> StoredTe
     if math.prod(filter(None, shape)) * DTYPES[dtype].itemsize >= _LARGEST:
         raise _damaged(file, f"tensor {name!r} has shape {_short(shape)}", "one that a machine can address")
     if not _whole_numbers(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data:
-        raise _damaged(file, f"tensor {name!r} lies at {_short(offsets)}", f"an ascending pair within {data} bytes of data")
+        raise _damaged(
+            file, f"tensor {name!r} lies at {_short(offsets)}", f"an ascending pair within {data} bytes of data"
+        )
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
         raise _damaged(

@@ -141,7 +141,7 @@ def _whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
             entry = json.loads(line) if line.endswith(b"\n") else None
         except (ValueError, RecursionError):
             entry = None
-        if not _is_line(entry):
+        if entry is None or not _is_line(entry):
             break
         entries.append(entry)
         length += len(line)

@@ -38,7 +38,8 @@ def matches(pattern: str, name: str, where: str, *, anywhere: bool = False) -> b
         return bool(_Match(name, parsed.state.flags).ends_of(parsed, starts))
     except (re.error, OverflowError, RecursionError) as error:
         raise JQ4Error(
-            f"{where}: {pattern!r} is not a regular expression that is read ({error or type(error).__name__}). {_REMEDY}"
+            f"{where}: {pattern!r} is not a regular expression that is read "
+            f"({error or type(error).__name__}). {_REMEDY}"
         ) from None
 
 
@@ -84,12 +85,12 @@ class _Match:
         if op is _ops.SUBPATTERN and not argument[1] and not argument[2]:
             return self.ends_of(argument[3], {start})
         if op in (_ops.MAX_REPEAT, _ops.MIN_REPEAT):
-            return self._repeated(*argument, start)
+            return self._repeated(*argument, start=start)
         if op in (_ops.ASSERT, _ops.ASSERT_NOT):
-            return (start,) if self._looks(*argument, start) is (op is _ops.ASSERT) else ()
+            return (start,) if self._looks(*argument, start=start) is (op is _ops.ASSERT) else ()
         raise re.error(f"{str(op).lower()} is not read")
 
-    def _repeated(self, least: int, most: int, nodes: Any, start: int) -> set[int]:
+    def _repeated(self, least: int, most: int, nodes: Any, *, start: int) -> set[int]:
         """After as many rounds as there are places, a further one changes nothing."""
         places, rounds = {start}, len(self.name) + 2
         for _ in range(min(least, rounds)):
@@ -100,7 +101,7 @@ class _Match:
             found |= fresh
         return found
 
-    def _looks(self, direction: int, nodes: Any, start: int) -> bool:
+    def _looks(self, direction: int, nodes: Any, *, start: int) -> bool:
         if direction > 0:
             return bool(self.ends_of(nodes, {start}))
         begin = start - nodes.getwidth()[0]  # looking back has one width

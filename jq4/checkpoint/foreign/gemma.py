@@ -80,9 +80,7 @@ def _overrides(quantization: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return list(found.items())
 
 
-def _bits(
-    codes: StoredTensor, module: str, quantization: Mapping[str, Any], overrides: list[tuple[str, Any]]
-) -> int:
+def _bits(codes: StoredTensor, module: str, quantization: Mapping[str, Any], overrides: list[tuple[str, Any]]) -> int:
     where = "config.json: module_quant_configs"
     said = next((one for pattern, one in overrides if matches(pattern, module, where, anywhere=True)), {})
     bits = said.get("num_bits", quantization.get("num_bits", 4))

@@ -135,7 +135,9 @@ def _read(cursor: _Cursor) -> Container:
             raise damaged(cursor.file, f"the key {key!r} is there twice", "each once")
         metadata[key] = _value(cursor, cursor.whole(4, f"the type of {key!r}"), key)
         if not isinstance(metadata[key], _KINDS.get(key, object)):
-            raise damaged(cursor.file, f"{key} is a {type(metadata[key]).__name__}", "a single value, and a name a text")
+            raise damaged(
+                cursor.file, f"{key} is a {type(metadata[key]).__name__}", "a single value, and a name a text"
+            )
     described: dict[str, tuple[BlockType, tuple[int, ...], int]] = {}
     for _ in range(num_tensors):
         name = cursor.text("a tensor's name")
