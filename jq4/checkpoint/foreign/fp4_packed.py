@@ -89,8 +89,9 @@ def _read_nvfp4(partners: Partners, abstract: QArray) -> QArray:
     stored, whole = partners.need("weight_scale"), partners.need("weight_global_scale")
     levels, factor = np.asarray(stored.read()).view(np.uint8), np.asarray(whole.read())
     _refuse_nan((levels & 0x7F) == 0x7F, stored)
-    _refuse_nan(~(np.isfinite(factor) & (factor != 0)), whole)
-    inverse = (np.float32(1) / factor).reshape(abstract.scale.scale.shape)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        inverse = (np.float32(1) / factor).reshape(abstract.scale.scale.shape)
+    _refuse_nan(~(np.isfinite(factor) & np.isfinite(inverse.reshape(factor.shape))), whole)
     scale = dataclasses.replace(abstract.scale, codes=levels, scale=inverse)
     return dataclasses.replace(abstract, codes=np.asarray(partners.need("weight_packed").read()), scale=scale)
 

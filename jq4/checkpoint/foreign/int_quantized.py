@@ -27,6 +27,8 @@ def weight(partners: Partners, scheme: Scheme) -> LazyWeight:
             "Floats of 8 bits are not read: decompress it with compressed-tensors and save it dense, or take the "
             "original checkpoint.",
         )
+    if len(stored.shape) != 2:
+        raise contradiction(stored, "a matrix")
     scale, zeros = partners.need("weight_scale", *FLOATS), partners.get("weight_zero_point")
     groups = _groups(partners)
     bits = scheme.num_bits if scheme.num_bits in range(2, 9) else 8
