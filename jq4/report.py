@@ -140,7 +140,7 @@ def conversion_table(data: Mapping[str, Any]) -> Table:
     """What will become of each kind of weight."""
     rows = []
     for kind in data["kinds"]:
-        lost = "; ".join(filter(None, (kind["loss"] or "lossless", kind["doubt"])))
+        lost = "; ".join(filter(None, (kind["loss"] or "lossless", kind["doubt"], kind["unpacked"])))
         sizes = [format_bytes(kind["bytes"]), format_bytes(kind["bytes_made"])]
         rows.append([kind["kind"], str(kind["number"]), kind["from"], kind["to"], lost, *sizes])
     title = f"{data['from']} -> {data['to']}: " + ("lossless" if data["lossless"] else "not lossless")

@@ -26,11 +26,11 @@ def test_dense_weights_are_not_packed_unasked(tmp_path, capsys):
     write_dense(tmp_path / "dense")
     for target in ("gptq", "awq", "compressed-tensors"):
         said = refused(capsys, tmp_path / "dense", tmp_path / "out", "--to", target)
-        assert f"--to {target}: all weights of the source are dense" in said and "jq4 quantize SRC PACKED" in said
+        assert f"--to {target}: all linear layers of the source are dense" in said and "jq4 quantize SRC PACKED" in said
     said = refused(capsys, tmp_path / "dense", tmp_path / "out.gguf", "--to", "gguf")
     assert "say what to quantize them to: --type q4_0" in said
     said = refused(capsys, tmp_path / "dense", tmp_path / "out", "--to", "mxfp4")
-    assert "--requantize rounds its linear layers to it" in said
+    assert "--requantize rounds them to it" in said
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from jq4.checkpoint.conversion.destination import check_destination, check_space, install, no_space
 from jq4.checkpoint.conversion.progress import Journal, journal_for
 from jq4.checkpoint.conversion.requantize import Requantizer
-from jq4.checkpoint.conversion.stream import MEMORY, Output, Target, check_fits, room_within, stream
+from jq4.checkpoint.conversion.stream import Output, Target, check_fits, default_memory, room_within, stream
 from jq4.checkpoint.manifest import MANIFEST
 from jq4.errors import CheckpointError, JQ4Error
 
@@ -41,7 +41,7 @@ def convert(
     target: Target,
     *,
     about: Mapping[str, Any],
-    memory: int = MEMORY,
+    memory: int | None = None,
     restart: bool = False,
     requantizer: Requantizer | None = None,
     check: Callable[[Path], None] | None = None,
@@ -53,7 +53,7 @@ def convert(
       source: the folder or file that the target's weights are read from; it must not change meanwhile.
       destination: a new folder (or file, where the target is one), or an older conversion, which is replaced.
       about: JSON that tells this conversion from another one of the same files: formats, options.
-      memory: bytes that the process may hold.
+      memory: bytes that the process may hold; None for 1 GB, or somewhat more where the process holds that already.
       restart: throws away what another conversion left unfinished beside the destination.
       requantizer: what rounds weights again, and measures that.
       check: called with the finished output before it becomes the destination; what it raises leaves it where it is.
@@ -65,6 +65,7 @@ def convert(
     """
     source, destination = Path(source), Path(destination).resolve()
     check_destination(source, destination)
+    memory = default_memory() if memory is None else memory
     room = room_within(memory)
     check_fits(target, room, memory)
     listed = _listing(source)

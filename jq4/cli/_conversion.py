@@ -102,7 +102,7 @@ def carry_out(work: Work, source: Path, destination: Path, arguments: argparse.N
             destination,
             work.target,
             about={"to": work.proposal.target, "options": work.options},
-            memory=parse_memory(arguments.memory),
+            memory=None if arguments.memory is None else parse_memory(arguments.memory),
             restart=arguments.restart,
             requantizer=work.proposal.requantizer,
             check=check if arguments.verify else None,

@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     parser.add_argument(
-        "--memory", default="1GB", metavar="1GB", help="that the process may hold (default %(default)s)"
+        "--memory",
+        metavar="1GB",
+        help="that the process may hold (default 1GB, more where the program itself takes it)",
     )
     parser.add_argument("--shard-size", default="5GB", metavar="5GB", help="of a file of weights (default %(default)s)")
     parser.add_argument("--restart", action="store_true", help="throw away the work of another conversion beside DST")

@@ -1,6 +1,7 @@
 """A checkpoint of one format to one of another, weight by weight; jq4.checkpoint.convert puts the parts together.
 
     proposal.py        what will be done of each weight, before anything is read: its form, what is lost or refused
+    unpacked.py        packed weights that what loads the target takes dense alone: embeddings, tied heads
     requantize.py      the nearest form that a target can hold, where it cannot hold what there is
     dense.py           the writer of dense safetensors, and weights unpacked a few rows at a time
     layout.py          where every byte of the output goes: shards, headers, index

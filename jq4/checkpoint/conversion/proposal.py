@@ -17,6 +17,7 @@ import numpy as np
 from jq4.checkpoint.conversion import dense, orbax_files
 from jq4.checkpoint.conversion.layout import nbytes_of
 from jq4.checkpoint.conversion.requantize import MXFP4, Requantizer
+from jq4.checkpoint.conversion.unpacked import plan_dense, wants_dense
 from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight
 from jq4.checkpoint.foreign.writing import WRITERS, Planned, Writer
 from jq4.errors import JQ4Error
@@ -59,6 +60,7 @@ class Proposal:
                 "to": form_made(each, self.target),
                 "loss": each.loss,
                 "doubt": each.doubt,
+                "unpacked": each.unpacked,
             }
             row = rows.setdefault(tuple(told.values()), {**told, "number": 0, "bytes": 0, "bytes_made": 0})
             row["number"] += 1
@@ -77,21 +79,22 @@ def propose(
     weights = checkpoint.weights.values()
     if not checkpoint.weights:
         raise JQ4Error("the source holds no weights; give a folder that does")
-    if target in _NEED_PACKED and not any(weight.packed for weight in weights):
+    unpacked = {weight.name for weight in weights if wants_dense(weight, target, checkpoint.config)}
+    some_packed = any(weight.packed and weight.name not in unpacked for weight in weights)
+    if target in _NEED_PACKED and not some_packed:
         raise JQ4Error(
-            f"--to {target}: all weights of the source are dense, and {target} packs what was quantized before; "
+            f"--to {target}: all linear layers of the source are dense, and {target} packs what was quantized before; "
             "quantize it first (jq4 quantize SRC PACKED --recipe ...) and convert PACKED"
         )
-    if target == MXFP4 and not requantize and not any(weight.packed for weight in weights):
-        raise JQ4Error(
-            f"--to {target}: all weights of the source are dense; --requantize rounds its linear layers to it"
-        )
+    if target == MXFP4 and not requantize and not some_packed:
+        raise JQ4Error(f"--to {target}: all linear layers of the source are dense; --requantize rounds them to it")
     requantizer = Requantizer(target) if requantize else None
     planned: list[Planned] = []
     refused: dict[str, str] = {}
     for weight in weights:
         try:
-            planned.append(_plan(weight, writer, options, requantizer))
+            dense_alone = weight.name in unpacked
+            planned.append(plan_dense(weight, target) if dense_alone else _plan(weight, writer, options, requantizer))
         except JQ4Error as error:
             refused[weight.name] = str(error) if weight.name in str(error) else f"{weight.name}: {error}"
     if refused:

@@ -27,6 +27,7 @@ from jq4.freed_pages import give_back_freed_pages
 from jq4.report import format_bytes
 
 MEMORY = 10**9
+_LEAST_ROOM = 2**28
 COPIES = 3  # of what is read and what is made, as measured for GPTQ, whose codes are transposed
 PIECES = 8
 THREADS = 2
@@ -118,6 +119,11 @@ def held_bytes(planned: Planned, made: int) -> int:
     anew = planned.requantized or any(dtype not in DTYPES for dtype, _ in planned.tensors.values())
     values = 4 * math.prod(planned.weight.shape) if anew else 0  # in float32, where a weight is rounded as a whole
     return COPIES * (given + made + values)
+
+
+def default_memory() -> int:
+    """1 GB, or where the program itself takes nearly that (jax on an accelerator does), a little more than it takes."""
+    return max(MEMORY, resident_bytes() + _LEAST_ROOM)
 
 
 def room_within(memory: int) -> int:

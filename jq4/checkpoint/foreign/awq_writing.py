@@ -51,7 +51,7 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
 
 
 def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> dict[str, Any]:
-    packed = [one.weight for one in planned if one.weight.packed]
+    packed = [one.weight for one in planned if one.packed]
     sizes = by_setting(packed, lambda q: -1 if q.num_groups == 1 else q.group_size)
     if len(sizes) > 1:
         found = ", ".join(f"{size} ({len(modules)} weights, {modules[0]} first)" for size, modules in sizes.items())

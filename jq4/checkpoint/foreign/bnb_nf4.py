@@ -23,6 +23,7 @@ from jq4.checkpoint.foreign.bnb_state import BLOCK_SIZES, FORMATS, NESTED_BLOCK,
 from jq4.checkpoint.foreign.flat_groups import by_rows, row_group_size
 from jq4.checkpoint.foreign.host_dequantize import finite_rows, host_dequantize
 from jq4.checkpoint.foreign.linears import is_linear, module_of
+from jq4.checkpoint.foreign.module_patterns import unsaid_head
 from jq4.checkpoint.foreign.row_blocks import row_blocks
 from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.checkpoint.foreign.writing import Planned, as_it_is
@@ -81,7 +82,8 @@ def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> d
         "bnb_4bit_use_double_quant": any(name.endswith(".nested_absmax") for one in packed for name in one.tensors),
         "bnb_4bit_compute_dtype": dtypes.pop() if len(dtypes) == 1 and dtypes <= set(_KEPT_DTYPES) else "float32",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [module_of(weight) for weight in dense if weight.name.endswith(".weight")],
+        "llm_int8_skip_modules": [module_of(weight) for weight in dense if weight.name.endswith(".weight")]
+        + unsaid_head(planned),
     }
 
 

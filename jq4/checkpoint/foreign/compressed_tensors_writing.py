@@ -13,7 +13,7 @@ import numpy as np
 from jq4.checkpoint.foreign.bit_strings import pack, words_of_bytes
 from jq4.checkpoint.foreign.integer_weights import cast_scales, full, require_integers, unwritable
 from jq4.checkpoint.foreign.linears import module_of
-from jq4.checkpoint.foreign.module_patterns import by_setting, dense_modules, patterns
+from jq4.checkpoint.foreign.module_patterns import by_setting, dense_modules, patterns, unsaid_head
 from jq4.checkpoint.foreign.mx_blocks import BLOCK, SCALE_DTYPE
 from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.checkpoint.foreign.writing import Planned, as_it_is
@@ -23,7 +23,6 @@ from jq4.qarray import NEUTRAL, QArray, is_qarray
 
 NAME = "compressed-tensors"
 _INTEGERS, _MXFP4 = "pack-quantized", "mxfp4-pack-quantized"
-_HEAD = "lm_head"
 _ACT_ORDER = "Write gptq, whose g_idx says the order; compressed-tensors has dropped its own."
 
 
@@ -115,7 +114,7 @@ def _exponents(scale: np.ndarray, weight: LazyWeight) -> np.ndarray:
 
 
 def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> dict[str, Any]:
-    packed = [one.weight for one in planned if one.weight.packed]
+    packed = [one.weight for one in planned if one.packed]
     settings = by_setting(packed, _setting)
     everything = [module_of(weight) for weight in packed]
     groups: dict[str, Any] = {}
@@ -125,7 +124,6 @@ def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> d
         groups[f"group_{number}"] = _group(setting, targets, len(settings) > 1)
     formats = {_form(setting) for setting in settings} or {_INTEGERS}
     dense = dense_modules(planned)
-    unsaid = [] if _HEAD in (*everything, *dense) else [_HEAD]  # tied: a Linear of the model without a tensor
     return {
         "quant_method": NAME,
         "format": next(iter(formats)) if len(formats) == 1 else "mixed-precision",
@@ -133,7 +131,7 @@ def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> d
         "config_groups": groups,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        "ignore": patterns(dense, everything) + unsaid,
+        "ignore": patterns(dense, everything) + unsaid_head(planned),
     }
 
 

@@ -91,7 +91,7 @@ def _g_idx(q: QArray) -> np.ndarray:
 
 
 def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> dict[str, Any]:
-    weights = [one.weight for one in planned if one.weight.packed]
+    weights = [one.weight for one in planned if one.packed]
     versions = {_version(weight.abstract, options) for weight in weights}
     if len(versions) > 1:
         raise JQ4Error(

@@ -14,12 +14,18 @@ from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.checkpoint.foreign.writing import Planned
 
 Setting = TypeVar("Setting", bound=Hashable)
+_HEAD = "lm_head"
 
 
 def dense_modules(planned: Iterable[Planned]) -> list[str]:
     """The modules with a dense matrix that a loader might take for a quantized one."""
-    weights = [one.weight for one in planned]
-    return [module_of(one) for one in weights if not one.packed and len(one.shape) == 2 and _is_module(one)]
+    weights = [one.weight for one in planned if not one.packed]
+    return [module_of(one) for one in weights if len(one.shape) == 2 and _is_module(one)]
+
+
+def unsaid_head(planned: Iterable[Planned]) -> list[str]:
+    """The head, where it is the embedding: a linear layer of the model, dense, that has no tensor to tell."""
+    return [] if any(one.weight.name == f"{_HEAD}.weight" for one in planned) else [_HEAD]
 
 
 def _is_module(weight: LazyWeight) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 
 from jq4.checkpoint.foreign import mx_blocks
 from jq4.checkpoint.foreign.linears import is_linear, module_of
+from jq4.checkpoint.foreign.module_patterns import unsaid_head
 from jq4.checkpoint.foreign.mx_blocks import BLOCK, SCALE_DTYPE, SCALE_NAMES
 from jq4.checkpoint.foreign.partners import checked, partner, refusal
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
@@ -96,4 +97,5 @@ def _encode(name: str, value: Any) -> dict[str, np.ndarray]:
 
 def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> dict[str, Any]:
     dense = [one.weight for one in planned if one.weight.name in one.tensors and one.weight.name.endswith(".weight")]
-    return {"quant_method": "mxfp4", "modules_to_not_convert": [module_of(weight) for weight in dense]}
+    kept = [*map(module_of, dense), *unsaid_head(planned)]
+    return {"quant_method": "mxfp4", "modules_to_not_convert": kept}

@@ -45,6 +45,7 @@ class Planned:
         same codes and scales.
       doubt: what can only be known once the data is seen ("scales must fit float16"); "" for nothing. `encode` raises
         JQ4Error where it turns out badly.
+      unpacked: why a packed weight is written dense by a format of packed ones; "" where it is not.
       requantized: whether a packed weight gets other codes, which a conversion does only where it is asked for.
       pieces: where it makes a single tensor: what `encode` makes of it, cut into flat arrays that follow each other and
         are made one by one, so that a large tensor never is in memory as a whole.
@@ -55,8 +56,14 @@ class Planned:
     encode: Callable[[Any], Mapping[str, np.ndarray]] = dataclasses.field(repr=False)
     loss: str = ""
     doubt: str = ""
+    unpacked: str = ""
     requantized: bool = False
     pieces: Callable[[Any], Iterable[np.ndarray]] | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the target holds it packed."""
+        return self.weight.packed and not self.unpacked
 
 
 class Writer(Protocol):
