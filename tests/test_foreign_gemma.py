@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from foreign_files import dense, read_weight, write_checkpoint
 
 from jq4.checkpoint.foreign import open_checkpoint
 from jq4.errors import JQ4Error
+from tests.foreign_folder import dense, read_weight, write_checkpoint
+from tests.packed_oracle import pack_bits
 
 CONFIG = {
     "quantization_config": {
@@ -22,7 +23,7 @@ def packed(rng, rows, width, bits):
     if bits == 8:
         return signed, signed
     codes = (signed + 2 ** (bits - 1)).astype(np.uint8)
-    return sum(codes[:, i :: 8 // bits] << (bits * i) for i in range(8 // bits)).astype(np.uint8), signed
+    return pack_bits(codes, bits, -1), signed
 
 
 def by_the_book(activations=0.0):

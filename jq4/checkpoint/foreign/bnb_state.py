@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.foreign.named_tensors import refusal
+from jq4.checkpoint.foreign.partners import refusal
 from jq4.checkpoint.safetensors_files import StoredTensor, parse_json
 from jq4.errors import JQ4Error
 

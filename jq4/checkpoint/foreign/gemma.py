@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from jq4.checkpoint.foreign.file_patterns import matches
-from jq4.checkpoint.foreign.named_tensors import FLOATS, checked, partner, read_finite, read_scalar, refusal
+from jq4.checkpoint.foreign.partners import FLOATS, checked, partner, read_finite, read_scalar, refusal
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.safetensors_files import StoredTensor
 from jq4.errors import JQ4Error

@@ -20,11 +20,19 @@ from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight, dense_weight
 from jq4.checkpoint.safetensors_files import INDEX, SINGLE, StoredTensor, open_tensors, read_json, read_small_file
 from jq4.errors import JQ4Error
 
-# in the order in which they are asked
+# the modules of this package that read a format, in the order in which they are asked
 READERS: tuple[str, ...] = (
-    "bitsandbytes", "mxfp4", "hqq", "torchao", "gemma", "mlx", "quanto",
-    "compressed_tensors", "gptq", "awq",
-)  # fmt: skip
+    "bitsandbytes",
+    "mxfp4",
+    "hqq",
+    "torchao",
+    "gemma",
+    "mlx",
+    "quanto",
+    "compressed_tensors",
+    "gptq",
+    "awq",
+)
 
 _LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
