@@ -206,7 +206,7 @@ FOLDERS = {
         0,
         {f"{P}.scales": np.full((6, 24), np.nan, np.float16)},
         {},
-        "up_proj.scales' holds NaN or infinity",
+        "up_proj.scales' holds 144 values that are NaN or infinite",
     ),
     "a permutation out of range": (
         "gptq",
