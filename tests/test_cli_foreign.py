@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 from random_model import make_random_model
+from test_convert import ROOM
 
 from jq4.cli import main
-from tests.test_convert import ROOM
 
 pytest.importorskip("jq4.cli.convert", reason="there is no jq4 convert yet")
 

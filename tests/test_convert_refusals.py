@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from test_convert import ROOM, assert_same_tensors, converted, refused
 
 from jq4.cli import main
 from tests.small_checkpoints import write_dense, write_gptq
-from tests.test_convert import ROOM, assert_same_tensors, converted, refused
 from tests.test_convert_kill import contents
 
 
