@@ -6,7 +6,8 @@ A checkpoint of random weights (hidden 4096, inner 11008, 32 heads, 32,000 words
 `quantize_blocks` runs in a process of its own, whose resident memory is sampled from outside every 50 ms, and whose
 high-water mark the system tells at its end. What is reported is the peak above the memory that the process held once
 JAX was at work, against the bytes of one block in float32 (two of them is what is wanted). Pages of mapped files count
-as resident while they are mapped, though the system may take them back at any time: `anonymous` leaves them out.
+as resident while they are mapped, though the system may take them back at any time: `anonymous` leaves them out, at the
+start and at the peak.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def measured_run(folder: Path, destination: Path, recipe: str, rows: int, contex
     child = subprocess.Popen([*command, str(rows), str(context)], stdout=subprocess.PIPE, text=True)
     peak = {"VmRSS": 0, "RssAnon": 0}
     while child.poll() is None:
-        for name, nbytes in _status(child.pid).items():
+        for name, nbytes in held_by(child.pid).items():
             peak[name] = max(peak[name], nbytes)
         time.sleep(0.05)
     assert child.stdout is not None
@@ -78,7 +79,8 @@ def measured_run(folder: Path, destination: Path, recipe: str, rows: int, contex
     return told | {"sampled_peak": peak["VmRSS"], "sampled_peak_anonymous": peak["RssAnon"]}
 
 
-def _status(pid: int) -> dict[str, int]:
+def held_by(pid: int | str) -> dict[str, int]:
+    """Resident memory of a process, and that of no file, in bytes; nothing once it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -99,7 +101,7 @@ def child(folder: Path, destination: Path, recipe: str, rows: int, context: int)
     from models.hf import load_config
 
     jax.block_until_ready(jnp.zeros(8) + 1)
-    start = peak_memory()
+    start, start_anonymous = peak_memory(), held_by("self")["RssAnon"]
     config = load_config(folder)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, context), np.int32)
     source = FolderSource(folder, config)
@@ -113,7 +115,8 @@ def child(folder: Path, destination: Path, recipe: str, rows: int, context: int)
         decoder_chain(config), source, recipe, tokens, destination=destination, provenance="random", progress=say
     )
     seconds = [sum(row.seconds for row in result.rows), result.seconds]
-    print(json.dumps({"start": start, "peak": peak_memory(), "method_seconds": seconds[0], "seconds": seconds[1]}))
+    held = {"start": start, "start_anonymous": start_anonymous, "peak": peak_memory()}
+    print(json.dumps(held | {"method_seconds": seconds[0], "seconds": seconds[1]}))
 
 
 def main() -> None:
@@ -141,7 +144,7 @@ def main() -> None:
         **found,
         "above_start": above,
         "blocks_above_start": above / block,
-        "anonymous_blocks_above_start": (found["sampled_peak_anonymous"] - found["start"]) / block,
+        "anonymous_blocks_above_start": (found["sampled_peak_anonymous"] - found["start_anonymous"]) / block,
         "bytes_on_disk": on_disk,
         "machine": platform.machine(),
     }

@@ -23,6 +23,7 @@ import numpy as np
 from jq4 import jax_compat, qarray_ops, rules_convolution, rules_product, rules_sharding, rules_structure
 from jq4.errors import DensifiedError
 from jq4.interpret import Interpreter, Values
+from jq4.outputs import Outputs, is_array
 from jq4.packed_leaf import PackedLeaf, is_packed
 from jq4.partition import partition_of
 from jq4.paths import leaf_path
@@ -131,8 +132,8 @@ class Quantized:
         within, named = _paths_within(args, kwargs)
         values = [self._placed(*each) for each in zip(_name_packed(args, kwargs, leaves), within, named, strict=True)]
         check_used(self.shardings, [*within, *named], "the arguments")
-        dynamic = [place for place, value in enumerate(values) if is_packed(value) or _is_array(value)]
-        outputs = _Outputs()
+        dynamic = [place for place, value in enumerate(values) if is_packed(value) or is_array(value)]
+        outputs = Outputs()
 
         def flat_function(*arrays: Any) -> list[Any]:
             merged = list(leaves)
@@ -184,40 +185,19 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Record:
     """The record of `quantized(function)(*args, **kwargs)` without computing anything; arrays may be shapes only."""
     transformed = function if isinstance(function, Quantized) else Quantized(function, strict=False)
     leaves, structure = jax.tree.flatten((args, kwargs))
-    dynamic = [place for place, leaf in enumerate(leaves) if _is_array(leaf)]
+    dynamic = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
 
     def call(arrays: list[Any]) -> list[Any]:
         merged = list(leaves)
         for place, array in zip(dynamic, arrays, strict=True):
             merged[place] = array
         args, kwargs = jax.tree.unflatten(structure, merged)
-        return [leaf for leaf in jax.tree.leaves(transformed(*args, **kwargs)) if _is_array(leaf)]
+        return [leaf for leaf in jax.tree.leaves(transformed(*args, **kwargs)) if is_array(leaf)]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DensifiedWarning)
         jax.eval_shape(call, [leaves[place] for place in dynamic])
     return transformed.record
-
-
-class _Outputs:
-    """The tree of a function's outputs, and those of its leaves that are no arrays, kept aside during the trace."""
-
-    def arrays_of(self, tree: Any) -> list[Any]:
-        self.leaves, self.structure = jax.tree.flatten(tree)
-        self.dynamic = [place for place, leaf in enumerate(self.leaves) if _is_array(leaf)]
-        arrays = [self.leaves[place] for place in self.dynamic]
-        self.leaves = [None if place in self.dynamic else leaf for place, leaf in enumerate(self.leaves)]
-        return arrays
-
-    def rebuild(self, arrays: list[Any]) -> Any:
-        leaves = list(self.leaves)
-        for place, array in zip(self.dynamic, arrays, strict=True):
-            leaves[place] = array
-        return jax.tree.unflatten(self.structure, leaves)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
 def _unwrap(value: Any) -> Any:

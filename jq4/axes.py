@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jq4 import jax_compat
+from jq4.outputs import is_array as is_array
 from jq4.paths import leaf_path
 from jq4.statistics import ContractionAxes
 from jq4.watch import Watcher
@@ -63,10 +63,6 @@ def watched_call(
         return watcher.evaluate(jaxpr, values)
 
     return [leaves[place] for place in dynamic], run
-
-
-def is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
 def is_weight(leaf: Any) -> bool:

@@ -30,6 +30,7 @@ import numpy as np
 from jq4.errors import JQ4Error
 from jq4.input_divergence import Inputs, damping_of, divergence
 from jq4.statistics import Statistics, WeightStatistics, merge
+from jq4.upper_squares import whole
 
 MARGIN = 2.0
 SPLITS = 16  # at most, of the parts into halves
@@ -187,7 +188,7 @@ def _host(path: str, statistics: WeightStatistics) -> WeightStatistics:
 
 
 def _inputs(statistics: WeightStatistics, index: tuple[int, ...], full: bool) -> Inputs:
-    squares = statistics.outer_total if full else statistics.square_total
+    squares = whole(statistics.outer_total) if full else statistics.square_total
     sums = (np.asarray(each[index], np.float64) for each in (statistics.absmax, statistics.total, squares))
     return Inputs(int(statistics.count[index]), *sums)
 

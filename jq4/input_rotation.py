@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq4.errors import JQ4Error
+from jq4.upper_squares import whole
 
 HADAMARD = "hadamard"
 
@@ -63,7 +64,7 @@ def _rotated_statistics(statistics: Any, block: int) -> Any:
             return None
         return functools.reduce(lambda values, axis: rotated(values, block, axis), axes, total)
 
-    outer = turned(statistics.outer_total, (-1, -2))
+    outer = turned(whole(statistics.outer_total), (-1, -2))
     return dataclasses.replace(
         statistics,
         absmax=None,

@@ -51,6 +51,14 @@ class Interpreter:
         """A special value as a shard_map can cut it, and the PartitionSpecs of its leaves; `spec` is the array's."""
         return value, jax.tree.map(lambda _: spec, value)
 
+    def inside_loop(self, value: Any) -> Any:
+        """A special value of which a scan has just cut the leaves along their leading axis."""
+        return value
+
+    def inside_shard_map(self, value: Any) -> Any:
+        """A special value of which a shard_map has just cut the leaves."""
+        return value
+
     def for_tangents(self) -> "Interpreter":
         """The interpreter of a tangent rule, whose operations JAX must be able to transpose."""
         return self
@@ -158,6 +166,7 @@ class Interpreter:
         fixed, moving = self.split_carry(eqn, carry, jaxpr, num_consts)
 
         def body(moving: Values, slices: Values) -> tuple[Values, Values]:
+            slices = [self.inside_loop(each) if self.is_special(each) else each for each in slices]
             outputs = self.evaluate(jaxpr, [*consts, *merge_placed(fixed, moving), *slices])
             kept = [output for place, output in enumerate(outputs[:num_carry]) if place not in fixed]
             return self.dense(kept, eqn, "the scan carries it on changed"), outputs[num_carry:]
@@ -276,6 +285,7 @@ class Interpreter:
         ]
 
         def run(*shards: Any) -> Values:
+            shards = tuple(self.inside_shard_map(each) if self.is_special(each) else each for each in shards)
             return self.dense(self.evaluate(parameters["jaxpr"], shards), eqn, "the shard_map returns it")
 
         mapped = jax.shard_map(

@@ -124,6 +124,8 @@ def fits_leaf(shape: Any, axis: int, statistics: Any) -> bool:
     """Whether statistics are of the axes of a leaf that end with `axis`, slice by slice."""
     if statistics is None or not (features := _features(statistics)):
         return False
+    if not statistics.tells_axes(tuple(shape), axis):
+        return False
     leading = tuple(statistics.count.shape)
     return tuple(shape[: len(leading)]) == leading and _features_span(tuple(shape), axis, features) is not None
 

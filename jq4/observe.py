@@ -44,6 +44,7 @@ def observe(
     batches: Iterable[Any],
     *,
     collect: Collect = CHEAP,
+    alone: Collection[str] = (),
     programs: Programs | None = None,
 ) -> Statistics:
     """Statistics of what each weight of `tree` is multiplied by in `function(tree, batch)`, over all batches.
@@ -54,7 +55,10 @@ def observe(
       batches: pytrees of arrays; may be a generator, of which one batch a device is held at a time.
       collect: some of "absmax", "mean", "mean_square", "hessian" (counts always come along), or a function from a
         leaf's path to them. A Hessian of K inputs takes 4*K*K bytes a slice, so it is only collected where asked.
-      programs: of an earlier call with this function and `collect`, so that nothing is compiled again; filled here.
+      alone: paths of weights whose statistics serve no other: their Hessians may be kept in half the memory
+        (jq4.upper_squares).
+      programs: of an earlier call with this function, `collect` and `alone`, so that nothing is compiled again; filled
+        here.
 
     Returns:
       Statistics: path -> WeightStatistics, with `.axes` as jq4.contraction_axes gives them.
@@ -72,15 +76,22 @@ def observe(
         return watcher
 
     here = beside(tree)
-    return accumulate(gather, ((here(batch), as_arguments(batch)) for batch in batches), "observe", programs)
+    return accumulate(
+        gather, ((here(batch), as_arguments(batch)) for batch in batches), "observe", programs, frozenset(alone)
+    )
 
 
 def accumulate(
-    gather: Callable[[Any], Watcher], calls: Iterable[Any], name: str, programs: Programs | None = None
+    gather: Callable[[Any], Watcher],
+    calls: Iterable[Any],
+    name: str,
+    programs: Programs | None = None,
+    alone: frozenset[str] = frozenset(),
 ) -> Statistics:
     """The sums of what `gather` finds in each call's arguments, added up in their order, on the first one's device.
 
     `gather(arguments)` is traced once for each structure and set of shapes, and returns the watcher that has seen all.
+    Hessians of the paths `alone` may be in half the memory (jq4.upper_squares).
     """
     programs = programs or Programs()
     total: dict[str, WeightStatistics] | None = None
@@ -91,39 +102,42 @@ def accumulate(
         if key not in programs.steps:
             programs.steps[key] = _step(gather, leaves, structure, programs.axes, programs.tables)
         arrays = [jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves if is_array(leaf)]
-        total = _added(total, programs.steps[key], arrays)
+        total = _added(total, programs.steps[key], arrays, alone)
     if total is None:
         raise JQ4Error(f"{name} was given no batches: wanted at least one")
     return Statistics(dict(total), tuple(programs.axes.items()), tuple(programs.tables))
 
 
 def _added(
-    total: dict[str, WeightStatistics] | None, step: Callable[..., dict[str, WeightStatistics]], arrays: list[Any]
+    total: dict[str, WeightStatistics] | None,
+    step: Callable[..., dict[str, WeightStatistics]],
+    arrays: list[Any],
+    alone: frozenset[str],
 ) -> dict[str, WeightStatistics]:
     """The total, whose arrays are taken over, with the statistics of one more call."""
     if total is None:
-        return _settled(step(arrays))
+        return _settled(step(arrays), alone)
     home = device_of(total)
     is_home = home == device_of(arrays)
     if is_home and not _is_traced(total):
         jax.block_until_ready(total)  # of each device's batches one is under way, not all
     found = step(arrays)
     if home is not None and not is_home:
-        found = jax.device_put(_settled(found), home)
+        found = jax.device_put(_settled(found, alone), home)
     both = {path: more for path, more in found.items() if path in total}
     new = {path: more for path, more in found.items() if path not in total}
-    return total | _settled(new) | _merge({path: total[path] for path in both}, both)
+    return total | _settled(new, alone) | _merge({path: total[path] for path in both}, both)
 
 
-def _settled(found: dict[str, WeightStatistics]) -> dict[str, WeightStatistics]:
+def _settled(found: dict[str, WeightStatistics], alone: frozenset[str]) -> dict[str, WeightStatistics]:
     """Outer products summed, in arrays of their own: a program may give back an array that it was given."""
-    return _merge(_nothing(found), found)
+    return _merge(_nothing(found, alone), found)
 
 
-@jax.jit
-def _nothing(found: dict[str, WeightStatistics]) -> dict[str, WeightStatistics]:
+@functools.partial(jax.jit, static_argnames="alone")
+def _nothing(found: dict[str, WeightStatistics], alone: frozenset[str]) -> dict[str, WeightStatistics]:
     """A total of no rows. (Made by the program that adds to it, it would lie in its temporaries as well.)"""
-    total = {path: settled(statistics) for path, statistics in found.items()}
+    total = {path: settled(statistics, path in alone) for path, statistics in found.items()}
     return jax.tree.map(jnp.zeros_like, total)
 
 
@@ -206,4 +220,4 @@ def _by_path(frame: Frame) -> dict[str, WeightStatistics]:
             )
         found[key.path] = merge(found[key.path], ordered) if key.path in found else ordered
         shapes[key.path] = kind
-    return {path: condensed(statistics) for path, statistics in found.items()}
+    return {path: dataclasses.replace(condensed(each), leaf_axes=shapes[path]) for path, each in found.items()}

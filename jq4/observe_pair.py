@@ -55,7 +55,8 @@ def observe_pair(
         row for row; may be a generator, of which one pair is held at a time.
       collect: as in jq4.observe. "hessian" brings the cross-correlation along.
       alone: paths of weights [K, N] whose statistics serve no other: "hessian" brings sum y (x - y)^T W along, which
-        is what a method makes of the cross-correlation, f32[K, N]; of other weights the latter.
+        is what a method makes of the cross-correlation, f32[K, N]; of other weights the latter. Their Hessians may be
+        kept in half the memory (jq4.upper_squares).
       programs: as in jq4.observe; of a call with this `alone`.
 
     Returns:
@@ -85,7 +86,7 @@ def observe_pair(
 
     here = beside((dense_tree, quantized_tree))
     calls = ((here(pair), _pair_of(pair)) for pair in batches_of_pairs)
-    return accumulate(gather, calls, "observe_pair", programs)
+    return accumulate(gather, calls, "observe_pair", programs, frozenset(alone))
 
 
 def _one_after_the_other(

@@ -29,6 +29,7 @@ from jax.core import Tracer
 from jq4.activations import rounding_inputs
 from jq4.double_quant import double_quantized
 from jq4.errors import JQ4Error
+from jq4.freed_pages import give_back_freed_pages
 from jq4.input_rotation import rotate_leaf, rotating_inputs
 from jq4.methods import get_method
 from jq4.paths import find_path, leaf_path
@@ -40,6 +41,7 @@ from jq4.rule import Rule
 from jq4.sqnr import sqnr
 from jq4.statistics import check_finite
 from jq4.targets import EMBEDDING, LINEAR, axis_by_name
+from jq4.upper_squares import UpperSquares
 
 _DONATED = ("cross_total", "way_total", "outer_total")
 
@@ -210,20 +212,20 @@ def _plan_packed(leaf: QArray, entry: LeafReport, rule: Rule, axis: int | None) 
 
 def _releases(plan: QuantizeReport, stats: Any) -> dict[str, Callable[[str], None]]:
     """Path -> what deletes the sums, called by their names, that no leaf after this one is served by."""
-    last: dict[int, tuple[str, str, jax.Array]] = {}
+    last: dict[int, tuple[str, str, jax.Array | UpperSquares]] = {}
     kept: set[int] = set()
     least: dict[int, Any] = {}
     for entry in plan.leaves:
         known = find_path(stats or {}, entry.path)
         sums = {name: getattr(known, name, None) for name in _DONATED} if entry.is_planned else {}
         for name, total in sums.items():
-            if isinstance(total, jax.Array) and not _is_traced(total):
+            if isinstance(total, jax.Array | UpperSquares) and not any(map(_is_traced, jax.tree.leaves(total))):
                 last[id(total)] = entry.path, name, total
                 rows = _rows_wanted(entry)  # leaves that saw fewer are to be measured by a Hessian, also afterwards
                 is_asked_again = name == "outer_total" and least.setdefault(id(total), rows) != rows
                 if not _is_done_with(entry, name) or is_asked_again or sum(each is total for each in sums.values()) > 1:
                     kept.add(id(total))
-    found: dict[str, dict[str, jax.Array]] = {}
+    found: dict[str, dict[str, jax.Array | UpperSquares]] = {}
     for key, (path, name, total) in last.items():
         if key not in kept:
             found.setdefault(path, {})[name] = total
@@ -239,9 +241,10 @@ def _rows_wanted(entry: LeafReport) -> Any:
     return None if entry.rule is None else entry.rule.method_options.get("min_rows")
 
 
-def _delete_sum(sums: Mapping[str, jax.Array], name: str) -> None:
+def _delete_sum(sums: Mapping[str, jax.Array | UpperSquares], name: str) -> None:
     if name in sums:
         sums[name].delete()
+        give_back_freed_pages()
 
 
 def _quantize_named(
@@ -256,7 +259,9 @@ def _quantize_named(
         raise JQ4Error(f"{entry.path}: method {rule.method} needs statistics: pass stats=jq4.observe(...)")
     if statistics is not None and (method.needs_statistics or rule.has_fixed_step):
         check_finite(entry.path, statistics)
-    _check_values(entry.path, leaf, rule)
+        if method.needs_statistics:
+            _check_axes(entry.path, leaf.shape, axis, statistics)
+    check_values(entry.path, leaf, rule)
     try:
         looked_at = statistics if method.needs_statistics else None
         block = 0
@@ -270,6 +275,16 @@ def _quantize_named(
         return _with_activations(packed, rule, statistics), findings
     except JQ4Error as error:
         raise JQ4Error(f"{entry.path}: {error}") from None
+
+
+def _check_axes(path: str, shape: tuple[int, ...], axis: int, statistics: Any) -> None:
+    if not statistics.tells_axes(shape, axis):
+        leading, features = statistics.leaf_axes
+        raise JQ4Error(
+            f"{path}: shape {tuple(shape)}, observed contracted along axes {list(features)} and stacked along "
+            f"{list(leading)}: wanted axes beside each other that end with {axis}, the grouped one, behind the stacked "
+            "ones; give it a method that looks at no data, such as hqq, or leave it dense"
+        )
 
 
 _double_quantized = jax.jit(double_quantized)
@@ -287,7 +302,7 @@ def _with_activations(packed: QArray, rule: Rule, statistics: Any) -> QArray:
     return rounding_inputs(packed, wanted.name, absmax)
 
 
-def _check_values(path: str, leaf: Any, rule: Rule) -> None:
+def check_values(path: str, leaf: Any, rule: Rule) -> None:
     """Raises JQ4Error for a NaN, an Inf, or more than scales can hold; a tracer has no values to look at."""
     if _is_traced(leaf):
         return

@@ -21,6 +21,7 @@ jq4.steps. The keys are compressed-tensors' where it has them, so that exporting
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ from jq4 import targets as patterns
 from jq4.errors import JQ4Error
 from jq4.rule import Rule
 from jq4.steps import AFTER, BEFORE, Step
+
+_DEEPEST, _MOST_VALUES = 64, 100_000  # levels of brackets; values in all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,11 @@ class Recipe:
         """Reads a YAML or JSON file; a JQ4Error names the file, the key, what it holds and what is wanted."""
         path = Path(path)
         try:
-            value = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # JSON is YAML
+            text = path.read_text(encoding="utf-8")
+            if _depth(text) > _DEEPEST:
+                raise yaml.YAMLError(f"nested in more than {_DEEPEST} levels")
+            value = yaml.load(text, _Loader)  # JSON is YAML
+            _check_size(value)
         except FileNotFoundError:
             raise JQ4Error(f"{path}: no such recipe file") from None
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -166,6 +173,22 @@ def _steps_of(value: Any, source: str) -> tuple[Step, ...]:
     if not isinstance(value, list):
         raise JQ4Error(f"{source}: found {_shortened(value)}, wanted a list of steps")
     return tuple(Step.from_dict(step, f"{source}[{i}]") for i, step in enumerate(value))
+
+
+def _depth(text: str) -> int:
+    """How deep brackets stand in each other, those in strings counted too; PyYAML takes its time over depth."""
+    steps = (1 if letter in "[{" else -1 for letter in text if letter in "[]{}")
+    return max(itertools.accumulate(steps), default=0)
+
+
+def _check_size(value: Any) -> None:
+    """Refuses aliases that hold aliases: a few lines can stand for more than memory holds, or for themselves."""
+    left, count = [value], 0
+    while left:
+        one, count = left.pop(), count + 1
+        if count > _MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {_MOST_VALUES} values")
+        left += [*one.keys(), *one.values()] if isinstance(one, dict) else one if isinstance(one, list | tuple) else ()
 
 
 def _shortened(value: Any) -> str:

@@ -48,6 +48,8 @@ class Entry:
 class Record:
     """Entries of one trace, in the order they were met. True if a leaf went dense."""
 
+    nothing = "every packed leaf stayed packed"
+
     def __init__(self) -> None:
         self._entries: dict[tuple[str, str, str, str], Entry] = {}
 
@@ -92,7 +94,7 @@ class Record:
     def report(self) -> str:
         """The entries as a readable table."""
         if not self._entries:
-            return "every packed leaf stayed packed"
+            return self.nothing
         rows = [("kind", "leaf", "primitive", "MiB", "times", "why")]
         rows += [
             (entry.kind, entry.path, entry.primitive, f"{entry.nbytes / 2**20:.2f}", str(entry.times), entry.reason)

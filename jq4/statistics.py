@@ -15,7 +15,8 @@ order), over all rows x of all batches seen:
 
 `*B` are the axes along which there are many weights in one leaf: scanned layers, experts. Sums, not means, are kept,
 so that statistics of two streams merge exactly as if they were one; zeros are the identity of every merge.
-A Hessian is collected only where asked: for 14336 inputs it is 822 MB.
+A Hessian is collected only where asked: for 14336 inputs it is 822 MB. Of a weight whose statistics serve no other the
+outer_total may be in half the memory, as jq4.upper_squares.UpperSquares; `hessian` gives it whole.
 """
 
 import dataclasses
@@ -30,15 +31,23 @@ from jax.core import Tracer
 
 from jq4.errors import JQ4Error
 from jq4.outer_rows import OuterRows
+from jq4.upper_squares import UpperSquares, whole
 
 COLLECTABLE = ("absmax", "mean", "mean_square", "hessian")
 CHEAP = ("absmax", "mean", "mean_square")
+_STRIP = 64
+
+
+LeafAxes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightStatistics:
-    """Statistics of one weight's inputs (see the module's text); what was not collected is None."""
+    """Statistics of one weight's inputs (see the module's text); what was not collected is None.
+
+    `leaf_axes` are the axes of the leaf, negative, that are `*B` and that K is made of; None where nobody says.
+    """
 
     count: Any
     absmax: Any = None
@@ -47,6 +56,7 @@ class WeightStatistics:
     outer_total: Any = None
     cross_total: Any = None
     way_total: Any = None
+    leaf_axes: LeafAxes | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def mean(self) -> jax.Array:
@@ -71,8 +81,25 @@ class WeightStatistics:
     def _average(self, total: Any, name: str, feature_axes: int) -> jax.Array:
         if total is None:
             raise JQ4Error(f"{name} was not collected: call observe(..., collect=(..., {name!r}))")
+        _check_kept(name, total)
         rows = jnp.maximum(self.count, 1).astype(jnp.float32)
-        return total / jnp.expand_dims(rows, tuple(range(-feature_axes, 0)))
+        return whole(total) / jnp.expand_dims(rows, tuple(range(-feature_axes, 0)))
+
+    def tells_axes(self, shape: tuple[int, ...], axis: int) -> bool:
+        """Whether it is of a leaf's first axes, and of those that end with `axis`: as methods take K to be.
+
+        Not so of "ikj,bij->bk", whose weight has an axis of outputs between those that are contracted. Axes of one do
+        not count.
+        """
+        if self.leaf_axes is None:
+            return True
+        kept = [place for place in range(-len(shape), 0) if shape[place] != 1]
+        leading, features = ([place for place in axes if place in kept] for axes in self.leaf_axes)
+        if not features:
+            return True
+        last = kept.index(features[-1]) + 1
+        ends_there = shape[axis] == 1 or features[-1] == axis
+        return kept[: len(leading)] == leading and kept[last - len(features) : last] == features and ends_there
 
 
 class ContractionAxes(dict[str, int]):
@@ -183,15 +210,19 @@ def ragged_statistics_of(x: jax.Array, group_sizes: jax.Array, collect: frozense
 
 def merge(a: WeightStatistics, b: WeightStatistics) -> WeightStatistics:
     """Statistics of both streams together; a total takes up rows where it lies, and rows are kept beside rows."""
-    summed = jax.tree.map(_sum, a, b, is_leaf=_is_rows)
+    summed = jax.tree.map(_sum, a, b, is_leaf=_is_form)
     if a.absmax is None:
         return summed
     return dataclasses.replace(summed, absmax=jnp.maximum(a.absmax, b.absmax))
 
 
-def settled(statistics: WeightStatistics) -> WeightStatistics:
-    """The statistics with outer products summed."""
-    return jax.tree.map(lambda part: part.total() if _is_rows(part) else part, statistics, is_leaf=_is_rows)
+def settled(statistics: WeightStatistics, upper: bool = False) -> WeightStatistics:
+    """The statistics with outer products summed; a Hessian's as UpperSquares where `upper`, if they are less."""
+    outer = statistics.outer_total
+    is_matrix = _is_rows(outer) and outer.x.ndim == 2
+    if upper and is_matrix and UpperSquares.are_less(outer.x.shape[-1]) and statistics.cross_total is None:
+        statistics = dataclasses.replace(statistics, outer_total=UpperSquares.zeros(outer.x.shape[-1]).added(outer.x))
+    return jax.tree.map(lambda part: part.total() if _is_rows(part) else part, statistics, is_leaf=_is_form)
 
 
 def condensed(statistics: WeightStatistics) -> WeightStatistics:
@@ -200,10 +231,16 @@ def condensed(statistics: WeightStatistics) -> WeightStatistics:
     def smaller(part: Any) -> Any:
         return part.total() if _is_rows(part) and not part.are_less else part
 
-    return jax.tree.map(smaller, statistics, is_leaf=_is_rows)
+    return jax.tree.map(smaller, statistics, is_leaf=_is_form)
 
 
 def _sum(a: Any, b: Any) -> Any:
+    if isinstance(b, UpperSquares):
+        a, b = b, a
+    if isinstance(a, UpperSquares):
+        if isinstance(b, UpperSquares):
+            return dataclasses.replace(a, squares=a.squares + b.squares)
+        return a.added(b.x) if _is_rows(b) else a.whole() + b
     if not _is_rows(a):
         return b.added_to(a) if _is_rows(b) else a + b
     if not _is_rows(b):
@@ -214,6 +251,10 @@ def _sum(a: Any, b: Any) -> Any:
 
 def _is_rows(part: Any) -> bool:
     return isinstance(part, OuterRows)
+
+
+def _is_form(part: Any) -> bool:
+    return isinstance(part, OuterRows | UpperSquares)
 
 
 def over_devices(local: WeightStatistics, axis_names: frozenset[str]) -> WeightStatistics:
@@ -228,20 +269,47 @@ def over_devices(local: WeightStatistics, axis_names: frozenset[str]) -> WeightS
 
 
 def check_finite(path: str, statistics: WeightStatistics) -> None:
-    """Raises JQ4Error, naming the leaf, for sums with a NaN or an Inf among them; tracers are not looked at."""
-    for field in dataclasses.fields(statistics):
+    """Raises JQ4Error, naming the leaf, for sums that are not finite or given up; tracers are not looked at."""
+    for field in dataclasses.fields(statistics)[:-1]:  # the sums
         total = getattr(statistics, field.name)
-        if total is None or isinstance(total, Tracer) or bool(_all_finite(total)):
+        parts = jax.tree.leaves(total)
+        _check_kept(f"{path}: {field.name}", total)
+        if any(isinstance(part, Tracer) for part in parts) or all(bool(_all_finite(part)) for part in parts):
             continue
-        slices = total.reshape(-1, math.prod(total.shape[statistics.count.ndim :]))
-        bad = [int(i) for i in jnp.flatnonzero(~jnp.all(jnp.isfinite(slices), axis=-1))]
-        where = f" in slices {bad[:8]} of {len(slices)}" if statistics.count.ndim else ""
+        where = _bad_slices(total, statistics.count.ndim) if statistics.count.ndim else ""
         raise JQ4Error(
             f"{path}: its statistics are not finite ({field.name}{where}): calibration fed it a NaN, an Inf, or values "
             "whose squares overflow float32. Find the batch, or the layer before it, that makes them"
         )
 
 
+def _check_kept(name: str, total: Any) -> None:
+    """Raises JQ4Error for a sum that was deleted."""
+    if any(
+        isinstance(part, jax.Array) and not isinstance(part, Tracer) and part.is_deleted()
+        for part in jax.tree.leaves(total)
+    ):
+        raise JQ4Error(
+            f"{name} of these statistics was given up by a call with donate_stats=True: observe again, or quantize "
+            "without it where statistics serve more than one call"
+        )
+
+
+def _bad_slices(total: jax.Array, leading: int) -> str:
+    slices = total.reshape(-1, math.prod(total.shape[leading:]))
+    bad = [int(i) for i in jnp.flatnonzero(~jnp.all(jnp.isfinite(slices), axis=-1))]
+    return f" in slices {bad[:8]} of {len(slices)}"
+
+
 @jax.jit
 def _all_finite(values: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(values))
+    """bool[]; strip by strip, for XLA's CPU compiler makes an array of what it then reduces."""
+    count = min(len(values), _STRIP) if values.ndim else 0
+    if not count:
+        return jnp.all(jnp.isfinite(values))
+
+    def strip(number: jax.Array, finite: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(values, number * count, count)  # the last overlaps the one before
+        return finite & jnp.all(jnp.isfinite(part))
+
+    return jax.lax.fori_loop(0, -(-len(values) // count), strip, jnp.bool(True))

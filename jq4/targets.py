@@ -50,7 +50,7 @@ def as_patterns(value: Any, source: str, key: str) -> tuple[str, ...]:
         if pattern.startswith("re:"):
             try:
                 re.compile(pattern[3:])
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise JQ4Error(f"{source}: {key} has {pattern!r}, not a regular expression: {error}") from None
     return tuple(value)
 

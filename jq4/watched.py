@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 
@@ -63,7 +63,7 @@ class Watched:
         return self.array.dtype
 
     @classmethod
-    def whole(cls, array: Any, path: str) -> "Watched":
+    def whole(cls, array: Any, path: str) -> Self:
         ndim = len(array.shape)
         return cls(array, (), path, tuple((Atom((i - ndim,), size),) for i, size in enumerate(array.shape)))
 

@@ -17,6 +17,7 @@ from models.rope import ROPE_KINDS, RopeConfig
 NO_WINDOW = 2**31 - 1  # a layer that sees all of the text before it
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 _MOST_LAYERS = 10_000  # beyond any model: what follows makes lists of this length before the weights are looked at
+_LARGEST = 2**40  # of any size
 _ROPE_FLOATS = (
     *("low_freq_factor", "high_freq_factor", "attention_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
@@ -99,8 +100,8 @@ class DecoderConfig:
             activation=_activation(read, gemma),
             norm_eps=float(read.get("rms_norm_eps")),
             attention_scale=float(read.get("query_pre_attn_scalar")) ** -0.5 if gemma else None,
-            attention_softcap=read.get("attn_logit_softcapping") if family == "gemma2" else None,
-            final_softcap=read.get("final_logit_softcapping") if gemma else None,
+            attention_softcap=_softcap(read.get("attn_logit_softcapping")) if family == "gemma2" else None,
+            final_softcap=_softcap(read.get("final_logit_softcapping")) if gemma else None,
             tied_embeddings=bool(read.get("tie_word_embeddings") or False),
             qkv_bias=attention_bias or family == "qwen2",
             output_bias=attention_bias,
@@ -109,7 +110,7 @@ class DecoderConfig:
             gemma=gemma,
             family=family,
             dtype=_stated_dtype(text, raw),
-            bos_token_id=read.get("bos_token_id", raw.get("bos_token_id")),
+            bos_token_id=next(iter(_as_tuple(read.get("bos_token_id", raw.get("bos_token_id")))), None),
             eos_token_ids=_as_tuple(read.get("eos_token_id", raw.get("eos_token_id"))),
             source=json.dumps(raw, sort_keys=True),
         )
@@ -138,7 +139,7 @@ class _Reader:
 
     def size(self, key: str) -> int:
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
             raise self.error(key, value, "a positive whole number")
         return value
 
@@ -250,6 +251,10 @@ def _rope(read: _Reader, values: Mapping[str, Any], head_dim: int) -> RopeConfig
 def _stated_dtype(*holders: Mapping[str, Any]) -> str:
     stated = (holder.get(key) for holder in holders for key in ("dtype", "torch_dtype"))
     return str(next((name for name in stated if name), "float32"))
+
+
+def _softcap(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _as_tuple(ids: Any) -> tuple[int, ...]:

@@ -2,54 +2,62 @@
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from safetensors.numpy import save_file
 
 from jq4.checkpoint import safetensors_files
 from jq4.checkpoint.foreign import Checkpoint, LazyWeight, open_checkpoint
+from jq4.checkpoint.foreign.host_dequantize import dense_rows
+from jq4.checkpoint.foreign.writing import Planned
+from jq4.host_moves import described
 from jq4.qarray import QArray, is_qarray, validate
 from tests.packed_oracle import BITS, dequantize64, unpack_bits
 
 NAMES = {dtype: name for name, dtype in safetensors_files.DTYPES.items()}
 
 
-def save(folder: Path, tensors: Mapping[str, np.ndarray], quantization: Any = None, **config: Any) -> Path:
-    """A Hugging Face folder with these tensors and this quantization_config."""
+def write_checkpoint(folder: Path, tensors: Mapping[str, np.ndarray], config: Any = None, metadata: Any = None) -> Path:
+    """A Hugging Face folder of these arrays, written by the safetensors library itself."""
     folder.mkdir(parents=True, exist_ok=True)
-    described = {name: (NAMES[a.dtype], a.shape, lambda a=a: a) for name, a in tensors.items()}
-    safetensors_files.write(folder / "model.safetensors", described)
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    (folder / "config.json").write_text(json.dumps(config))
+    held = {name: np.array(array, order="C") for name, array in tensors.items()}  # not ascontiguousarray: keeps ()
+    save_file(held, folder / "model.safetensors", metadata)
+    (folder / "config.json").write_text(json.dumps(config or {}))
     return folder
+
+
+def save(folder: Path, tensors: Mapping[str, np.ndarray], quantization: Any = None, **config: Any) -> Path:
+    """The same, with this quantization_config."""
+    told = {} if quantization is None else {"quantization_config": quantization}
+    return write_checkpoint(folder, tensors, config | told)
 
 
 def opened(folder: Path, tensors: Mapping[str, np.ndarray], quantization: Any = None, **config: Any) -> Checkpoint:
     return open_checkpoint(save(folder, tensors, quantization, **config))
 
 
-def read_weight(checkpoint: Checkpoint, name: str) -> QArray:
-    """The packed weight, after a check that it is what its abstract says."""
+def read_weight(held: Checkpoint | Path, name: str, expected_format: str | None = None) -> QArray:
+    """A packed weight of a checkpoint or folder, which must be as it was described."""
+    checkpoint = held if isinstance(held, Checkpoint) else open_checkpoint(held)
+    if expected_format:
+        assert checkpoint.format == expected_format
     weight = checkpoint.weights[name]
     q = weight.read()
-    validate(q, name)
-    check_same_description(q, weight.abstract, name)
+    assert is_qarray(q) and validate(q, name) is q
+    assert jax.tree.structure(q) == jax.tree.structure(weight.abstract)
+    for mine, told in zip(jax.tree.leaves(q), jax.tree.leaves(weight.abstract), strict=True):
+        assert isinstance(mine, np.ndarray) and (mine.shape, mine.dtype) == (told.shape, told.dtype), name
     return q
 
 
-def check_same_description(q: QArray, abstract: QArray, where: str) -> None:
-    for part in ("codes", "scale", "zero_point", "offset", "permutation"):
-        found, wanted = getattr(q, part), getattr(abstract, part)
-        if is_qarray(wanted):
-            check_same_description(found, wanted, f"{where} {part}")
-        else:
-            description = None if found is None else (found.shape, found.dtype)
-            assert description == (None if wanted is None else (wanted.shape, wanted.dtype)), (where, part)
-    for field in ("format", "group_size", "axis", "padding", "dtype"):
-        assert getattr(q, field) == getattr(abstract, field), (where, field)
+def dense(q: QArray, dtype: Any = None) -> np.ndarray:
+    """The dense weight [*B, N, K], by numpy, in `dtype` or the QArray's own: no program is compiled for it."""
+    values = np.concatenate([block for _, block in dense_rows(q)]).reshape(q.shape)
+    return values.astype(dtype or np.dtype(q.dtype))
 
 
 def dense64(q: QArray) -> np.ndarray:
@@ -64,9 +72,9 @@ def dense64(q: QArray) -> np.ndarray:
     return weight
 
 
-def weight_of(q: QArray, name: str = "m.weight") -> LazyWeight:
-    """A weight in memory as a converter has it."""
-    return LazyWeight(name, q, lambda: q)
+def weight_of(value: Any, name: str = "m.weight") -> LazyWeight:
+    """A weight in memory as a writer is given it."""
+    return LazyWeight(name, described(value), lambda: value)
 
 
 def convert(
@@ -74,14 +82,30 @@ def convert(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(the tensors, the quantization_config) that a writer makes; shapes and dtypes are those that it planned."""
     writer = importlib.import_module(f"jq4.checkpoint.foreign.{writer_name}_writing")
-    held = list(weights.values()) if isinstance(weights, Mapping) else weights
-    planned = [writer.plan(weight, options) for weight in held]
+    tensors, planned = _encoded(writer, weights.values() if isinstance(weights, Mapping) else weights, options)
+    return tensors, writer.quantization_config(planned, options)
+
+
+def as_folder(
+    folder: Path, weights: Iterable[LazyWeight], writer: Any, options: Any = None, config: Any = None
+) -> list[Planned]:
+    """Writes weights with a writer of jq4 as a Hugging Face folder; what was planned comes back."""
+    tensors, planned = _encoded(writer, weights, options or {})
+    told = {"quantization_config": writer.quantization_config(planned, options or {})}
+    write_checkpoint(folder, tensors, (config or {}) | told, {"format": "pt"})
+    return planned
+
+
+def _encoded(
+    writer: Any, weights: Iterable[LazyWeight], options: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], list[Planned]]:
+    planned = [writer.plan(weight, options) for weight in weights]
     tensors: dict[str, np.ndarray] = {}
     for one in planned:
         made = one.encode(one.weight.read())
         assert {name: (NAMES[a.dtype], a.shape) for name, a in made.items()} == dict(one.tensors)
         tensors |= made
-    return tensors, writer.quantization_config(planned, options)
+    return tensors, planned
 
 
 def assert_same_tensors(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> None:

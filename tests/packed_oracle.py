@@ -60,8 +60,8 @@ def dequantize64(codes, scale, zero_point, offset, format: str, group_size: int,
 
 def words_along(codes: np.ndarray, bits: int, axis: int) -> np.ndarray:
     """u8 codes to little-endian i32 words of one bit string along `axis`; zeros fill the last word."""
-    moved = np.moveaxis(codes, axis, -1)
-    string = ((moved[..., None] >> np.arange(bits)) & 1).reshape(*moved.shape[:-1], -1).astype(np.uint8)
-    string = np.concatenate([string, np.zeros((*string.shape[:-1], -string.shape[-1] % 32), np.uint8)], -1)
-    words = np.packbits(string, axis=-1, bitorder="little").reshape(*moved.shape[:-1], -1).copy().view("<i4")
-    return np.moveaxis(words, -1, axis)
+    packed = np.moveaxis(pack_bits(codes, bits, axis), axis, -1)
+    held = np.zeros((*packed.shape[:-1], -(-bits * codes.shape[axis] // 32) * 4), np.uint8)
+    width = min(held.shape[-1], packed.shape[-1])  # the last packing unit may end behind the last word
+    held[..., :width] = packed[..., :width]
+    return np.moveaxis(held.view("<i4"), -1, axis)

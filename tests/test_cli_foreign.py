@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from random_model import make_random_model
+from test_convert import ROOM
 
 from jq4.cli import main
 
@@ -24,7 +25,7 @@ def folders(tmp_path_factory):
     dense.mkdir()
     make_random_model(dense)
     assert main(["quantize", str(dense), str(ours), "--recipe", "rtn-w4g32"]) == 0
-    assert main(["convert", str(ours), str(theirs), "--to", "gptq", "--requantize"]) == 0
+    assert main(["convert", str(ours), str(theirs), "--to", "gptq", "--requantize", *ROOM]) == 0
     return dense, ours, theirs
 
 
@@ -66,7 +67,7 @@ def test_the_way_back_gives_the_same_logits(folders, tmp_path):
     from models.language_model import LanguageModel
 
     *_, theirs = folders
-    assert main(["convert", str(theirs), str(tmp_path / "back"), "--to", "orbax"]) == 0
+    assert main(["convert", str(theirs), str(tmp_path / "back"), "--to", "orbax", *ROOM]) == 0
     tokens = np.asarray([[1, 4, 9, 33]])
     there, back = (LanguageModel.from_folder(each) for each in (theirs, tmp_path / "back"))
     np.testing.assert_array_equal(back.logits(tokens), there.logits(tokens))

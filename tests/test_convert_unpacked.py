@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from small_checkpoints import CONFIG, write_dense
+from test_convert import ROOM
 
 import jq4
 from jq4.cli import main
@@ -47,7 +48,7 @@ def packed(request, tmp_path_factory):
 
 def convert(capsys, *words):
     capsys.readouterr()
-    code = main(["convert", *map(str, words), "--verify", "--json"])
+    code = main(["convert", *ROOM, *map(str, words), "--verify", "--json"])
     told = capsys.readouterr()
     assert code == 0, told.err
     return json.loads(told.out)

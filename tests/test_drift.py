@@ -242,6 +242,14 @@ def test_another_calibration_file_than_the_model_tells_is_remarked(capsys, folde
         assert capsys.readouterr().err.count("was calibrated on another file, web.txt") == remarks
 
 
+def test_few_rows_are_remarked(capsys, folders):
+    np.save(folders / "short.npy", np.load(folders / "same.npy")[:2])
+    captured = run(capsys, folders, "short")[1]
+    (note,) = json.loads(captured.out)["notes"]
+    assert "short.npy: gives 2 rows, fewer than 8: the verdict is of these passages" in note and note in captured.err
+    assert json.loads(run(capsys, folders, "same")[1].out)["notes"] == []
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -3,6 +3,7 @@
 Run as a script this file is the victim: it imports JAX once, and forks for each run that is to be killed.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,17 @@ def parts() -> tuple[Any, Any, np.ndarray]:
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: random.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
-    rows = random.integers(0, config.vocab_size, (128, 16), np.int32)  # two units of computation
+    rows = random.integers(0, config.vocab_size, (64, 16), np.int32)  # two units of computation
     return decoder_chain(config), TreeSource(jax.tree.map(jnp.asarray, params), LAYERS), rows
 
 
-def run(destination: Path, recipe: str = RECIPE, kill_at: int | None = None, **options: Any) -> tuple[Any, int]:
+def run(
+    destination: Path,
+    recipe: str = RECIPE,
+    kill_at: int | None = None,
+    change: Callable[[Any], Any] = lambda chain: chain,
+    **options: Any,
+) -> tuple[Any, int]:
     """Quantizes; before step number `kill_at` (of progress, syncs, renames, removals) the process kills itself."""
     from jq4.driver import quantize_blocks
 
@@ -68,7 +76,7 @@ def run(destination: Path, recipe: str = RECIPE, kill_at: int | None = None, **o
     os.fsync, os.replace, shutil.rmtree = map(counted, kept)
     try:
         chain, source, rows = parts()
-        result = quantize_blocks(chain, source, recipe, rows, destination=destination, progress=step, **options)
+        result = quantize_blocks(change(chain), source, recipe, rows, destination=destination, progress=step, **options)
     finally:
         os.fsync, os.replace, shutil.rmtree = kept
     return result, steps
@@ -187,6 +195,8 @@ def test_another_run_does_not_go_on_from_this_one(victim, undisturbed, tmp_path)
         JQ4Error, match=r"out.partial: holds the unfinished work of another run, whose calibration rows, recipe differ"
     ):
         run(tmp_path / "out", recipe="rtn-w4g16")
+    with pytest.raises(JQ4Error, match=r"the unfinished work of another run, whose functions differ"):
+        run(tmp_path / "out", change=lambda chain: dataclasses.replace(chain, head=lambda *of: 2 * chain.head(*of)))
     assert (tmp_path / "out.partial" / "journal.json").exists()
     result, _ = run(tmp_path / "out", recipe="rtn-w4g16", restart=True)
     assert result.resumed_blocks == 0 and [path.name for path in tmp_path.iterdir()] == ["out"]

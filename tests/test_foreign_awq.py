@@ -195,7 +195,7 @@ def test_other_bits_and_divided_activations_are_refused(tmp_path):
 def test_scales_that_are_not_finite_are_an_error_when_read(tmp_path):
     made = gemm(*parts()[:3])
     made[f"{P}.scales"][1, 2] = np.nan
-    with pytest.raises(JQ4Error, match=r"scales' holds NaN or infinity"):
+    with pytest.raises(JQ4Error, match=r"scales' holds 1 values that are NaN or infinite"):
         opened(tmp_path, made, config()).weights[f"{P}.weight"].read()
 
 

@@ -7,7 +7,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from foreign_files import as_folder, dense, lazy, read_weight, write_checkpoint
 from test_nf4_double import read_slice
 
 from jq4.checkpoint.foreign import bnb_nf4, open_checkpoint
@@ -16,6 +15,7 @@ from jq4.checkpoint.safetensors_files import open_tensors
 from jq4.errors import JQ4Error
 from jq4.formats import get_format
 from jq4.qarray import QArray, is_qarray
+from tests.foreign_folder import as_folder, dense, read_weight, weight_of, write_checkpoint
 
 NF4 = np.asarray(get_format("nf4").levels, np.float32)
 FP4 = np.float32([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]) / np.float32(12)
@@ -186,19 +186,19 @@ def test_what_a_writer_cannot_hold_is_told():
     values = rng.normal(size=(8, 128)).astype(np.float32)
     codes, scale = rng.integers(0, 256, (8, 64), dtype=np.uint8), rng.uniform(1, 2, (8, 4)).astype(np.float32)
     q = QArray(codes, scale, format="int4", group_size=32, axis=-1)
-    planned = bnb_nf4.plan(lazy("a.weight", q), {})
+    planned = bnb_nf4.plan(weight_of(q, "a.weight"), {})
     assert planned.loss == "int4 in groups of 32 rounded again, to NF4"
     found, again = planned.encode(q), planned.encode(dense(q))
     assert all(np.array_equal(found[name], again[name]) for name in found)
     with pytest.raises(JQ4Error, match="group_size is 48, wanted one of 32, 64"):
-        bnb_nf4.plan(lazy("a.weight", values), {"group_size": 48})
+        bnb_nf4.plan(weight_of(values, "a.weight"), {"group_size": 48})
     with pytest.raises(JQ4Error, match=r"a.weight: has shape \[2, 8, 128\], and bitsandbytes holds matrices"):
-        bnb_nf4.plan(lazy("a.weight", jax.tree.map(lambda a: np.stack([a, a]), q)), {})
+        bnb_nf4.plan(weight_of(jax.tree.map(lambda a: np.stack([a, a]), q), "a.weight"), {})
     values[5, 7] = np.inf
     with pytest.raises(JQ4Error, match=r"a.weight: holds NaN or infinity in rows 0 to 7"):
-        bnb_nf4.plan(lazy("a.weight", values), {}).encode(values)
+        bnb_nf4.plan(weight_of(values, "a.weight"), {}).encode(values)
     fine = QArray(codes[:, :50], rng.uniform(1, 2, (8, 25)).astype(np.float32), format="nf4", group_size=4, axis=-1)
-    planned = bnb_nf4.plan(lazy("a.weight", fine), {})
+    planned = bnb_nf4.plan(weight_of(fine, "a.weight"), {})
     assert planned.doubt == "groups must make whole blocks of 64"
     with pytest.raises(JQ4Error, match="groups of 4 in rows of 100 do not share scales in blocks of 64"):
         planned.encode(fine)
@@ -206,7 +206,7 @@ def test_what_a_writer_cannot_hold_is_told():
 
 @pytest.mark.parametrize(("name", "tensors"), [("embed_tokens", 1), ("mlp.gate", 1), ("up_proj", 4), ("lm_head", 1)])
 def test_linear_layers_are_quantized_and_nothing_else(name, tensors):
-    weight = lazy(f"model.{name}.weight", np.zeros((4, 64), np.float32))
+    weight = weight_of(np.zeros((4, 64), np.float32), f"model.{name}.weight")
     assert len(bnb_nf4.plan(weight, {}).tensors) == tensors
     assert len(bnb_nf4.plan(weight, {"ignore": ["re:up_proj"]}).tensors) == 1
     kept = bnb_nf4.quantization_config([bnb_nf4.plan(weight, {})], {})["llm_int8_skip_modules"]

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from foreign_files import dense, read_weight, write_checkpoint
 
 from jq4.checkpoint.foreign import open_checkpoint
 from jq4.errors import JQ4Error
+from tests.foreign_folder import dense, read_weight, write_checkpoint
+from tests.packed_oracle import pack_bits
 
 CONFIG = {
     "quantization_config": {
@@ -22,7 +23,7 @@ def packed(rng, rows, width, bits):
     if bits == 8:
         return signed, signed
     codes = (signed + 2 ** (bits - 1)).astype(np.uint8)
-    return sum(codes[:, i :: 8 // bits] << (bits * i) for i in range(8 // bits)).astype(np.uint8), signed
+    return pack_bits(codes, bits, -1), signed
 
 
 def by_the_book(activations=0.0):
@@ -78,7 +79,7 @@ def test_rounded_activations_are_told(tmp_path):
     ({"embed.embedding_scale": np.ones((10, 5), np.float32)}, {}, "wanted groups that divide 16, the weight's columns"),
     ({"embed.embedding_quantized": np.uint8(1)}, {}, r"embedding_quantized' has shape \[\], wanted \[any, any\]"),
     ({}, {"num_bits": 8}, "'a.q_proj.weight' is U8 and config.json says 8 bits, wanted I8 for 8 bits, U8 for 2 or 4"),
-    ({}, {"module_quant_configs": {"(": {}}}, "module_quant_configs has a pattern that is none"),
+    ({}, {"module_quant_configs": {"(": {}}}, "module_quant_configs: .* is not a regular expression"),
     ({}, {"module_quant_configs": [1]}, "module_quant_configs is no object of objects"),
 ])  # fmt: skip
 def test_what_contradicts_itself_is_refused_when_opened(change, config, message, tmp_path):

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from foreign_files import dense, read_weight, write_checkpoint
 
 from jq4.checkpoint.foreign import open_checkpoint
 from jq4.errors import JQ4Error
+from tests.foreign_folder import dense, read_weight, write_checkpoint
 
 
 def text(value):

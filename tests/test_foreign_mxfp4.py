@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from foreign_files import as_folder, dense, lazy, read_weight, write_checkpoint
 
 import jq4
 from jq4.checkpoint.foreign import mx_blocks, mxfp4, open_checkpoint
 from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.errors import JQ4Error
 from jq4.qarray import QArray
+from tests.foreign_folder import as_folder, dense, read_weight, weight_of, write_checkpoint
 
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
 
@@ -107,7 +107,7 @@ def test_dense_weights_are_quantized_as_ocp_says(kind):
         values[:, 0] = 7.75
     if kind == "tiny":
         values, values[3, :32] = values * np.float32(1e-38), 0
-    weight = lazy("a.weight", values)
+    weight = weight_of(values, "a.weight")
     planned = mxfp4.plan(weight, {})
     assert planned.loss == "float32 rounded to MXFP4"
     encoded = planned.encode(values)
@@ -129,7 +129,7 @@ def test_other_packed_weights_are_rounded_and_told():
     rng = np.random.default_rng(0)
     scale = np.float32(2.0) ** rng.integers(-3, 3, (4, 2))
     q = QArray(rng.integers(0, 256, (4, 32), dtype=np.uint8), scale, format="fp4", group_size=32, axis=-1)
-    planned = mxfp4.plan(lazy("experts.up", q), {})
+    planned = mxfp4.plan(weight_of(q, "experts.up"), {})
     assert planned.loss == "fp4 in groups of 32 rounded to MXFP4"
     encoded = planned.encode(q)
     again = QArray(

@@ -5,11 +5,11 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from foreign_files import dense, read_weight, write_checkpoint
 
 from jq4.checkpoint.foreign import open_checkpoint
 from jq4.checkpoint.safetensors_files import read_metadata
 from jq4.errors import JQ4Error
+from tests.foreign_folder import dense, read_weight, write_checkpoint
 
 BF16 = ml_dtypes.bfloat16
 

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jq4
+from jq4.leaf_errors import error_of
 from jq4.methods import gptq, gptq_solver, hessian, rtn
 from jq4.methods.canonical import Canonical
 from jq4.methods.gptq_options import Options
@@ -350,3 +351,27 @@ def test_no_program_holds_a_second_matrix_of_its_inputs_size():
     ]
     for program in programs:
         assert program.compile(QUICK).memory_analysis().temp_size_in_bytes < 0.5 * 4 * features**2
+
+
+def test_inputs_along_axes_that_are_not_beside_each_other_are_refused():
+    """Of equal axes, so that shapes do not tell; axes of one between them do no harm."""
+    tree, x = {"w": jnp.asarray(normal(6, 6, 6))}, jnp.asarray(normal(9, 6, 6, seed=1))
+    found = jq4.observe(lambda tree, x: jnp.einsum("bij,ikj->bk", x, tree["w"]), tree, [x], collect=("hessian",))
+    assert found["w"].leaf_axes == ((), (-3, -1))
+    rule = jq4.Rule(("w",), num_bits=4, group_size=6, method="gptq", options=(("min_rows", 0),))
+    with pytest.raises(jq4.JQ4Error, match=r"w: shape \(6, 6, 6\), observed contracted along axes \[-3, -1\]"):
+        jq4.quantize(tree, rule, found)
+    known = error_of("w", tree["w"], tree["w"] + 0.1, found["w"], axis=-1)
+    assert known.output_error is None  # rather than a wrong one
+    thin = {"w": jnp.asarray(normal(6, 1, 6))}
+    found = jq4.observe(lambda tree, x: jnp.einsum("bij,ikj->bk", x, tree["w"]), thin, [x], collect=("hessian",))
+    assert jq4.quantize(thin, rule, found)["w"].shape == (6, 1, 6)
+
+
+def test_statistics_that_were_given_up_are_told():
+    tree = {"w": jnp.asarray(normal(16, 8))}
+    found = jq4.observe(lambda tree, x: x @ tree["w"], tree, [jnp.asarray(inputs(64, 16))], collect=("hessian",))
+    jq4.quantize(tree, "gptq-w4g16", found, donate_stats=True)
+    for again in (lambda: jq4.quantize(tree, "gptq-w4g16", found), lambda: found["w"].hessian):
+        with pytest.raises(jq4.JQ4Error, match=r"of these statistics was given up by a call with donate_stats=True"):
+            again()

@@ -57,6 +57,13 @@ def test_another_reference_than_the_source_is_told(folders, tmp_path):
     assert "the reference is not the folder that the model was made from: config.json differ" in note
 
 
+def test_a_report_of_another_quantizing_is_refused(folders, tmp_path, capsys):
+    """The model by rtn has been made without calibration, and has other sizes."""
+    assert main(report_of(folders, "rtn-w4g32", "third", "--quantizing", str(folders / "made"))) == 1
+    told = capsys.readouterr().err
+    assert "made: is not of the quantizing that made" in told and "its parameters_packed" in told
+
+
 class Page(HTMLParser):
     """Collects tags that were left open, links, and the text of cells."""
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq4.checkpoint.manifest import ArrayInfo, Manifest, QArrayInfo, arrays_of
-from jq4.checkpoint.structure import Keys, path_of
+from jq4.checkpoint.structure import Keys, nested, path_of
 from jq4.errors import CheckpointError
 from jq4.qarray import PARTS, is_qarray, leaf_nbytes
 
@@ -94,7 +94,7 @@ def write_group(folder: Path, arrays: Mapping[tuple[str, ...], Any]) -> None:
     from etils import epath
 
     folder.mkdir()
-    tree = _nested(arrays)
+    tree = nested(arrays)
     save_args = jax.tree.map(
         lambda array: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if _is_stack(array) else ()), tree
     )
@@ -128,7 +128,7 @@ def read_group(folder: Path, arrays: Mapping[str, tuple[ArrayInfo, Any]]) -> dic
     }
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     try:
-        tree = handler.restore(epath.Path(folder), args=ocp.args.PyTreeRestore(restore_args=_nested(args)))
+        tree = handler.restore(epath.Path(folder), args=ocp.args.PyTreeRestore(restore_args=nested(args)))
     except Exception as error:
         raise CheckpointError(f"{folder}: Orbax cannot read these arrays ({type(error).__name__}: {error})") from error
     finally:
@@ -184,16 +184,6 @@ def _product(sizes: Iterable[int]) -> int:
     for size in sizes:
         total *= size
     return total
-
-
-def _nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for keys, value in flat.items():
-        inner = tree
-        for key in keys[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[keys[-1]] = value
-    return tree
 
 
 def _at(tree: Any, keys: Iterable[str]) -> Any:

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import re
+import reprlib
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ _METADATA = "__metadata__"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_MOST_DIMS, _LARGEST = 32, 2**63  # numpy's axes, and the bytes that it can address
+_DEEPEST = 64  # levels of JSON; what walks over it later may recurse
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -105,19 +109,32 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
 
 def read_json(file: Path) -> Any:
     """A JSON file's contents. Raises JQ4Error if it is missing or does not parse."""
+    return parse_json(read_small_file(file), str(file))
+
+
+def read_small_file(file: Path) -> bytes:
+    """What a regular file holds; raises JQ4Error for anything else, such as a device that never ends."""
     try:
-        content = file.read_bytes()
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise JQ4Error(f"{file}: is not a regular file. Give a folder that holds {file.name}.")
+        return file.read_bytes()
     except OSError as error:
         raise JQ4Error(f"{file}: cannot be read ({error.strerror}). Give a folder that holds {file.name}.") from error
-    return parse_json(content, str(file))
 
 
 def parse_json(content: bytes, where: str) -> Any:
     """Parsed JSON. Raises JQ4Error, saying where it came from, if it does not parse."""
     try:
-        return json.loads(content)
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise JQ4Error(f"{where}: is not JSON ({error}). It is damaged; download it again.") from error
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [one for members in inner for one in members]
+    if level:
+        raise JQ4Error(f"{where}: is nested in more than {_DEEPEST} levels. It is damaged; download it again.")
+    return value
 
 
 def holds_tensors(folder: Path) -> bool:
@@ -153,13 +170,14 @@ def _check_kind(file: Path) -> None:
         return
     with file.open("rb") as stream:
         start = stream.read(9)
+    if start[8:] == b"{":
+        return
     if file.suffix in _PICKLES or start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
         raise _pickle(file)
-    if start[8:] != b"{":
-        raise JQ4Error(
-            f"{file}: is neither a safetensors nor a GGUF file by its first bytes. Give the folder of a model, a "
-            ".safetensors or a .gguf file."
-        )
+    raise JQ4Error(
+        f"{file}: is neither a safetensors nor a GGUF file by its first bytes. Give the folder of a model, a "
+        ".safetensors or a .gguf file."
+    )
 
 
 def _pickle(file: Path) -> JQ4Error:
@@ -199,7 +217,7 @@ def _open_shards(folder: Path, index: Any) -> dict[str, StoredTensor]:
     for shard in sorted(set(where.values())):
         if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard:
             raise JQ4Error(f"{file}: names the shard {shard!r}, wanted a file name without folders. Do not trust it.")
-        if not (folder / shard).exists():
+        if not shard.isprintable() or len(shard.encode()) > 255 or not (folder / shard).exists():
             raise JQ4Error(f"{folder / shard}: the shard is missing, wanted by {INDEX}. Download it again.")
         shards[shard] = read_header(folder / shard)
     tensors: dict[str, StoredTensor] = {}
@@ -257,7 +275,10 @@ def head_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, 
 
 def _size(file: Path) -> int:
     try:
-        return file.stat().st_size
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise JQ4Error(f"{file}: is not a regular file, wanted safetensors. Download it again or check the path.")
+        return found.st_size
     except OSError as error:
         raise JQ4Error(f"{file}: cannot be read ({error.strerror}). Download it again or check the path.") from error
 
@@ -289,17 +310,25 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
 
 def _tensor(file: Path, name: str, entry: Any, base: int, data: int) -> StoredTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(file, f"tensor {name!r} is described by {entry!r}", "dtype, shape and data_offsets")
+        raise _damaged(file, f"tensor {name!r} is described by {_short(entry)}", "dtype, shape and data_offsets")
+    if not name.isprintable():
+        raise _damaged(file, f"a tensor is called {name!r}", "a name of printable characters")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise JQ4Error(
-            f"{file}: tensor {name!r} has dtype {dtype!r}, wanted one of {', '.join(DTYPES)}. "
+            f"{file}: tensor {name!r} has dtype {_short(dtype)}, wanted one of {', '.join(DTYPES)}. "
             "Save the checkpoint again in bfloat16 or float32."
         )
-    if not _whole_numbers(shape):
-        raise _damaged(file, f"tensor {name!r} has shape {shape!r}", "a list of whole numbers")
+    if not _whole_numbers(shape) or len(shape) > _MOST_DIMS:
+        raise _damaged(
+            file, f"tensor {name!r} has shape {_short(shape)}", f"a list of whole numbers, {_MOST_DIMS} at most"
+        )
+    if 0 in shape and math.prod(filter(None, shape)) * DTYPES[dtype].itemsize >= _LARGEST:
+        raise _damaged(file, f"tensor {name!r} has shape {_short(shape)}", "one that a machine can address")
     if not _whole_numbers(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data:
-        raise _damaged(file, f"tensor {name!r} lies at {offsets!r}", f"an ascending pair within {data} bytes of data")
+        raise _damaged(
+            file, f"tensor {name!r} lies at {_short(offsets)}", f"an ascending pair within {data} bytes of data"
+        )
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
         raise _damaged(
@@ -309,7 +338,12 @@ def _tensor(file: Path, name: str, entry: Any, base: int, data: int) -> StoredTe
 
 
 def _whole_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(one) is int and one >= 0 for one in values)
+    return isinstance(values, list) and all(type(one) is int and 0 <= one < _LARGEST for one in values)
+
+
+def _short(value: Any) -> str:
+    """What a header says, which may be long or deep."""
+    return reprlib.repr(value)
 
 
 def _check_cover(file: Path, tensors: Iterable[StoredTensor], start: int, stop: int) -> None:

@@ -13,7 +13,7 @@ keys: what a model's code means by them is for that code to say. A box around a 
 Linen Partitioned) is dropped, and what it holds takes its place.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -54,6 +54,17 @@ def check_node(node: Any, num_leaves: int, where: str) -> None:
     numbers = list(_numbers_of(node, where))
     if sorted(numbers) != list(range(num_leaves)):
         raise CheckpointError(f"{where}: the tree names leaves {numbers[:20]}, wanted each of 0..{num_leaves - 1} once")
+
+
+def nested(leaves: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Dicts within dicts of leaves by their keys, each a tuple of at least one."""
+    tree: dict[Any, Any] = {}
+    for keys, leaf in leaves.items():
+        node = tree
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = leaf
+    return tree
 
 
 def path_of(keys: Keys) -> str:

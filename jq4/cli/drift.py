@@ -14,6 +14,7 @@ DESCRIPTION = (
     "measured, grows more on the new text than that of the same recipe by round-to-nearest, which knows no text."
 )
 DRIFTED = 3  # the exit code of --exit-code
+_FEW = 8  # rows, below which a text is too short to stand for its kind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +61,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     texts = read_texts(model, arguments)
     say_other_calibration(arguments, texts["calibration"])
     rows = {name: text.rows for name, text in texts.items()}
+    notes = notes_on_rows(arguments, rows)
+    for note in notes:
+        _terminal.say(note)
     parts = parts_of(rows["calibration"], arguments.parts, arguments.calibration)
     observed = dense_of(model) if reference is None else reference
     *before, after = observe(observed, [*parts, rows["new"]], arguments)
@@ -77,6 +81,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "kld_round_to_nearest": control,
         "recalibrate": recalibrate,
         "verdict": verdict,
+        "notes": notes,
         "seconds": watch.seconds,
         "versions": _terminal.versions(),
     }
@@ -108,6 +113,17 @@ def say_other_calibration(arguments: argparse.Namespace, text: Any) -> None:
     told = (about or {}).get("calibration", {})
     if told and told.get("sha256") != text.as_dict()["sha256"]:
         _terminal.say(f"{arguments.calibration}: {arguments.model} was calibrated on another file, {told.get('file')}")
+
+
+def notes_on_rows(arguments: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
+    """That a text has few rows: what one passage is about then counts as much as what the text is like."""
+    files = {"calibration": arguments.calibration, "new": arguments.text}
+    return [
+        f"{files[name]}: gives {len(some)} rows, fewer than {_FEW}: the verdict is of these passages more than of text "
+        "like them; use a shorter --context or more text"
+        for name, some in rows.items()
+        if len(some) < _FEW
+    ]
 
 
 def parts_of(rows: Any, parts: int, file: str) -> list[Any]:

@@ -56,11 +56,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from jq4.cli import _terminal
     from jq4.cli.eval import read_given
     from jq4.inventory import bytes_on_disk, inventory, totals
-    from jq4.quality_report import compose_report, expert_coverage, leaf_rows, read_report
+    from jq4.quality_report import compose_report, expert_coverage, leaf_rows
 
     watch = _terminal.Stopwatch()
     given = read_given(arguments)
-    cost = None if arguments.quantizing is None else read_report(arguments.quantizing).get("cost")
     others = [read_compared(path) for path in arguments.compare]
     model = _models.open_model(arguments.model)
     reference = None if arguments.reference is None else _models.open_model(arguments.reference)
@@ -71,12 +70,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for other in others:
         check_comparable(other, text, arguments.reference)
     leaves = inventory(model.params)
+    held = totals(leaves) | {"bytes_on_disk": bytes_on_disk(arguments.model)}
+    cost = None if arguments.quantizing is None else cost_of(arguments.quantizing, arguments.model, held)
     errors, stats = [], {}
     if reference is not None:
         errors, stats = measure_leaves(model, reference, rows, arguments.batch_size)
     runnable = _models.laid_out(model)
     found = _models.evaluated(runnable, reference, rows, arguments.batch_size)
-    held = totals(leaves) | {"bytes_on_disk": bytes_on_disk(arguments.model)}
     mine = {"name": name_of(arguments.model), **held, **found.as_dict()}
     compared = [{key: each.get(key) for key in ("name", *_COMPARED)} for each in (mine, *map(as_compared, others))]
     return compose_report(
@@ -124,6 +124,28 @@ def made_of(folder: str) -> dict[str, Any]:
     manifest = read_manifest(folder)
     source = dict(manifest.source or {})
     return {"recipe": manifest.recipe, "calibration": source.pop("calibration", None), "source": source}
+
+
+def cost_of(quantizing: str, folder: str, held: dict[str, Any]) -> dict[str, Any] | None:
+    """What a report of quantizing tells of time and memory, if it is of this model: by its sizes and calibration."""
+    from jq4.errors import JQ4Error
+    from jq4.quality_report import read_report
+
+    report, made = read_report(quantizing), made_of(folder)
+    theirs = {**report.get("totals", {}), "calibration": report.get("calibration")}
+    ours = {**held, "calibration": made.get("calibration")}
+    for name in ("parameters", "parameters_packed", "bytes", "calibration"):
+        if theirs.get(name) != ours[name]:
+            raise JQ4Error(
+                f"{quantizing}: is not of the quantizing that made {folder}: its {name} {_told(theirs.get(name))}, the "
+                f"model's {_told(ours[name])}; give what jq4 quantize --report wrote when it made this model"
+            )
+    return report.get("cost")
+
+
+def _told(value: Any) -> str:
+    """A figure, or the file that was calibrated on."""
+    return f"{value.get('file')} ({value.get('sha256')})" if isinstance(value, dict) else str(value)
 
 
 def notes_on_reference(folder: str, reference: str | None) -> list[str]:

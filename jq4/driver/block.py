@@ -83,13 +83,14 @@ class BlockQuantizer:
                     self._chain, index, collector, serves, block, inputs,
                     *((dense, dense_inputs) if self._pairs else ()),
                 )  # fmt: skip
-                give_back_freed_pages()
+                give_back_freed_pages(block)
             leaves = {path: leaf for path, leaf in paths_of(block).items() if path in stage}
             if number == self._last:
                 passed(dense)
                 dense = dense if self._keeps_dense else None
             made, more = quantize_leaves(leaves, self._plan.recipe, statistics, self._plan.axes, index)
             del statistics, leaves
+            give_back_freed_pages(block)
             rows += more
             block = replaced(block, made)
         return dense if self._keeps_dense else None, block, rows

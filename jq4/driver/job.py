@@ -16,7 +16,7 @@ from jq4.driver.block import check_dense_leaves
 from jq4.driver.calibration_rows import Needs, check_rows, needs_of
 from jq4.driver.equalized import RotatedSource
 from jq4.driver.journal import digest_of
-from jq4.driver.plan import BlockPlan, paths_of, plan_block, wanted_by
+from jq4.driver.plan import BlockPlan, abstract, paths_of, plan_block, wanted_by
 from jq4.driver.streams import Placement
 from jq4.equalize import for_model
 from jq4.errors import JQ4Error
@@ -39,6 +39,7 @@ class Job:
       needs, rows: what is needed of calibration, and the rows i32[R, T] if any are.
       last_step: "distill", if the recipe has it.
       width: D of the activations.
+      shapes: of the leaves outside of the blocks, and of a block's.
     """
 
     chain: Chain
@@ -53,6 +54,7 @@ class Job:
     width: int
     seed: int
     placement: Placement
+    shapes: tuple[Any, Any]
 
     @property
     def stream_bytes(self) -> int:
@@ -67,6 +69,7 @@ class Job:
         return {
             "recipe": digest_of(self.recipe.to_dict()),
             "model": digest_of([chain.num_blocks, chain.stacked, chain.stages]),
+            "functions": digest_of(_programs_of(chain, *self.shapes)),
             "source": _digest_of_source(chain, self.given) if provenance is None else digest_of(provenance),
             "calibration rows": None if self.rows is None else digest_of(self.rows),
             "seed": self.seed,
@@ -113,7 +116,17 @@ def plan_job(
         width=width,
         seed=seed,
         placement=Placement(devices),
+        shapes=(abstract(outside), abstract(first)),
     )
+
+
+def _programs_of(chain: Chain, outside: Any, block: Any) -> list[str]:
+    """The chain's functions as the compiler is given them: a change of what they compute is a change of these."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    x = jax.eval_shape(chain.embed, outside, tokens)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    calls = (chain.embed, (outside, tokens)), (chain.block, (block, number, x)), (chain.head, (outside, x))
+    return [jax.jit(function).lower(*arguments).as_text() for function, arguments in calls]
 
 
 def _check_order(after: list[str]) -> None:

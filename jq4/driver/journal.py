@@ -7,7 +7,7 @@
 
 A block counts once the journal names it, and the journal is replaced by one rename after the block's files are synced:
 whenever the process is killed, everything that the journal names is there. What is removed, the journal forgets first,
-and it goes last. The identity is everything that the result depends on (recipe, source, rows, options, versions), so
+and it goes last. The identity is everything that the result depends on (recipe, source, rows, functions, versions), so
 that no run goes on from what another one made. In a folder that holds anything else, nothing is touched.
 """
 

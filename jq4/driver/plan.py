@@ -74,7 +74,7 @@ def rules_of(recipe: Recipe) -> Recipe:
 def plan_block(chain: Chain, outside: Any, block: Any, recipe: Recipe) -> BlockPlan:
     """The plan of every block, from the shapes of one."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    outside, block = jax.tree.map(_abstract, (outside, block))
+    outside, block = abstract((outside, block))
     x = jax.eval_shape(chain.embed, outside, tokens)
     axes = contraction_axes(chain.block, block, jax.ShapeDtypeStruct((), jnp.int32), x)
     rules = rules_of(recipe)
@@ -93,8 +93,9 @@ def _stages(chain: Chain, paths: list[str]) -> tuple[tuple[str, ...], ...]:
     return (*stages, *((path,) for path in waiting))
 
 
-def _abstract(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+def abstract(tree: Any) -> Any:
+    """The tree's shapes and dtypes."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def paths_of(tree: Any) -> dict[str, Any]:

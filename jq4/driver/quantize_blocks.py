@@ -71,7 +71,8 @@ def quantize_blocks(
     """Quantizes a model block by block, each on the outputs of the quantized blocks before it.
 
     Args:
-      chain: the model's functions. Trees of it come back as dicts, by the paths of their leaves.
+      chain: the model's functions. Trees of it come back as dicts, by the paths of their leaves. A killed run goes on
+        only with functions that compile from the same text (StableHLO): what a callback to Python does is not seen.
       source: its dense params, which are read block by block.
       recipe: a Recipe, a single Rule, or a preset's name; its steps are followed too.
       rows: token ids i32[R, T] to calibrate with; looked at only where the recipe needs them.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jq4.chain import Chain
 from jq4.driver.streams import Stream
+from jq4.freed_pages import give_back_freed_pages
 from jq4.observe import Programs, observe
 from jq4.observe_pair import observe_pair
 from jq4.statistics import Statistics, check_finite
@@ -65,7 +66,7 @@ def _is_narrow(shape: tuple[int, ...], axis: int) -> bool:
 
 def _kind(path: str, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, int]) -> tuple[Any, ...]:
     shape = shapes[path]
-    return len(shape), shape[:-2], shape[axes[path]]
+    return len(shape), shape[:-2], axes[path], shape[axes[path]]
 
 
 def stage_statistics(
@@ -80,18 +81,26 @@ def stage_statistics(
 ) -> Statistics:
     """Statistics of a stage's leaves. Raises JQ4Error naming block and leaf where inputs are not finite."""
     number = jnp.int32(index)
+    how: Any = {"collect": collector, "alone": collector.alone, "programs": collector.programs}
     if dense_inputs is None:
-        batches = ((number, x) for _, x in inputs.units())
-        found = observe(chain.block, quantized_block, batches, collect=collector, programs=collector.programs)
+        batches = _given_back(((number, x) for _, x in inputs.units()))
+        found = observe(chain.block, quantized_block, batches, **how)
     else:
-        pairs = _pairs(number, dense_inputs, inputs)
+        pairs = _given_back(_pairs(number, dense_inputs, inputs))
         trees = (dense_block, quantized_block)
-        how = {"collect": collector, "alone": collector.alone, "programs": collector.programs}
         found = observe_pair(chain.block, *trees, pairs, **how)
     weights = {path: found[first] for path, first in serves.items()}
     for path in dict.fromkeys(serves.values()):
         check_finite(f"block {index}: {path}", found[path])
     return Statistics(weights, found.grouped_axes, found.looked_up)
+
+
+def _given_back(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; between the first two, the pages that compiling for the first has taken are given back."""
+    for number, batch in enumerate(batches):
+        if number == 1:
+            give_back_freed_pages()
+        yield batch
 
 
 def _pairs(number: jax.Array, dense: Stream, quantized: Stream) -> Iterator[tuple[Any, Any]]:

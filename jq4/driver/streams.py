@@ -3,7 +3,7 @@
 Two of them run through the model: x of the dense one, x^ of the quantized one, of which only what a recipe needs is
 kept. A block maps each row by itself, so its outputs take the place of its inputs.
 
-Rows are computed in units of about 1,024 tokens, each whole on one device, the devices taking turns: sums over rows are
+Rows are computed in units of about 512 tokens, each whole on one device, the devices taking turns: sums over rows are
 made of the same parts in the same order, so that neither another batch size (rows read at a time) nor another number
 of devices changes a byte. Only the rows are shared out: each device holds the block at work, and the first one all
 that is made of it.
@@ -21,7 +21,7 @@ import numpy as np
 from jq4.checkpoint.atomic import naming
 from jq4.errors import JQ4Error
 
-_TOKENS_A_UNIT = 1024
+_TOKENS_A_UNIT = 512
 
 Item = TypeVar("Item")
 

@@ -9,7 +9,8 @@
     finished        W, H, a solution            natural codes, parameters and findings   H with L
 
 "H with L" is both in the memory of one (jq4.methods.factored_hessian). Statistics of one weight alone may bring
-(C - H)^T W in place of C (jq4.observe_pair), and the first program is left out.
+(C - H)^T W in place of C (jq4.observe_pair), and the first program is left out; their H may come as its squares on and
+above the diagonal, in half the memory (jq4.upper_squares).
 
 Each is compiled once for a shape. In a trace they are inlined. What a program holds besides is small where groups are
 short; a group of more than 512 rows is one square of the matrix, so that for one scale a channel (g = K) `refined` has
@@ -36,6 +37,7 @@ from jq4.methods.slots import Slots, slots_of
 from jq4.methods.triangular import solved
 from jq4.qarray import codes_of
 from jq4.rounding import Encoding, Parameters, find_parameters
+from jq4.upper_squares import whole
 
 _MEASURED_COLUMNS = 256
 
@@ -72,12 +74,14 @@ class Solver:
         self,
         weight: jax.Array,
         count: jax.Array,
-        outer: jax.Array,
+        outer: Any,
         cross: jax.Array | None = None,
         way: jax.Array | None = None,
         release: Callable[[str], None] | None = None,
     ) -> Solved:
         """Of W float[K, N] and sums over `count` rows: H and C f32[K, K], or (C - H)^T W f32[K, N] for C.
+
+        H may be in the form of jq4.upper_squares.
 
         `release` is called with the name of a sum, as jq4.statistics has it, once it has been used.
         """
@@ -94,13 +98,11 @@ class Solver:
             found = by_rows()
         return found._replace(findings=found.findings._replace(starved=starved))
 
-    def _by_rows(
-        self, weight: jax.Array, outer: jax.Array, cross: Any, way: Any, release: Callable[[str], None]
-    ) -> Solved:
+    def _by_rows(self, weight: jax.Array, outer: Any, cross: Any, way: Any, release: Callable[[str], None]) -> Solved:
         if not self.options.correction:
             way = None
         elif way is None and cross is not None:
-            way = _towards(weight, outer, cross)
+            way = _towards(weight, whole(outer), cross)
         release("cross_total")
         factor = _factored(outer, self)
         release("outer_total")
@@ -138,14 +140,14 @@ def _towards(weight: jax.Array, outer: jax.Array, cross: jax.Array) -> jax.Array
     return towards_dense(weight.astype(jnp.float32), outer, cross)
 
 
-def _factored(outer: jax.Array, solver: Solver) -> _Factor:
+def _factored(outer: Any, solver: Solver) -> _Factor:
     slots, diagonal, dead = _ordered(outer, solver)
     both, damping = damped_factor(outer, slots, diagonal, solver.options.damping)
     return _Factor(both, slots, diagonal, dead, damping)
 
 
 @_program
-def _ordered(outer: jax.Array, solver: Solver) -> tuple[Slots, jax.Array, jax.Array]:
+def _ordered(outer: Any, solver: Solver) -> tuple[Slots, jax.Array, jax.Array]:
     """The slots, H's diagonal f32[P] in them, and which inputs are dead, bool[K]."""
     natural, dead = mended_diagonal(outer)
     slots = slots_of(solver.canonical, natural, solver.options.actorder)

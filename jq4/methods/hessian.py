@@ -10,8 +10,11 @@ factor   H = L L^T with L lower triangular, rows and columns in the order of `sl
          Cholesky factor U of inv(H): with rows and columns reversed, inv(U) is L. So neither inverse is needed.
 
 H may be any multiple of E[x x^T], such as the sum over all rows: nothing here depends on its unit. It is read where it
-lies: a reordered copy becomes the factor, above which it stays readable (jq4.methods.factored_hessian).
+lies, all of it or its squares on and above the diagonal (jq4.upper_squares): a reordered copy becomes the factor, above
+which it stays readable (jq4.methods.factored_hessian).
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,7 @@ from jax.core import Tracer
 from jq4.methods.factored_hessian import FactoredHessian
 from jq4.methods.slots import Slots
 from jq4.methods.triangular import factored
+from jq4.upper_squares import diagonal as diagonal_of
 
 _RAISED = 10.0  # what a damping that failed is multiplied by
 _FIRST_RAISED = 1e-4  # what a damping of zero is raised to
@@ -27,17 +31,15 @@ _LAST = 1e6  # past this, H does not hold finite numbers
 _STRIP = 512  # columns of H that are worked on at a time
 
 
-def mended_diagonal(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
+def mended_diagonal(hessian: Any) -> tuple[jax.Array, jax.Array]:
     """(f32[K], H's diagonal with the others' mean for dead inputs, bool[K] which those are)."""
-    diagonal = jnp.diagonal(hessian)
+    diagonal = diagonal_of(hessian)
     dead = diagonal == 0
     mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1).astype(jnp.float32)
     return jnp.where(dead, jnp.where(mean > 0, mean, 1.0), diagonal), dead
 
 
-def damped_factor(
-    hessian: jax.Array, slots: Slots, diagonal: jax.Array, damping: float
-) -> tuple[FactoredHessian, jax.Array]:
+def damped_factor(hessian: Any, slots: Slots, diagonal: jax.Array, damping: float) -> tuple[FactoredHessian, jax.Array]:
     """(H + d * mean(diag H) * I in slots and its factor, d f32[] the damping that it took, at least the one asked for).
 
     Args:
@@ -65,7 +67,7 @@ def damped_factor(
 
 
 @jax.jit
-def _attempted(hessian: jax.Array, slots: Slots, diagonal: jax.Array, damping: jax.Array) -> FactoredHessian:
+def _attempted(hessian: Any, slots: Slots, diagonal: jax.Array, damping: jax.Array) -> FactoredHessian:
     """H damped by so much and its L, NaN where there is none."""
     unit = mean_of_rows(slots, diagonal)
     place = jnp.arange(len(slots.row))

@@ -12,6 +12,7 @@ group or has to fix all scales beforehand; GPTQModel's group-aware order is this
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ import numpy as np
 from jq4.methods.canonical import Canonical
 from jq4.methods.feedback import padded_group, padded_groups, section_of
 from jq4.rounding import Parameters
+from jq4.upper_squares import entries
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("row", "slot"), meta_fields=("canonical",))
@@ -54,10 +56,10 @@ class Slots:
         """[K, N] as [P, N], zeros where there is no row."""
         return jnp.take(values, self.row, axis=0, mode="fill", fill_value=0)
 
-    def square(self, matrix: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-        """[K, K] as [p, q], p and q given as the rows in their slots; zeros where there is none."""
+    def square(self, matrix: Any, rows: jax.Array, columns: jax.Array) -> jax.Array:
+        """[K, K] in either form (jq4.upper_squares) as [p, q], p and q given as rows in slots; zeros for none."""
         held = (rows < len(self.slot))[:, None] & (columns < len(self.slot))[None, :]
-        return jnp.where(held, matrix.at[rows[:, None], columns[None, :]].get(mode="clip"), 0.0)
+        return jnp.where(held, entries(matrix, rows, columns), 0.0)
 
     def natural(self, codes: jax.Array, parameters: Parameters) -> tuple[jax.Array, Parameters]:
         """Codes [P, N] and parameters [P/group, 1, N] of slots as those of rows [K, N] and groups [G, N]."""

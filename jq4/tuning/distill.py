@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jq4.divergence import divergence
 from jq4.errors import JQ4Error
 from jq4.tuning.descent import Progress, Rows, Settings, descend, split_rows
 from jq4.tuning.effort import END_TO_END, TOKENS, defaults
@@ -46,9 +47,8 @@ class Divergence:
 
     def __call__(self, variables: Any, context: Any, batch: jax.Array) -> jax.Array:
         packed, dense = context
-        log_p = jax.nn.log_softmax(self.logits(dense, batch).astype(jnp.float32))  # f32[B, T, V]
-        log_q = jax.nn.log_softmax(self.logits(learned_tree(variables, packed, dense), batch).astype(jnp.float32))
-        return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), axis=-1)
+        learned = self.logits(learned_tree(variables, packed, dense), batch)  # [B, T, V]
+        return jnp.mean(divergence(learned, self.logits(dense, batch)), axis=-1)
 
 
 def distill(

@@ -36,6 +36,7 @@ from jq4.formats import Format
 from jq4.input_rotation import rotated
 from jq4.qarray import NEUTRAL, QArray, codes_of, dense, is_qarray, levels_of, spread_groups
 from jq4.rounding import nearest_level, storable, storable_scale
+from jq4.straight_through import straight_through
 from pallas_kernels import packing
 
 MARGIN = 0.01  # how far from the edge of its code's cell a weight starts, in codes
@@ -93,6 +94,19 @@ def ratio_of_start(q: QArray, weight: jax.Array) -> jax.Array:
     return ratio if zero_point is None else ratio + _spread(zero_point, q)
 
 
+def shift_to_codes(q: QArray, weight: jax.Array) -> jax.Array:
+    """The smallest shift f32[*B, K, N], in steps, that lets every weight round to its code in `q`, MARGIN inside."""
+    form = q.number_format
+    scale, zero_point, offset = _parameters_of(Variables(), q)
+    ratio, codes = _ratio(weight, scale, offset, q), codes_of(q)
+    if form.is_integer:
+        zero = jnp.full_like(ratio, form.center) if zero_point is None else _spread(zero_point, q)
+        center, exact = codes.astype(jnp.float32), ratio + zero
+        return jnp.clip(exact, center - 0.5 + MARGIN, center + 0.5 - MARGIN) - exact
+    low, high = (jnp.take(jnp.asarray(edge), codes.astype(jnp.int32), axis=0) for edge in _cells(form))
+    return jnp.clip(ratio, low, high) - ratio
+
+
 def harden(variables: Variables, q: QArray, weight: jax.Array | None) -> QArray:
     """The packed leaf that the variables stand for, of the static form of the start `q`; traces."""
     codes, _, scale, zero_point, offset = _parts_of(variables, q, weight)
@@ -143,15 +157,15 @@ def _parameters_of(variables: Variables, q: QArray) -> tuple[jax.Array, jax.Arra
     if variables.log_scale is not None:
         factor = jnp.exp(variables.log_scale)
         size = jnp.abs(first) * factor
-        scale = _straight(first * factor, jnp.sign(first) * storable_scale(size, q.scale.dtype.name))
+        scale = straight_through(first * factor, jnp.sign(first) * storable_scale(size, q.scale.dtype.name))
     zero_point = None if q.zero_point is None else q.zero_point.astype(jnp.float32)
     offset = None if q.offset is None else dense(q.offset).astype(jnp.float32)
     if variables.shift is not None and zero_point is not None:
         soft = jnp.clip(zero_point + variables.shift, 0, q.number_format.max_code)
-        zero_point = _straight(soft, jnp.round(soft))
+        zero_point = straight_through(soft, jnp.round(soft))
     elif variables.shift is not None and q.offset is not None and offset is not None:
         soft = offset + variables.shift * first
-        offset = _straight(soft, storable(soft, q.offset.dtype.name))
+        offset = straight_through(soft, storable(soft, q.offset.dtype.name))
     return scale, zero_point, offset
 
 
@@ -173,11 +187,11 @@ def _rounded(
     if form.is_integer:
         zero = jnp.full_like(ratio, form.center) if zero_point is None else _spread(zero_point, q)
         soft = jnp.clip(ratio + zero + rounding, MARGIN - 0.5, form.max_code + 0.5 - MARGIN)
-        codes = _straight(soft, jnp.round(soft))
+        codes = straight_through(soft, jnp.round(soft))
         return codes, codes - form.center if zero_point is None else codes
     soft = jnp.clip(ratio + rounding * _spacing(form), -form.max_level, form.max_level)
     codes = nearest_level(soft, form)
-    return codes, _straight(soft, levels_of(codes, form))
+    return codes, straight_through(soft, levels_of(codes, form))
 
 
 def _stored(values: jax.Array, like: Any) -> Any:
@@ -186,16 +200,9 @@ def _stored(values: jax.Array, like: Any) -> Any:
 
 
 def _first_rounding(q: QArray, weight: jax.Array) -> jax.Array:
-    """The smallest shift f32[*B, K, N] that rounds every weight to the code it has in `q`, MARGIN inside its cell."""
-    form = q.number_format
-    scale, zero_point, offset = _parameters_of(Variables(), q)
-    ratio, codes = _ratio(weight, scale, offset, q), codes_of(q)
-    if form.is_integer:
-        zero = jnp.full_like(ratio, form.center) if zero_point is None else _spread(zero_point, q)
-        center, exact = codes.astype(jnp.float32), ratio + zero
-        return jnp.clip(exact, center - 0.5 + MARGIN, center + 0.5 - MARGIN) - exact
-    low, high = (jnp.take(jnp.asarray(edge), codes.astype(jnp.int32), axis=0) for edge in _cells(form))
-    return (jnp.clip(ratio, low, high) - ratio) / _spacing(form)
+    """The same in codes, which `rounding` is in: a codebook's are _spacing apart."""
+    shift = shift_to_codes(q, weight)
+    return shift if q.number_format.is_integer else shift / _spacing(q.number_format)
 
 
 def _cells(form: Format) -> tuple[np.ndarray, np.ndarray]:
@@ -217,8 +224,3 @@ def _spacing(form: Format) -> float:
 
 def _spread(values: jax.Array, q: QArray) -> jax.Array:
     return spread_groups(values, q.group_size, q.axis, q.shape[q.axis])
-
-
-def _straight(soft: jax.Array, hard: jax.Array) -> jax.Array:
-    """`hard`, to the bit, with the gradient of `soft`."""
-    return jax.lax.stop_gradient(hard) + (soft - jax.lax.stop_gradient(soft))

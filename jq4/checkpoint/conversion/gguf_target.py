@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.conversion.dense import row_slices, rows_of
 from jq4.checkpoint.conversion.layout import Layout, Place
 from jq4.checkpoint.conversion.proposal import Proposal
 from jq4.checkpoint.conversion.safetensors_target import fixed_target
 from jq4.checkpoint.conversion.stream import Target
 from jq4.checkpoint.foreign import gguf
 from jq4.checkpoint.foreign.gguf.names import layer_and_stem
+from jq4.checkpoint.foreign.host_dequantize import some_rows
 from jq4.checkpoint.foreign.weights import Checkpoint
 from jq4.checkpoint.foreign.writing import Planned
 
@@ -50,7 +50,7 @@ def _by_rows(encode: Callable[[Any], Mapping[str, np.ndarray]]) -> Callable[[Any
     """A tensor whose rows are encoded each by itself, a few at a time."""
 
     def pieces(value: Any) -> Iterator[np.ndarray]:
-        for at in row_slices(tuple(value.shape)):
-            yield from encode(rows_of(value, at)).values()
+        for _, block in some_rows(value):
+            yield from encode(block).values()
 
     return pieces

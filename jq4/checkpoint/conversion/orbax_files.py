@@ -128,7 +128,7 @@ class OrbaxFiles:
         _undo_finish(folder)
         self._data.mkdir(exist_ok=True)
         abstract = {leaf.keys: jax.tree.map(functools.partial(_array_of, leaf), leaf.abstract) for leaf in leaves}
-        self._node, described = structure.describe(_tree_of(abstract))
+        self._node, described = structure.describe(structure.nested(abstract))
         by_keys = {leaf.keys: leaf for leaf in leaves}
         writer = Writer(self._data, make_group)
         self._infos: list[LeafInfo] = []
@@ -236,16 +236,6 @@ def _undo_finish(folder: Path) -> None:
     for named in folder.glob("data-*"):
         shutil.rmtree(folder / WORK, ignore_errors=True)
         named.rename(folder / WORK)
-
-
-def _tree_of(leaves: Mapping[Keys, Any]) -> dict[Any, Any]:
-    tree: dict[Any, Any] = {}
-    for keys, leaf in leaves.items():
-        node = tree
-        for key in keys[:-1]:
-            node = node.setdefault(key, {})
-        node[keys[-1]] = leaf
-    return tree
 
 
 def _array_keys(keys: Keys, leaf: Any) -> list[Keys]:

@@ -139,13 +139,29 @@ def _whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
     for line in content.splitlines(keepends=True):
         try:
             entry = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
-        if not isinstance(entry, dict):
+        if entry is None or not _is_line(entry):
             break
         entries.append(entry)
         length += len(line)
     return entries, length
+
+
+def _is_line(entry: Any) -> bool:
+    """Whether it is what `Journal` writes; files that it tells of lie in the folder."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("identity", {}), dict):
+        return False
+    wrote = entry.get("wrote") if "done" in entry else {}
+    if not isinstance(entry.get("done", ""), str) or not isinstance(wrote, dict):
+        return False
+    return all(isinstance(told, str) or _is_file(name, told) for name, told in wrote.items())
+
+
+def _is_file(name: str, told: Any) -> bool:
+    """A path in the folder, with a size and a digest."""
+    inside = not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
+    return inside and isinstance(told, list) and [type(one) for one in told] == [int, str]
 
 
 def _check_ours(folder: Path) -> None:

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jq4.checkpoint.conversion.dense import dense_rows
 from jq4.checkpoint.conversion.difference import Difference
 from jq4.checkpoint.foreign import mx_blocks
 from jq4.checkpoint.foreign.bit_strings import pack
-from jq4.checkpoint.foreign.host_dequantize import host_dequantize
+from jq4.checkpoint.foreign.host_dequantize import finite_rows, host_dequantize
 from jq4.checkpoint.foreign.linears import is_linear
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.foreign.writing import Planned, Writer
@@ -75,9 +74,7 @@ class Requantizer:
         parts = {name: part for name in PARTS if (part := getattr(abstract, name)) is not None}
         held = {name: np.empty(part.shape, part.dtype) for name, part in parts.items()}
         difference = Difference()
-        for at, dense in dense_rows(weight.read()):
-            if not np.isfinite(dense).all():
-                raise JQ4Error(f"{weight.name}: holds NaN or infinity; mend the source")
+        for at, dense in finite_rows(weight.read(), weight.name):
             made = rounding(dense)
             for name, part in held.items():
                 part[at] = np.asarray(getattr(made, name))

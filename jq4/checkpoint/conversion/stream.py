@@ -144,7 +144,7 @@ def check_fits(target: Target, room: int, memory: int) -> None:
     needed = {each.weight.name: held_bytes(each, target.nbytes_of[each.weight.name]) for each in target.planned}
     name = max(needed, key=lambda each: needed[each], default="")
     if name and needed[name] > room:
-        least = needed[name] + max(memory - room, resident_bytes())
+        least = needed[name] + resident_bytes()
         raise JQ4Error(
             f"{name}: converting it takes about {format_bytes(needed[name])} of memory, and of --memory "
             f"{format_bytes(memory)} the program itself leaves {format_bytes(room)}; give --memory "

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.conversion.dense import dense_rows
 from jq4.checkpoint.conversion.difference import Difference
 from jq4.checkpoint.conversion.proposal import Proposal, form_of
+from jq4.checkpoint.foreign.host_dequantize import dense_rows
 from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight
 from jq4.formats import get_format
 from jq4.freed_pages import give_back_freed_pages, give_back_mapped_pages

@@ -12,11 +12,10 @@ sorted groups are not whole blocks (but for a short last one) there is no QArray
 
 import numpy as np
 
-from jq4.checkpoint.foreign.bit_strings import pack, unpack
+from jq4.checkpoint.foreign.bit_strings import unpack
 from jq4.checkpoint.foreign.partners import contradiction
+from jq4.checkpoint.foreign.row_blocks import packed_by_rows
 from jq4.checkpoint.safetensors_files import StoredTensor
-
-_BLOCK = 1 << 22  # codes that are unpacked at a time
 
 
 def permutation_of(stored: StoredTensor, length: int, group_size: int) -> np.ndarray | None:
@@ -61,9 +60,8 @@ def group_index(length: int, group_size: int, permutation: np.ndarray | None = N
 
 def reordered(codes: np.ndarray, bits: int, order: np.ndarray) -> np.ndarray:
     """Packed codes u8[N, bytes(K)] with code j taken from place order[j]."""
-    rows = max(1, _BLOCK // len(order))
-    result = np.empty_like(codes)
-    for first in range(0, len(codes), rows):
-        block = unpack(codes[first : first + rows], bits, len(order))
-        result[first : first + rows] = pack(np.take(block, order, axis=1), bits)
-    return result
+
+    def moved(rows: slice) -> np.ndarray:
+        return np.take(unpack(codes[rows], bits, len(order)), order, axis=1)
+
+    return packed_by_rows((len(codes), len(order)), bits, moved)

@@ -11,6 +11,7 @@ import numpy as np
 from jq4.checkpoint.foreign.awq import CENTRE
 from jq4.checkpoint.foreign.awq_layouts import gemm_of_codes, gemm_of_zeros
 from jq4.checkpoint.foreign.integer_weights import cast_scales, full, require_integers, scale_dtype, unwritable
+from jq4.checkpoint.foreign.linears import module_of
 from jq4.checkpoint.foreign.module_patterns import by_setting, dense_modules
 from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.checkpoint.foreign.writing import Planned, as_it_is
@@ -33,7 +34,7 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
             "multiples of 8 inputs and outputs, and whole groups",
         )
     dtype, loss, doubt = scale_dtype(q, options)
-    prefix = weight.name.removesuffix(".weight")
+    prefix = module_of(weight)
     shapes = {
         f"{prefix}.qweight": ("I32", (inputs, outputs // 8)),
         f"{prefix}.qzeros": ("I32", (q.num_groups, outputs // 8)),
@@ -57,7 +58,7 @@ def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> d
         raise JQ4Error(f"awq: found the group sizes {found}; an AWQ checkpoint has one. Write compressed-tensors.")
     dense = dense_modules(planned)
     for module in dense:
-        hidden = next((one.name for one in packed if module in one.name.removesuffix(".weight")), None)
+        hidden = next((one.name for one in packed if module in module_of(one)), None)
         if hidden is not None:
             raise JQ4Error(
                 f"awq: the dense {module} is part of the name of the packed {hidden}, and AWQ's modules_to_not_convert "

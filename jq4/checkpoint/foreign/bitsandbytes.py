@@ -25,7 +25,7 @@ import numpy as np
 
 from jq4.checkpoint.foreign.bnb_state import FORMATS, NESTED_BLOCK, SUFFIX, QuantState, read_state
 from jq4.checkpoint.foreign.flat_groups import by_rows, row_group_size
-from jq4.checkpoint.foreign.named_tensors import checked, partner, read_finite, read_scalar, refusal
+from jq4.checkpoint.foreign.partners import checked, partner, read_finite, read_scalar, refusal
 from jq4.checkpoint.foreign.row_blocks import packed_by_rows
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.safetensors_files import StoredTensor

@@ -14,7 +14,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jq4.checkpoint.foreign import bit_strings
@@ -22,15 +21,16 @@ from jq4.checkpoint.foreign.bitsandbytes import nested_axis
 from jq4.checkpoint.foreign.bnb_quantize import nested, quantized
 from jq4.checkpoint.foreign.bnb_state import BLOCK_SIZES, FORMATS, NESTED_BLOCK, SUFFIX, QuantState
 from jq4.checkpoint.foreign.flat_groups import by_rows, row_group_size
+from jq4.checkpoint.foreign.host_dequantize import finite_rows, host_dequantize
 from jq4.checkpoint.foreign.linears import is_linear, module_of
 from jq4.checkpoint.foreign.module_patterns import unsaid_head
-from jq4.checkpoint.foreign.row_blocks import dense_blocks, row_blocks
+from jq4.checkpoint.foreign.row_blocks import row_blocks
 from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.checkpoint.foreign.writing import Planned, as_it_is
 from jq4.double_quant import FORMAT as NESTED_FORMAT
 from jq4.errors import JQ4Error
 from jq4.formats import get_format
-from jq4.qarray import QArray, dequantize_array, is_qarray
+from jq4.qarray import QArray, is_qarray
 
 NAME = "bnb-nf4"
 _GROUP = 64
@@ -161,9 +161,7 @@ def _quantized(value: Any, state: QuantState, name: str) -> tuple[np.ndarray, np
     rows, width = state.shape
     flat, absmax = np.empty(-(-rows * width // 2), np.uint8), np.empty(state.blocks, np.float32)
     multiple = state.blocksize // row_group_size(width, state.blocksize)  # rows that are whole blocks
-    for block, dense in dense_blocks(value, multiple):
-        if not np.isfinite(dense).all():
-            raise JQ4Error(f"{name}: holds NaN or infinity in rows {block.start} to {block.stop - 1}; mend the source.")
+    for (block,), dense in finite_rows(value, name, multiple):
         codes, peaks = quantized(dense.reshape(-1), state.blocksize)
         start = block.start * width
         flat[start // 2 :][: -(-codes.size // 2)] = _high_first(codes, _zero("nf4"))
@@ -191,7 +189,7 @@ def _flat_bytes(q: QArray) -> np.ndarray:
 
 def _flat_scales(q: QArray, state: QuantState, name: str) -> np.ndarray:
     """f32[B] of the blocks of the flat weight; a JQ4Error where a block has more than one scale."""
-    scale = np.asarray(dequantize_array(jax.tree.map(np.asarray, q.scale)) if is_qarray(q.scale) else q.scale)
+    scale = host_dequantize(q.scale) if is_qarray(q.scale) else np.asarray(q.scale)
     of_groups = np.broadcast_to(scale.astype(np.float32), (*q.shape[:-1], q.num_groups)).reshape(-1)
     starts = -(-np.arange(state.blocks) * state.blocksize // q.group_size)
     flat = of_groups[starts]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.foreign.named_tensors import refusal
+from jq4.checkpoint.foreign.partners import refusal
 from jq4.checkpoint.safetensors_files import StoredTensor, parse_json
 from jq4.errors import JQ4Error
 
@@ -102,4 +102,4 @@ def _is_shape(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 2**127

@@ -24,7 +24,7 @@ from jq4.checkpoint.foreign.bit_strings import bytes_of_words, trimmed, unpack
 from jq4.checkpoint.foreign.compressed_tensors_config import Config, Scheme
 from jq4.checkpoint.foreign.notes import Notes
 from jq4.checkpoint.foreign.padded_words import padded_width, repacked, unpack_padded
-from jq4.checkpoint.foreign.partners import FLOATS, Partners, contradiction, finite, modules_with
+from jq4.checkpoint.foreign.partners import FLOATS, Partners, contradiction, modules_with, read_finite
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.safetensors_files import DTYPES, StoredTensor
 from jq4.qarray import QArray
@@ -241,5 +241,5 @@ def _read(module: _Module, abstract: QArray) -> QArray:
     if module.zeros is not None:
         parts["zero_point"] = _zero_points(module, module.zeros)
     stored = partners.need("weight_scale")
-    scale = finite(stored.read(), stored).reshape(abstract.scale.shape)
+    scale = read_finite(stored).reshape(abstract.scale.shape)
     return dataclasses.replace(abstract, codes=codes, scale=scale, **parts)

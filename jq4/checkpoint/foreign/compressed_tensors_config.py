@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jq4.checkpoint.foreign.file_patterns import matches
 from jq4.errors import JQ4Error
 
 UNREADABLE = {
@@ -48,9 +49,9 @@ class Config:
 
     def scheme_of(self, module: str) -> Scheme:
         """The scheme of the most exact target that matches; an empty one where none does."""
-        for matches in (_is_name, _is_pattern, _is_class):
+        for means in (_is_name, _is_pattern, _is_class):
             for targets, scheme in self._schemes:
-                if any(matches(target, module) for target in targets):
+                if any(means(target, module) for target in targets):
                     return scheme
         return Scheme()
 
@@ -60,14 +61,7 @@ def _is_name(target: str, module: str) -> bool:
 
 
 def _is_pattern(target: str, module: str) -> bool:
-    if not target.startswith("re:"):
-        return False
-    try:
-        return re.match(target[3:], module) is not None
-    except re.error as error:
-        raise JQ4Error(
-            f"quantization_config: target {target!r} is not a regular expression ({error}). Mend config.json."
-        ) from error
+    return target.startswith("re:") and matches(target[3:], module, "quantization_config: a target")
 
 
 def _is_class(target: str, module: str) -> bool:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from jq4.checkpoint.foreign.bit_strings import pack, words_of_bytes
-from jq4.checkpoint.foreign.fp4_packed import E8M0, MXFP4_GROUP
 from jq4.checkpoint.foreign.integer_weights import cast_scales, full, require_integers, unwritable
-from jq4.checkpoint.foreign.module_patterns import by_setting, dense_modules, module_of, patterns, unsaid_head
+from jq4.checkpoint.foreign.linears import module_of
+from jq4.checkpoint.foreign.module_patterns import by_setting, dense_modules, patterns, unsaid_head
+from jq4.checkpoint.foreign.mx_blocks import BLOCK, SCALE_DTYPE
 from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.checkpoint.foreign.writing import Planned, as_it_is
 from jq4.checkpoint.safetensors_files import DTYPES
@@ -78,9 +79,9 @@ def plan_mxfp4(weight: LazyWeight) -> Planned:
     q: QArray = weight.abstract
     extras = (q.zero_point, q.offset, q.permutation, q.input_scale, q.activation_scale)
     plain = q.axis == -1 and q.layout == NEUTRAL and not (q.activations or q.input_rotation or is_qarray(q.scale))
-    if q.format != "fp4" or q.group_size != MXFP4_GROUP or q.shape[-1] % MXFP4_GROUP or len(q.shape) not in (2, 3):
+    if q.format != "fp4" or q.group_size != BLOCK or q.shape[-1] % BLOCK or len(q.shape) not in (2, 3):
         found = f"format {q.format}, shape {q.shape} and groups of {q.group_size}"
-        raise unwritable(weight, "mxfp4", found, f"fp4 codes [N, K] in whole groups of {MXFP4_GROUP}")
+        raise unwritable(weight, "mxfp4", found, f"fp4 codes [N, K] in whole groups of {BLOCK}")
     if not plain or any(part is not None for part in extras):
         raise unwritable(weight, "mxfp4", "more than codes and plain scales along K", "codes and powers of two alone")
     prefix = module_of(weight)
@@ -92,17 +93,17 @@ def plan_mxfp4(weight: LazyWeight) -> Planned:
     def encode(q: QArray) -> Mapping[str, np.ndarray]:
         return dict(zip(shapes, (np.asarray(q.codes), _exponents(full(q.scale, q), weight)), strict=True))
 
-    doubt = "" if q.scale.dtype == E8M0 else "scales must be powers of two"
+    doubt = "" if q.scale.dtype == SCALE_DTYPE else "scales must be powers of two"
     return Planned(weight, shapes, encode, doubt=doubt)
 
 
 def _exponents(scale: np.ndarray, weight: LazyWeight) -> np.ndarray:
     """e8m0 bytes of scales that are powers of two."""
-    if scale.dtype == E8M0:
+    if scale.dtype == SCALE_DTYPE:
         return np.ascontiguousarray(scale).view(np.uint8)
     wide = scale.astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        bytes_ = np.ascontiguousarray(wide.astype(E8M0))
+        bytes_ = np.ascontiguousarray(wide.astype(SCALE_DTYPE))
         wrong = int((bytes_.astype(np.float32) != wide).sum())
     if wrong:
         raise JQ4Error(
@@ -138,7 +139,7 @@ def _setting(q: QArray) -> tuple[str, int, bool, int | None]:
     """(format, bits, symmetric, group size or None for one scale a channel)."""
     grouped = q.group_size if q.num_groups > 1 else None
     if q.format == "fp4":
-        return _MXFP4, 4, True, MXFP4_GROUP
+        return _MXFP4, 4, True, BLOCK
     return _INTEGERS, q.bits, q.zero_point is None, grouped
 
 

@@ -14,12 +14,8 @@ def row_group_size(width: int, size: int) -> int:
     return math.gcd(width, size)
 
 
-def num_groups(shape: tuple[int, ...], size: int) -> int:
-    return -(-math.prod(shape) // size)
-
-
 def by_rows(values: np.ndarray, shape: tuple[int, ...], size: int) -> np.ndarray:
-    """One value a flat group [num_groups] as one a group of a row [*B, N, K / row_group_size]."""
+    """One value a flat group [ceil(B*N*K / size)] as one a group of a row [*B, N, K / row_group_size]."""
     fine = row_group_size(shape[-1], size)
     flat = values.reshape(-1)
     if fine != size:

@@ -1,7 +1,7 @@
 """FP4 weights of compressed-tensors, mxfp4-pack-quantized and nvfp4-pack-quantized, as QArrays with packed scales.
 
     weight_packed         u8 [*E, N, K/2]       e2m1 codes, even k in the low nibble: a QArray's bytes as they are
-    mxfp4   weight_scale  u8 [*E, N, K/32]      e8m0: 2**(byte - 127); 255 is NaN
+    mxfp4   weight_scale  u8 [*E, N, K/32]      e8m0, see mx_blocks.py
     nvfp4   weight_scale  e4m3 [*E, N, K/16]    w = level * weight_scale / weight_global_scale
             weight_global_scale   f32 [1]
 
@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.foreign.partners import Partners, contradiction
+from jq4.checkpoint.foreign.mx_blocks import BLOCK, SCALE_DTYPE, read_scales
+from jq4.checkpoint.foreign.partners import Partners, contradiction, refusal
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.safetensors_files import DTYPES, StoredTensor
-from jq4.errors import JQ4Error
 from jq4.qarray import QArray
 
-MXFP4_GROUP, NVFP4_GROUP = 32, 16
-E8M0 = DTYPES["F8_E8M0"]
+NVFP4_GROUP = 16
 _PARTS = ("weight_packed", "weight_scale", "weight_global_scale", "weight_shape")
 
 
@@ -31,7 +30,7 @@ def weight(partners: Partners, config: Mapping[str, Any]) -> LazyWeight:
     packed = partners.need("weight_packed", "U8")
     scale = partners.need("weight_scale", "U8", "F8_E8M0", "F8_E4M3")
     nvfp4 = scale.dtype == "F8_E4M3"
-    group = NVFP4_GROUP if nvfp4 else MXFP4_GROUP
+    group = NVFP4_GROUP if nvfp4 else BLOCK
     if len(packed.shape) not in (2, 3) or scale.shape[:-1] != packed.shape[:-1]:
         raise contradiction(scale, f"{[*packed.shape[:-1], 'groups']} for weight_packed {list(packed.shape)}")
     inputs = packed.shape[-1] * 2
@@ -47,7 +46,7 @@ def weight(partners: Partners, config: Mapping[str, Any]) -> LazyWeight:
         format="fp4",
         group_size=group,
         dtype=model_dtype(config),
-        parts={"scale": (scale.shape, E8M0)},
+        parts={"scale": (scale.shape, SCALE_DTYPE)},
     )
     if nvfp4:
         abstract = dataclasses.replace(abstract, scale=_abstract_scale(partners, scale))
@@ -82,26 +81,22 @@ def _abstract_scale(partners: Partners, scale: StoredTensor) -> QArray:
 
 
 def _read_mxfp4(partners: Partners, abstract: QArray) -> QArray:
-    stored = partners.need("weight_scale")
-    exponents = np.asarray(stored.read()).view(np.uint8)
-    _refuse_nan(exponents == 255, stored)
-    codes = np.asarray(partners.need("weight_packed").read())
-    return dataclasses.replace(abstract, codes=codes, scale=exponents.view(E8M0))
+    scale = np.asarray(read_scales(partners.need("weight_scale")))
+    return dataclasses.replace(abstract, codes=np.asarray(partners.need("weight_packed").read()), scale=scale)
 
 
 def _read_nvfp4(partners: Partners, abstract: QArray) -> QArray:
     stored, whole = partners.need("weight_scale"), partners.need("weight_global_scale")
     levels, factor = np.asarray(stored.read()).view(np.uint8), np.asarray(whole.read())
     _refuse_nan((levels & 0x7F) == 0x7F, stored)
-    _refuse_nan(~(np.isfinite(factor) & (factor != 0)), whole)
-    inverse = (np.float32(1) / factor).reshape(abstract.scale.scale.shape)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        inverse = (np.float32(1) / factor).reshape(abstract.scale.scale.shape)
+    _refuse_nan(~(np.isfinite(factor) & np.isfinite(inverse.reshape(factor.shape))), whole)
     scale = dataclasses.replace(abstract.scale, codes=levels, scale=inverse)
     return dataclasses.replace(abstract, codes=np.asarray(partners.need("weight_packed").read()), scale=scale)
 
 
 def _refuse_nan(bad: np.ndarray, tensor: StoredTensor) -> None:
     if bad.any():
-        raise JQ4Error(
-            f"{tensor.file}: tensor {tensor.name!r} holds {int(bad.sum())} scales that are NaN, infinite or a zero to "
-            "divide by, wanted finite ones. The checkpoint is damaged; download it again."
-        )
+        found = f"holds {int(bad.sum())} scales that are NaN, infinite or a zero to divide by"
+        raise refusal(tensor, found, "finite ones")

@@ -15,13 +15,13 @@ says so.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.foreign.named_tensors import FLOATS, checked, partner, read_finite, read_scalar, refusal
+from jq4.checkpoint.foreign.file_patterns import matches
+from jq4.checkpoint.foreign.partners import FLOATS, checked, partner, read_finite, read_scalar, refusal
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.safetensors_files import StoredTensor
 from jq4.errors import JQ4Error
@@ -73,20 +73,16 @@ def _notes(tensors: Mapping[str, StoredTensor]) -> list[str]:
     ]
 
 
-def _overrides(quantization: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
+def _overrides(quantization: Mapping[str, Any]) -> list[tuple[str, Any]]:
     found = quantization.get("module_quant_configs") or {}
     if not isinstance(found, dict) or not all(isinstance(one, dict) for one in found.values()):
         raise JQ4Error("config.json: module_quant_configs is no object of objects. Download config.json again.")
-    try:
-        return [(re.compile(pattern), one) for pattern, one in found.items()]
-    except re.error as error:
-        raise JQ4Error(f"config.json: module_quant_configs has a pattern that is none: {error}") from None
+    return list(found.items())
 
 
-def _bits(
-    codes: StoredTensor, module: str, quantization: Mapping[str, Any], overrides: list[tuple[re.Pattern[str], Any]]
-) -> int:
-    said = next((one for pattern, one in overrides if pattern.search(module)), {})
+def _bits(codes: StoredTensor, module: str, quantization: Mapping[str, Any], overrides: list[tuple[str, Any]]) -> int:
+    where = "config.json: module_quant_configs"
+    said = next((one for pattern, one in overrides if matches(pattern, module, where, anywhere=True)), {})
     bits = said.get("num_bits", quantization.get("num_bits", 4))
     if codes.dtype == "I8":
         return 8
@@ -101,7 +97,7 @@ def _weight(
     rows, width = codes.shape[0], codes.shape[-1] * 8 // bits
     checked(scale, FLOATS, (rows, None))
     groups = max(scale.shape[1], 1)
-    if not width or width % groups:
+    if not width or not scale.shape[1] or width % groups:
         raise refusal(scale, f"has shape {list(scale.shape)}", f"groups that divide {width}, the weight's columns")
     abstract = abstract_qarray(
         (rows, width), format=f"int{bits}", group_size=width // groups, dtype=dtype,

@@ -28,7 +28,7 @@ from jq4.checkpoint.foreign import act_order
 from jq4.checkpoint.foreign.bit_strings import bytes_of_words, pack, unpack
 from jq4.checkpoint.foreign.gptq_labels import V1, V2, Label, label_of, refuse_kernel_layouts
 from jq4.checkpoint.foreign.notes import Notes
-from jq4.checkpoint.foreign.partners import FLOATS, Partners, contradiction, finite, modules_with
+from jq4.checkpoint.foreign.partners import FLOATS, Partners, contradiction, modules_with, read_finite
 from jq4.checkpoint.foreign.qweight_layouts import AWQ, layout_of
 from jq4.checkpoint.foreign.transposing import transposed
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
@@ -174,7 +174,7 @@ def _read(module: _Module, abstract: QArray) -> QArray:
         words = np.asarray(partners.need("qzeros").read())
         parts["zero_point"] = np.ascontiguousarray(zero_points(words, bits, module.version).T)
     scales = partners.need("scales")
-    scale = np.ascontiguousarray(finite(scales.read(), scales).T)
+    scale = np.ascontiguousarray(read_finite(scales).T)
     return dataclasses.replace(abstract, codes=codes, scale=scale, **parts)
 
 

@@ -11,13 +11,14 @@ Layouts that only one kernel reads are refused here, before their tensors are lo
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from jq4.checkpoint.foreign.file_patterns import matches
 from jq4.errors import JQ4Error
 
 V1, V2 = "gptq", "gptq_v2"
+_DYNAMIC, _EXTRA = "quantization_config: dynamic", "quantization_config: extra_config"
 _PERMUTED = {
     "marlin": "a layout permuted for one GPU kernel",
     "gptq_p": "bit planes (GPTQModel's planar layout)",
@@ -56,12 +57,12 @@ def refuse_kernel_layouts(quantization: Mapping[str, Any]) -> None:
 
 def _override(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     for pattern, settings in _mapping(quantization, "dynamic").items():
-        if not pattern.startswith("-:") and _matches(pattern.removeprefix("+:"), module):
+        if not pattern.startswith("-:") and matches(pattern.removeprefix("+:"), module, _DYNAMIC):
             return _settings(settings)
     extra = _mapping(quantization, "extra_config")
     if module in extra:
         return _settings(extra[module])
-    return next((_settings(extra[pattern]) for pattern in extra if _matches(pattern, module)), {})
+    return next((_settings(extra[pattern]) for pattern in extra if matches(pattern, module, _EXTRA)), {})
 
 
 def _mapping(quantization: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -75,13 +76,6 @@ def _mapping(quantization: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _settings(value: Any) -> Mapping[str, Any]:
     return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else {}
-
-
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return re.match(pattern, module) is not None
-    except re.error:
-        return pattern == module
 
 
 def _version(settings: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from jq4.checkpoint.foreign import act_order
 from jq4.checkpoint.foreign.bit_strings import pack, words_of_bytes
 from jq4.checkpoint.foreign.gptq_labels import V1, V2
 from jq4.checkpoint.foreign.integer_weights import cast_scales, full, require_integers, scale_dtype, unwritable
+from jq4.checkpoint.foreign.linears import module_of
 from jq4.checkpoint.foreign.module_patterns import by_setting, dense_modules, regexes
 from jq4.checkpoint.foreign.transposing import transposed
 from jq4.checkpoint.foreign.weights import LazyWeight
@@ -38,7 +39,7 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
     dtype, loss, doubt = scale_dtype(q, options)
     if version == V1 and q.zero_point is not None:
         doubt = "; ".join(filter(None, (doubt, "zero points must be 1 or more for checkpoint_format gptq")))
-    prefix = weight.name.removesuffix(".weight")
+    prefix = module_of(weight)
     shapes = {
         f"{prefix}.qweight": ("I32", (inputs * q.bits // 32, outputs)),
         f"{prefix}.qzeros": ("I32", (q.num_groups, outputs * q.bits // 32)),

@@ -24,7 +24,7 @@ import numpy as np
 
 from jq4.checkpoint.foreign import bit_strings
 from jq4.checkpoint.foreign.flat_groups import by_rows, row_group_size
-from jq4.checkpoint.foreign.named_tensors import FLOATS, checked, partner, read_finite, read_scalar, refusal
+from jq4.checkpoint.foreign.partners import FLOATS, checked, partner, read_finite, read_scalar, refusal
 from jq4.checkpoint.foreign.row_blocks import packed_by_rows, row_blocks
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.safetensors_files import DTYPES, StoredTensor

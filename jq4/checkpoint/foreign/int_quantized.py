@@ -8,16 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.foreign.bit_strings import pack
 from jq4.checkpoint.foreign.compressed_tensors_config import Scheme
-from jq4.checkpoint.foreign.partners import FLOATS, Partners, contradiction, finite
+from jq4.checkpoint.foreign.partners import FLOATS, Partners, contradiction, read_finite
+from jq4.checkpoint.foreign.row_blocks import packed_by_rows
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.safetensors_files import DTYPES
 from jq4.errors import JQ4Error
 from jq4.qarray import QArray
-from pallas_kernels.packing import packed_length
-
-_BLOCK = 1 << 22  # codes at a time
 
 
 def weight(partners: Partners, scheme: Scheme) -> LazyWeight:
@@ -30,6 +27,8 @@ def weight(partners: Partners, scheme: Scheme) -> LazyWeight:
             "Floats of 8 bits are not read: decompress it with compressed-tensors and save it dense, or take the "
             "original checkpoint.",
         )
+    if len(stored.shape) != 2:
+        raise contradiction(stored, "a matrix")
     scale, zeros = partners.need("weight_scale", *FLOATS), partners.get("weight_zero_point")
     groups = _groups(partners)
     bits = scheme.num_bits if scheme.num_bits in range(2, 9) else 8
@@ -70,21 +69,22 @@ def _spread(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
 
 def _read(partners: Partners, abstract: QArray) -> QArray:
     signed, bits, centre = np.asarray(partners.need("weight").read()), abstract.bits, abstract.number_format.center
-    codes = np.empty((len(signed), packed_length(signed.shape[1], bits)), np.uint8)
-    rows = max(1, _BLOCK // signed.shape[1])
-    for first in range(0, len(signed), rows):
-        block = signed[first : first + rows].view(np.uint8) + np.uint8(centre)  # modulo 256
+
+    def unsigned(rows: slice) -> np.ndarray:
+        block = signed[rows].view(np.uint8) + np.uint8(centre)  # modulo 256
         if block.max() > 2 * centre - 1:
             raise JQ4Error(
                 f"{partners.need('weight').file}: tensor {partners.weight_name!r} holds values outside "
                 f"{-centre}..{centre - 1}, wanted {bits} bits as quantization_config says. "
                 "Mend num_bits in config.json."
             )
-        codes[first : first + rows] = pack(block, bits)
+        return block
+
+    codes = packed_by_rows(signed.shape, bits, unsigned)
     parts: dict[str, Any] = {}
     if abstract.zero_point is not None:
         zeros = np.asarray(partners.need("weight_zero_point").read()).view(np.uint8) + np.uint8(centre)
         parts["zero_point"] = zeros.reshape(abstract.zero_point.shape)
     stored = partners.need("weight_scale")
-    scale = finite(stored.read(), stored).reshape(abstract.scale.shape)
+    scale = read_finite(stored).reshape(abstract.scale.shape)
     return dataclasses.replace(abstract, codes=codes, scale=scale, **parts)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jq4.checkpoint.foreign import bit_strings
-from jq4.checkpoint.foreign.named_tensors import FLOATS, partner, read_finite, refusal
+from jq4.checkpoint.foreign.partners import FLOATS, partner, read_finite, refusal
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.safetensors_files import DTYPES, StoredTensor
 from jq4.qarray import QArray

@@ -9,15 +9,12 @@ import re
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeVar
 
+from jq4.checkpoint.foreign.linears import module_of
 from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.checkpoint.foreign.writing import Planned
 
 Setting = TypeVar("Setting", bound=Hashable)
 _HEAD = "lm_head"
-
-
-def module_of(weight: LazyWeight) -> str:
-    return weight.name.removesuffix(".weight")
 
 
 def dense_modules(planned: Iterable[Planned]) -> list[str]:

@@ -14,10 +14,9 @@ import ml_dtypes
 import numpy as np
 
 from jq4.checkpoint.foreign import bit_strings
-from jq4.checkpoint.foreign.named_tensors import refusal
-from jq4.checkpoint.foreign.row_blocks import dense_blocks
+from jq4.checkpoint.foreign.host_dequantize import finite_rows
+from jq4.checkpoint.foreign.partners import refusal
 from jq4.checkpoint.safetensors_files import StoredTensor
-from jq4.errors import JQ4Error
 from jq4.qarray import QArray
 
 FORMAT = "fp4"
@@ -73,11 +72,9 @@ def packed(name: str, weight: Any) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(weight, QArray) and holds_blocks(weight):
         scale = np.broadcast_to(np.asarray(weight.scale).view(np.uint8), (*outer, width // BLOCK))
         return np.asarray(weight.codes), scale
-    codes = np.empty((int(np.prod(outer)), width // 2), np.uint8)
-    scales = np.empty((codes.shape[0], width // BLOCK), np.uint8)
-    for rows, dense in dense_blocks(weight):
-        if not np.isfinite(dense).all():
-            raise JQ4Error(f"{name}: holds NaN or infinity in rows {rows.start} to {rows.stop - 1}; mend the source.")
-        unpacked, scales[rows] = quantized(dense)
-        codes[rows] = bit_strings.pack(unpacked, 4)
-    return codes.reshape(*outer, -1), scales.reshape(*outer, -1)
+    codes = np.empty((*outer, width // 2), np.uint8)
+    scales = np.empty((*outer, width // BLOCK), np.uint8)
+    for at, dense in finite_rows(weight, name):
+        unpacked, scales[at] = quantized(dense)
+        codes[at] = bit_strings.pack(unpacked, 4)
+    return codes, scales

@@ -21,7 +21,7 @@ from jq4.checkpoint.foreign import mx_blocks
 from jq4.checkpoint.foreign.linears import is_linear, module_of
 from jq4.checkpoint.foreign.module_patterns import unsaid_head
 from jq4.checkpoint.foreign.mx_blocks import BLOCK, SCALE_DTYPE, SCALE_NAMES
-from jq4.checkpoint.foreign.named_tensors import checked, partner, refusal
+from jq4.checkpoint.foreign.partners import checked, partner, refusal
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.foreign.writing import Planned, as_it_is
 from jq4.checkpoint.safetensors_files import StoredTensor

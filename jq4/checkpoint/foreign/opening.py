@@ -17,14 +17,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight, dense_weight
-from jq4.checkpoint.safetensors_files import INDEX, SINGLE, StoredTensor, open_tensors, read_json
+from jq4.checkpoint.safetensors_files import INDEX, SINGLE, StoredTensor, open_tensors, read_json, read_small_file
 from jq4.errors import JQ4Error
 
-# in the order in which they are asked
+# the modules of this package that read a format, in the order in which they are asked
 READERS: tuple[str, ...] = (
-    "bitsandbytes", "mxfp4", "hqq", "torchao", "gemma", "mlx", "quanto",
-    "compressed_tensors", "gptq", "awq",
-)  # fmt: skip
+    "bitsandbytes",
+    "mxfp4",
+    "hqq",
+    "torchao",
+    "gemma",
+    "mlx",
+    "quanto",
+    "compressed_tensors",
+    "gptq",
+    "awq",
+)
 
 _LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
@@ -82,7 +90,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         weights=_with_the_dense(packed, tensors),
         config={key: value for key, value in config.items() if key != "quantization_config"} or None,
         quantization=quantization,
-        files={name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()},
+        files={name: read_small_file(folder / name) for name in COMPANIONS if (folder / name).is_file()},
         notes=(*notes, *_left_aside(path)),
     )
 

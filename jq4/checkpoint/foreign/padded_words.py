@@ -5,10 +5,7 @@ word = sum_i code[i] << b*i,  i < 10, 6, 5, 4
 
 import numpy as np
 
-from jq4.checkpoint.foreign.bit_strings import pack
-from pallas_kernels.packing import packed_length
-
-_BLOCK = 1 << 22  # codes that are unpacked at a time
+from jq4.checkpoint.foreign.row_blocks import packed_by_rows
 
 
 def padded_width(length: int, bits: int) -> int:
@@ -25,9 +22,5 @@ def unpack_padded(words: np.ndarray, bits: int, length: int) -> np.ndarray:
 
 def repacked(words: np.ndarray, bits: int, length: int) -> np.ndarray:
     """i32[..., W] to the dense bit string u8[..., packed_length] of a QArray, some rows at a time."""
-    rows = words.reshape(-1, words.shape[-1])
-    result = np.empty((len(rows), packed_length(length, bits)), np.uint8)
-    step = max(1, _BLOCK // length)
-    for first in range(0, len(rows), step):
-        result[first : first + step] = pack(unpack_padded(rows[first : first + step], bits, length), bits)
-    return result.reshape(*words.shape[:-1], -1)
+    flat = words.reshape(-1, words.shape[-1])
+    return packed_by_rows((*words.shape[:-1], length), bits, lambda rows: unpack_padded(flat[rows], bits, length))

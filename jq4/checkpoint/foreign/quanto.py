@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.foreign.named_tensors import FLOATS, checked, partner, read_finite, read_scalar, refusal
+from jq4.checkpoint.foreign.partners import FLOATS, checked, partner, read_finite, read_scalar, refusal
 from jq4.checkpoint.foreign.row_blocks import packed_by_rows
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.safetensors_files import DTYPES, StoredTensor

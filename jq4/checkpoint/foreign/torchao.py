@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.foreign.named_tensors import FLOATS, partner, read_finite, refusal
+from jq4.checkpoint.foreign.partners import FLOATS, partner, read_finite, refusal
 from jq4.checkpoint.foreign.row_blocks import packed_by_rows
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.safetensors_files import DTYPES, StoredTensor, parse_json, read_metadata
@@ -36,6 +36,7 @@ from jq4.qarray import QArray
 
 NAME = "torchao"
 
+_TEXT = ("utf-8", "surrogatepass")  # JSON can say what UTF-8 cannot
 _REMEDY = "Load it with torchao, dequantize it and save it dense."
 
 
@@ -110,11 +111,11 @@ def _described(tensors: Mapping[str, StoredTensor]) -> dict[str, Mapping[str, An
     entries: dict[str, Mapping[str, Any]] = {}
     for file in dict.fromkeys(tensor.file for tensor in tensors.values()):
         metadata = read_metadata(file)
-        names = parse_json(metadata.get("tensor_names", "[]").encode(), f"{file}: tensor_names of its metadata")
+        names = parse_json(metadata.get("tensor_names", "[]").encode(*_TEXT), f"{file}: tensor_names of its metadata")
         for name in names if isinstance(names, list) else ():
             if not isinstance(name, str) or name not in metadata:
                 raise JQ4Error(f"{file}: its metadata names {name!r} and does not describe it. {_REMEDY}")
-            entry = parse_json(metadata[name].encode(), f"{file}: metadata of {name!r}")
+            entry = parse_json(metadata[name].encode(*_TEXT), f"{file}: metadata of {name!r}")
             kind = entry.get("_type") if isinstance(entry, dict) else None
             if kind in ("Tensor", "torch.Tensor"):
                 continue

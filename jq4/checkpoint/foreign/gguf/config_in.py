@@ -81,6 +81,10 @@ class _Values:
             raise self.error(name, value, "a positive whole number, the same for every layer")
         return value
 
+    def whole(self, name: str) -> int:
+        """A number that may be 0, as it is where it is missing."""
+        return self.size(name) if type(self.get(name, 0)) is not int or self.get(name, 0) else 0
+
     def number(self, name: str, default: float) -> float:
         value = self.get(name, default)
         if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
@@ -122,7 +126,7 @@ def _family(read: _Values, config: Mapping[str, Any]) -> dict[str, Any]:
     if architecture.startswith("qwen"):
         return {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False}
     if architecture == "phi3":
-        window = read.get("attention.sliding_window") or None
+        window = read.whole("attention.sliding_window") or None
         return {"hidden_act": "silu", "sliding_window": window, "attention_bias": False}
     return _gemma(read, config)
 
@@ -161,8 +165,8 @@ def _rope(read: _Values, config: Mapping[str, Any]) -> dict[str, Any]:
     if turned != config["head_dim"]:
         settings["partial_rotary_factor"] = turned / config["head_dim"]
     tensors = read.container.tensors
-    trained = read.get("rope.scaling.original_context_length")
-    kind = read.get("rope.scaling.type", "none")
+    trained = read.whole("rope.scaling.original_context_length")
+    kind = str(read.get("rope.scaling.type", "none"))
     if LONG in tensors and SHORT in tensors:
         settings["rope_scaling"] = {"type": "longrope"} | {
             key: _decimal(_factors(tensors[name])) for key, name in (("long_factor", LONG), ("short_factor", SHORT))
@@ -185,7 +189,13 @@ def _factors(tensor: GGUFTensor) -> np.ndarray:
             f"{tensor.file}: tensor {tensor.name!r} is {tensor.kind.name}{list(tensor.shape)}, wanted a row of F32, "
             "a factor for each rotated pair. Download the file again."
         )
-    return tensor.blocks().reshape(-1).view(np.float32).astype(np.float64)
+    factors = tensor.blocks().reshape(-1).view(np.float32)
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise JQ4Error(
+            f"{tensor.file}: tensor {tensor.name!r} holds {float(factors.min())} to {float(factors.max())}, wanted "
+            "factors above 0. The file is damaged; download it again."
+        )
+    return factors.astype(np.float64)
 
 
 def _decimal(factors: np.ndarray) -> list[float]:
@@ -195,7 +205,7 @@ def _decimal(factors: np.ndarray) -> list[float]:
 
 def _stretched(factors: np.ndarray, config: Mapping[str, Any], turned: int) -> dict[str, Any]:
     """Llama 3's settings, where its formula gives these factors; else the factors themselves, for any length."""
-    for trained in (8192, 4096, 2048, 16384, 32768):
+    for trained in (8192, 4096, 2048, 16384, 32768) if len(factors) == -(-turned // 2) else ():
         settings = {
             "rope_type": "llama3",
             "factor": float(f"{factors.max():.7g}"),
@@ -204,7 +214,7 @@ def _stretched(factors: np.ndarray, config: Mapping[str, Any], turned: int) -> d
             "original_max_position_embeddings": trained,
         }
         formula = llama3_factors(settings, config["rope_theta"], turned)
-        if formula.shape == factors.shape and np.allclose(formula, factors, rtol=1e-5, atol=0):
+        if np.allclose(formula, factors, rtol=1e-5, atol=0):
             return settings
     table = _decimal(factors)
     return {"rope_type": "longrope", "long_factor": table, "short_factor": table, "attention_factor": 1.0}

@@ -32,6 +32,19 @@ SCALARS = {
 STRING, ARRAY = 8, 9
 
 _MOST_DIMS = 4
+# values that are asked for as one, and not as an array
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "general.architecture": str,
+    "general.name": str,
+    "general.basename": str,
+    "tokenizer.ggml.model": str,
+    "tokenizer.ggml.pre": str,
+    "tokenizer.ggml.add_bos_token": (bool, int),
+    "tokenizer.ggml.add_eos_token": (bool, int),
+    "tokenizer.ggml.add_space_prefix": (bool, int),
+    "split.count": int,
+    "split.tensors.count": int,
+}
 _MOST_STRINGS = 2**24  # in one array; the largest vocabularies have 2**18 tokens and twice as many merges
 
 
@@ -121,6 +134,10 @@ def _read(cursor: _Cursor) -> Container:
         if key in metadata:
             raise damaged(cursor.file, f"the key {key!r} is there twice", "each once")
         metadata[key] = _value(cursor, cursor.whole(4, f"the type of {key!r}"), key)
+        if not isinstance(metadata[key], _KINDS.get(key, object)):
+            raise damaged(
+                cursor.file, f"{key} is a {type(metadata[key]).__name__}", "a single value, and a name a text"
+            )
     described: dict[str, tuple[BlockType, tuple[int, ...], int]] = {}
     for _ in range(num_tensors):
         name = cursor.text("a tensor's name")

@@ -46,9 +46,9 @@ _GEMMA = {
 }
 _PHI3 = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 
-_GGUF_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_GGUF_LAYER = re.compile(r"blk\.([0-9]{1,9})\.(\w+)\.(weight|bias)")
 _HF_NAME = re.compile(r"(?:model\.|language_model\.model\.|model\.language_model\.)?(.+)\.(weight|bias)")
-_HF_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_HF_LAYER = re.compile(r"layers\.([0-9]{1,9})\.(.+)")
 
 
 def hf_name(name: str, architecture: str) -> str | None:

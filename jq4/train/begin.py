@@ -1,0 +1,178 @@
+"""Where training starts: quantizers with the scales of a calibrated solution, and weights that round to its codes.
+
+A calibrated solution (GPTQ's, HQQ's, of `best-*`) is scales and codes. The scales begin the quantizers. The codes are
+not those that the dense weights round to, so that a training that wants to begin at the solution itself, and not beside
+it, begins from weights moved there: each by as little as lets it round to its code.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jq4.errors import JQ4Error
+from jq4.paths import flatten_with_paths, leaf_path
+from jq4.qarray import QArray, dense, is_qarray, spread_groups
+from jq4.quantize import quantize
+from jq4.quantize_report import LeafReport
+from jq4.recipe import Recipe
+from jq4.rule import Rule
+from jq4.train.plan import activations_of, aligned, planned_leaves
+from jq4.train.quantizer import MARGIN, Quantizer, Quantizers
+from jq4.tuning.learned import check, shift_to_codes
+
+
+def quantizers(
+    params: Any,
+    recipe: Recipe | Rule | str,
+    stats: Any = None,
+    axes: Mapping[str, int] | None = None,
+    *,
+    start: Any = None,
+    margin: float = MARGIN,
+) -> Quantizers:
+    """What rounding learns of each leaf that the recipe means: a pytree to go beside the params.
+
+    Args:
+      params: the dense tree.
+      recipe: as `jq4.fake_quantized` is given it.
+      stats, axes: as `jq4.quantize` takes them.
+      start: where scales, zeros and steps begin. By default what `jq4.quantize(params, recipe, stats, axes)` finds; a
+        tree with the packed leaves of a calibrated solution; or the Quantizers of a training at other bits, of which
+        the ranges are kept.
+      margin: how far beyond the outermost levels gradients reach a weight, in steps (jq4.train.lsq); 0 is LSQ's.
+
+    Raises:
+      JQ4Error: for a start that is not in the recipe's format, groups and axis, and for what cannot be trained.
+    """
+    recipe = Recipe.of(recipe)
+    planned, _ = planned_leaves(params, recipe, axes, stats)
+    if start is None:
+        start = quantize(params, recipe, stats, axes)
+    leaves = dict(flatten_with_paths(params))
+    if isinstance(start, Quantizers):
+        before = aligned(start.by_path, leaves, "the start's quantizers")
+        return Quantizers(
+            {path: _from_quantizer(entry, leaves[path], before.get(path), margin) for path, entry in planned.items()}
+        )
+    packed = aligned(_packed_leaves(start), leaves, "the start's packed leaves")
+    return Quantizers({path: _from_packed(entry, packed.get(path), margin) for path, entry in planned.items()})
+
+
+def move_to_codes(params: Any, start: Any) -> Any:
+    """The params with each leaf that `start` holds packed moved, as little as need be, to round to its codes there."""
+    packed = aligned(_packed_leaves(start), dict(flatten_with_paths(params)), "the start's packed leaves")
+
+    def moved(keys: Any, leaf: Any) -> Any:
+        path = leaf_path(keys)
+        q = packed.get(path)
+        if q is None:
+            return leaf
+        _check_plain(q, path)
+        if q.shape != leaf.shape:
+            raise JQ4Error(f"{path}: the start's leaf has shape {q.shape}, wanted {leaf.shape}, the params'")
+        return _moved(leaf, q)
+
+    return jax.tree_util.tree_map_with_path(moved, params)
+
+
+def _packed_leaves(tree: Any) -> dict[str, QArray]:
+    return {path: leaf for path, leaf in flatten_with_paths(tree) if is_qarray(leaf)}
+
+
+@jax.jit
+def _moved(weight: jax.Array, q: QArray) -> jax.Array:
+    steps = spread_groups(q.scale.astype(jnp.float32), q.group_size, q.axis, q.shape[q.axis])
+    return (weight.astype(jnp.float32) + shift_to_codes(q, weight) * steps).astype(weight.dtype)
+
+
+def _from_packed(entry: LeafReport, q: QArray | None, margin: float) -> Quantizer:
+    if q is None:
+        raise JQ4Error(f"{entry.path}: the recipe means it, and the start does not hold it packed: wanted a QArray")
+    _check_plain(q, entry.path)
+    rule = entry.rule
+    assert rule is not None and entry.axis is not None
+    encoding = rule.encoding(entry.axis)
+    zeros = "no zero points" if encoding.symmetric else "offsets" if encoding.has_offset else "zero points"
+    found_zeros = "zero points" if q.zero_point is not None else "offsets" if q.offset is not None else "no zero points"
+    found = (q.format, min(q.group_size, q.shape[q.axis]), q.axis, found_zeros)
+    wanted = (entry.format, entry.group_size, entry.axis, zeros)
+    if found != wanted or q.activations != activations_of(entry):
+        raise JQ4Error(
+            f"{entry.path}: the start is {_told(found)}{_of_inputs(q.activations)}, and the recipe wants "
+            f"{_told(wanted)}{_of_inputs(activations_of(entry))}: quantize the start by the same recipe"
+        )
+
+    def begun(part: Any) -> Any:
+        return None if part is None else jnp.asarray(dense(part), jnp.float32)
+
+    return Quantizer(
+        scale=begun(q.scale),
+        zero_point=begun(q.zero_point),
+        offset=begun(q.offset),
+        input_step=begun(q.activation_scale),
+        encoding=encoding,
+        activations=q.activations,
+        margin=margin,
+    )
+
+
+def _from_quantizer(entry: LeafReport, leaf: Any, before: Quantizer | None, margin: float) -> Quantizer:
+    """The same ranges, cut into another number of levels."""
+    rule = entry.rule
+    assert rule is not None and entry.axis is not None
+    encoding = rule.encoding(entry.axis)
+    if before is None or before.scale is None:
+        raise JQ4Error(f"{entry.path}: the recipe means it, and the start has no learned scale for it")
+    length = leaf.shape[entry.axis]
+    shared = ("axis", "group_size", "per_tensor", "symmetric", "has_offset")
+    differs = [name for name in shared if getattr(encoding, name) != getattr(before.encoding, name)]
+    old, new = before.number_format, encoding.number_format
+    if differs or not (old.is_integer and new.is_integer):
+        what = ", ".join(differs) or "format"
+        raise JQ4Error(
+            f"{entry.path}: the start differs from the recipe in {what}, wanted other bits of integers alone: give a "
+            "packed start, or none"
+        )
+    assert before.group_size(length) == entry.group_size
+    share = old.max_code / new.max_code if before.zero_point is not None or before.offset is not None else (
+        old.max_level / new.max_level
+    )  # fmt: skip
+    scale = before.scale * share
+    offset = before.offset
+    if offset is not None:  # the lowest level stays where it is
+        offset = offset - old.center * before.scale + new.center * scale
+    inputs = activations_of(entry)
+    if inputs.endswith("tensor") and before.activations != inputs:
+        raise JQ4Error(f"{entry.path}: the start has no learned step for its inputs: give a packed start, or none")
+    return Quantizer(
+        scale=scale,
+        zero_point=None if before.zero_point is None else before.zero_point / share,
+        offset=offset,
+        input_step=before.input_step if inputs.endswith("tensor") else None,
+        encoding=encoding,
+        activations=inputs,
+        margin=margin,
+    )
+
+
+def _check_plain(q: QArray, path: str) -> None:
+    """Raises JQ4Error for a packed leaf that training has no form for."""
+    check(q, path)
+    held = [name for name in ("input_scale", "input_rotation") if getattr(q, name) not in (None, 0)]
+    held += ["packed scales"] if is_qarray(q.scale) or is_qarray(q.offset) else []
+    if held:
+        raise JQ4Error(
+            f"{path}: the start has {held[0]} (of AWQ, a rotation, or double_quant), which training does not carry: "
+            "start from a recipe without it"
+        )
+
+
+def _told(form: tuple[str | None, int | None, int | None, str]) -> str:
+    name, group, axis, zeros = form
+    return f"{name} in groups of {group} along axis {axis} with {zeros}"
+
+
+def _of_inputs(activations: str) -> str:
+    return f" and inputs {activations}" if activations else ""

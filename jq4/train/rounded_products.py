@@ -1,0 +1,147 @@
+"""Products with a rounded weight, whose inputs are rounded too where the recipe says so (jq4.activations).
+
+    x W  ~  step * (round(x / step) W)
+
+The integers are what is multiplied, and the step follows, as in the products of packed weights: in bfloat16 they are
+exact, and x rounded to a step would not be. (A convolution sums over pixels of different steps,
+and does multiply those.)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jq4 import jax_compat
+from jq4.activations import integers_of, most_of
+from jq4.train.lsq import slowed, stored_step
+from jq4.train.traced import Rounded
+
+Values = list[Any]
+
+
+class NotFollowed(Exception):  # noqa: N818  it is caught, and told to the user as the reason
+    """This product is none that a packed weight could take part in; the message says why."""
+
+
+def dot_general(eqn: Any, values: Values) -> Values:
+    side = 1 if isinstance(values[1], Rounded) else 0
+    weight, x = values[side], values[1 - side]
+    if isinstance(x, Rounded):
+        raise NotFollowed("a product of two weights")
+    contract, batch = eqn.params["dimension_numbers"]
+    _check_contracted(weight, contract[side])
+    if not weight.activations:
+        return _bind(eqn, values)
+    x_contract, x_batch = contract[1 - side], batch[1 - side]
+    fixed = _fixed_step(weight, x, dict(zip((*contract[side], *batch[side]), (*x_contract, *x_batch), strict=True)))
+    integers, step = integers_of(x, weight.activations, x_contract, _slowed(fixed, weight, x, x_contract))
+    (sums,) = _bind_wide(eqn, [weight.array, integers] if side == 0 else [integers, weight.array])
+    free = [axis for axis in range(x.ndim) if axis not in (*x_contract, *x_batch)]
+    kept = [axis for axis in range(weight.array.ndim) if axis not in (*contract[side], *batch[side])]
+    rows = jnp.broadcast_to(step, [1 if axis in x_contract else size for axis, size in enumerate(x.shape)])
+    rows = lax.transpose(rows, (*x_batch, *free, *x_contract))
+    sizes, ones = [x.shape[axis] for axis in free], [1] * len(kept)
+    shape = [*(x.shape[axis] for axis in x_batch), *([*ones, *sizes] if side == 0 else [*sizes, *ones])]
+    return [(sums * rows.reshape(shape).astype(sums.dtype)).astype(eqn.outvars[0].aval.dtype)]
+
+
+def ragged_dot(eqn: Any, values: Values) -> Values:
+    """Rows x[M, K] sorted by expert, by their experts' matrices [E, K, N]."""
+    x, weight = values[:2]
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (x_contract, w_contract), batch = numbers.dot_dimension_numbers
+    if isinstance(x, Rounded) or any(map(len, batch)) or x.ndim != 2 or len(x_contract) != 1:
+        raise NotFollowed("a ragged product other than [M, K] by [E, K, N]")
+    _check_contracted(weight, w_contract)
+    if not weight.activations:
+        return _bind(eqn, values)
+    fixed = weight.step
+    if fixed is not None:
+        if fixed.size > 1:
+            sizes = jnp.cumsum(values[2])
+            expert = jnp.searchsorted(sizes, jnp.arange(x.shape[1 - x_contract[0]], dtype=sizes.dtype), side="right")
+            fixed = jnp.expand_dims(jnp.take(fixed.reshape(-1), expert, mode="clip"), x_contract[0])
+        fixed = _slowed(fixed.reshape(fixed.shape if fixed.ndim == 2 else (1, 1)), weight, x, x_contract)
+    integers, step = integers_of(x, weight.activations, x_contract, fixed)
+    (sums,) = _bind_wide(eqn, [integers, weight.array, *values[2:]])
+    return [(sums * step.reshape(-1, 1).astype(sums.dtype)).astype(eqn.outvars[0].aval.dtype)]
+
+
+def convolution(eqn: Any, values: Values) -> Values:
+    x, kernel = values
+    in_axis = eqn.params["dimension_numbers"].rhs_spec[1]
+    if isinstance(x, Rounded) or eqn.params["feature_group_count"] > 1 or eqn.params["batch_group_count"] > 1:
+        raise NotFollowed("a convolution of a weight, or in groups")
+    _check_contracted(kernel, (in_axis,))
+    if not kernel.activations:
+        return _bind(eqn, values)
+    channels = (eqn.params["dimension_numbers"].lhs_spec[1],)
+    fixed = _slowed(_fixed_step(kernel, x, {}), kernel, x, channels)
+    integers, step = integers_of(x, kernel.activations, channels, fixed)  # a pixel is a token
+    return _bind(eqn, [(integers.astype(jnp.float32) * step).astype(x.dtype), kernel])
+
+
+RULES: dict[str, Callable[[Any, Values], Values]] = {
+    "dot_general": dot_general,
+    "ragged_dot_general": ragged_dot,
+    "conv_general_dilated": convolution,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _bind(eqn: Any, values: Values) -> Values:
+    return jax_compat.bind(eqn, [value.array if isinstance(value, Rounded) else value for value in values])
+
+
+def _bind_wide(eqn: Any, values: Values) -> Values:
+    """The product summed in float32 at least."""
+    wide = jnp.promote_types(eqn.outvars[0].aval.dtype, jnp.float32)
+    parameters = {**eqn.params, "preferred_element_type": wide}
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(parameters))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _check_contracted(weight: Rounded, contracted: Any) -> None:
+    """Raises NotFollowed unless the grouped axis of the leaf is contracted."""
+    found = {atom.axis for axis in contracted for atom in weight.axes[axis]}
+    if weight.grouped not in found:
+        named = ", ".join(map(str, sorted(found))) or "none"
+        raise NotFollowed(f"its product contracts axis {named} of the leaf, and groups lie along {weight.grouped}")
+
+
+def _fixed_step(weight: Rounded, x: jax.Array, partner: dict[int, int]) -> jax.Array | None:
+    """The learned step, so that it broadcasts to x: stacked steps lie where x has the weight's stack."""
+    step = weight.step
+    if step is None:
+        return None
+    for index, atom in zip(weight.indices, weight.indexed, strict=True):
+        if step.shape[atom.axis] > 1:
+            step = lax.dynamic_index_in_dim(step, index, axis=atom.axis % step.ndim, keepdims=True)
+    stacked = [axis for axis in range(-step.ndim, 0) if step.shape[axis] > 1]
+    places = []
+    for axis in stacked:
+        run = next((i for i, atoms in enumerate(weight.axes) if [atom.axis for atom in atoms] == [axis]), None)
+        if run is None or run not in partner:
+            raise NotFollowed(f"a learned step for each slice along axis {axis}, which is no batch of its product")
+        places.append(partner[run])
+    order = sorted(range(len(stacked)), key=places.__getitem__)
+    shape = [1] * x.ndim
+    for axis, place in zip(stacked, places, strict=True):
+        shape[place] = step.shape[axis]
+    rest = [axis for axis in range(-step.ndim, 0) if axis not in stacked]
+    return lax.transpose(step, [axis % step.ndim for axis in (*(stacked[i] for i in order), *rest)]).reshape(shape)
+
+
+def _slowed(step: jax.Array | None, weight: Rounded, x: jax.Array, contracted: Any) -> jax.Array | None:
+    """The step as it is stored; its gradient as LSQ has it, by the features that share it and the largest level."""
+    if step is None:
+        return None
+    features = 1
+    for axis in contracted:
+        features *= x.shape[axis]
+    return slowed(stored_step(step), features, most_of(weight.activations))
