@@ -287,7 +287,7 @@ def test_scales_equal_llama_cpp_and_errors_are_no_larger(shared_data, kind, bits
         ({"group_size": 0}, "group_size is 0, wanted 1 or more"),
         ({"observer": "percentile", "percentile": 20}, "percentile is 20, wanted above 50"),
         ({"observer": "mse", "steps": 0}, "the mse search has steps=0"),
-        ({"format": "int7"}, "unknown format 'int7'"),
+        ({"format": "int9"}, "unknown format 'int9'"),
     ],
 )
 def test_errors(settings, text):
