@@ -30,7 +30,7 @@ MEMORY = 10**9
 _LEAST_ROOM = 2**28
 COPIES = 3  # of what is read and what is made, as measured for GPTQ, whose codes are transposed
 PIECES = 8
-THREADS = 2
+THREADS = 3  # more than most machines need to be busy: one of them mostly waits for the disk
 _GIVE_BACK = 64 * 2**20
 
 
@@ -94,7 +94,7 @@ def stream(
         return name, False
 
     progress(0, total)
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         running, rest = set(), iter(target.planned)
         try:
             while True:
