@@ -7,8 +7,8 @@ starts from, scales and codes: `ptq_kld` is what that gives, served packed. Then
 trained by one optimizer (Adam, a rate that falls along a cosine) to have the dense model's own predictions, on batches
 of 8 rows: half of them text, half with six tokens in ten drawn anew by the dense model (jq4.tuning.perturb). What is
 measured is what is served: `jq4.quantized` on what `jq4.harden` packed, in float32, on the 97 evaluation rows, which
-nothing was fitted to. `--held-out` measures on 14 of the calibration rows instead, which it does not learn from: by it
-the rates were chosen.
+nothing was fitted to. `--held-out` measures on 14 of the calibration rows instead, which it does not learn from: rates
+are to be chosen by it.
 
 `--speed` times a step of training (a batch of 8 rows, next-token loss, gradients and Adam), fake-quantized and dense by
 turns, and gives the ratio of the medians.
