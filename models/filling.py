@@ -17,6 +17,7 @@ import numpy as np
 
 from jq4 import host_moves
 from jq4.checkpoint.foreign import Checkpoint, LazyWeight
+from jq4.checkpoint.structure import nested
 from models.config import DecoderConfig
 from models.layer_runs import LAYERS, alike_runs, bounds, run_name
 from models.matching import matched_weights
@@ -94,16 +95,6 @@ def dense_dtype(weights: Sequence[LazyWeight]) -> Any:
     found = {np.dtype(weight.abstract.dtype) for weight in weights if not weight.packed}
     kept = found.pop() if len(found) == 1 else np.dtype(np.float32)
     return np.dtype(np.float32) if kept == np.float64 else kept
-
-
-def nested(leaves: Mapping[Path, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
 
 
 def _runs_of(config: DecoderConfig, matched: Mapping[Path, list[LazyWeight]]) -> tuple[int, ...]:

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jq4.checkpoint.foreign import LazyWeight, open_checkpoint
+from jq4.checkpoint.structure import nested
 from models.config import DecoderConfig
-from models.filling import dense_dtype, leaf_of, nested
+from models.filling import dense_dtype, leaf_of
 from models.folds import untied
 from models.matching import check_dense, matched_weights
 from models.tensor_names import Path, places
