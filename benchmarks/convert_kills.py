@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import publish
+from tests.killed_runs import contents
 from tests.small_checkpoints import write_gptq
-from tests.test_convert_kill import CONVERSIONS, Victim, contents
+from tests.test_convert_kill import CONVERSIONS, Converting
 
 
 def kill_and_compare(
-    victim: Victim, folder: Path, source: Path, how: Sequence[str], kills: int, draw: random.Random
+    victim: Converting, folder: Path, source: Path, how: Sequence[str], kills: int, draw: random.Random
 ) -> list[dict[str, Any]]:
     """One entry for each destination: its kills, the weights that the last run found done, sameness."""
     folder.mkdir()
@@ -61,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_gptq(folder / "source", arguments.layers)
-        victim = Victim()
+        victim = Converting()
         for conversion, how in CONVERSIONS.items():
             found = kill_and_compare(victim, folder / conversion, folder / "source", how, arguments.kills, draw)
             data[conversion] = {

@@ -22,12 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import publish
-from tests.test_driver_resume import RECIPE, Victim, contents
+from tests.killed_runs import contents
+from tests.test_driver_resume import RECIPE, Quantizing
 
 STEPS, TIMES = "steps", "times"
 
 
-def kill_and_compare(victim: Victim, folder: Path, kills: int, at: str, draw: random.Random) -> list[dict[str, Any]]:
+def kill_and_compare(
+    victim: Quantizing, folder: Path, kills: int, at: str, draw: random.Random
+) -> list[dict[str, Any]]:
     """One entry for each folder: where its runs were killed, blocks that the last one found, sameness."""
     steps = victim.run(folder / "peace")["steps"]
     wanted = contents(folder / "peace")
@@ -60,7 +63,7 @@ def main() -> None:
     parser.add_argument("--json", help="a file to write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        victim = Victim(Path(folder) / "compiled")
+        victim = Quantizing(Path(folder) / "compiled")
         drawn = random.Random(arguments.seed)
         folders = kill_and_compare(victim, Path(folder), arguments.kills, arguments.at, drawn)
         victim.close()

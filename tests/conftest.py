@@ -5,7 +5,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of these tests' time goes into compiling small programs, which this halves (an extra option that is not known is
-# ignored). With JQ4_USERS_COMPILER=1 programs are compiled as users have them; one of .ci/run's two runs is.
+# ignored). With JQ4_USERS_COMPILER=1 programs are compiled as users have them: .ci/run runs tests of arithmetic so too.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     ""
     if os.environ.get("JQ4_USERS_COMPILER")

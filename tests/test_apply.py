@@ -20,6 +20,8 @@ from jq4.quantize import quantize
 from jq4.record import DensifiedWarning
 from jq4.rule import Rule
 
+pytestmark = pytest.mark.arithmetic
+
 close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 
 

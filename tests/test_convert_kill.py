@@ -8,19 +8,15 @@ import io
 import json
 import os
 import random
-import select
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.killed_runs import Victim, contents, serve
 from tests.small_checkpoints import write_gptq
 
 KILLS = 4
@@ -63,45 +59,28 @@ def run(words: Sequence[str], kill_at: int | None = None) -> tuple[dict[str, Any
     return json.loads(out.getvalue()), steps
 
 
-class Victim:
+def answer(words: Sequence[str], kill_at: int | None) -> dict[str, Any]:
+    found, steps = run(words, kill_at=kill_at)
+    return {"steps": steps, "resumed": found["resumed"]}
+
+
+class Converting(Victim):
     """The process whose children convert and are killed."""
 
     def __init__(self) -> None:
-        root = str(Path(__file__).resolve().parents[1])
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-                "XLA_FLAGS": "",
-            },
-        )
+        super().__init__(__file__)
 
     def run(self, words: Sequence[Any], kill_at: int | None = None, kill_after: float | None = None) -> dict[str, Any]:
-        """{"killed": bool, "seconds": float, "steps": int or None, "resumed": weights found done}.
+        """{"killed", "seconds"}, and of one that came through "steps" and "resumed", the weights that it found done.
 
         Killed before its step `kill_at`, by itself, or `kill_after` seconds from its start, from without.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps([list(map(str, words)), kill_at, kill_after]) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.communicate()
-        assert self._process.returncode == 0
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        return self.ask(kill_after, words=list(map(str, words)), kill_at=kill_at)
 
 
 @pytest.fixture(scope="module")
 def victim():
-    process = Victim()
+    process = Converting()
     yield process
     process.close()
 
@@ -152,8 +131,7 @@ def test_killed_while_it_replaces_an_older_one_it_gives_the_same_bytes(undisturb
         assert contents(target) == wanted and not target.with_name(f"out{before}.partial").exists()
 
 
-def serve() -> None:
-    """One line in, a forked run, one line out."""
+if __name__ == "__main__":
     import orbax.checkpoint
     import tensorstore
 
@@ -161,26 +139,4 @@ def serve() -> None:
     import jq4.cli._conversion
 
     assert jq4.checkpoint.convert and jq4.cli._conversion and orbax.checkpoint and tensorstore
-    for line in sys.stdin:
-        words, kill_at, kill_after = json.loads(line)
-        reader, writer = os.pipe()
-        started = time.perf_counter()
-        child = os.fork()
-        if not child:
-            found, steps = run(words, kill_at=kill_at)
-            os.write(writer, json.dumps({"steps": steps, "resumed": found["resumed"]}).encode())
-            os._exit(0)
-        os.close(writer)
-        if kill_after is not None and not select.select([reader], [], [], kill_after)[0]:
-            os.kill(child, signal.SIGKILL)
-        with os.fdopen(reader) as pipe:
-            told = pipe.read()
-        _, status = os.waitpid(child, 0)
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        assert killed or status == 0, status
-        answer = {"killed": not told, "seconds": time.perf_counter() - started, "steps": None, "resumed": None}
-        print(json.dumps(answer | (json.loads(told) if told else {})), flush=True)
-
-
-if __name__ == "__main__":
-    serve()
+    serve(answer)

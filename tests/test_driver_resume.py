@@ -4,16 +4,11 @@ Run as a script this file is the victim: it imports JAX once, and forks for each
 """
 
 import dataclasses
-import json
 import os
 import random
 import resource
-import select
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +17,7 @@ import numpy as np
 import pytest
 
 from jq4.errors import CheckpointError
+from tests.killed_runs import Victim, contents, serve
 
 KILLS = 4
 RECIPE = "gptq-w4g16"
@@ -82,45 +78,35 @@ def run(
     return result, steps
 
 
-class Victim:
-    """The process whose children quantize and are killed."""
+def answer(destination: str, kill_at: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    result, steps = run(Path(destination), kill_at=kill_at, **options)
+    return {"steps": steps, "resumed": result.resumed_blocks}
+
+
+class Quantizing(Victim):
+    """The process whose children quantize and are killed; `cache` is a folder for what they compile."""
 
     def __init__(self, cache: Path) -> None:
-        root = str(Path(__file__).resolve().parents[1])
         compiled_once = {
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **compiled_once, "PYTHONPATH": path, "XLA_FLAGS": ""},
-        )
+        super().__init__(__file__, **compiled_once)
 
     def run(
         self, destination: Path, kill_at: int | None = None, kill_after: float | None = None, **options: Any
     ) -> dict[str, Any]:
-        """{"killed": bool, "seconds": float, "steps": int or None, "resumed": blocks found done}.
+        """{"killed", "seconds"}, and of one that came through "steps" and "resumed", the blocks that it found done.
 
         Killed before its step `kill_at`, by itself, or `kill_after` seconds from its start, from without.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps([str(destination), kill_at, kill_after, options]) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.communicate()
-        assert self._process.returncode == 0
+        return self.ask(kill_after, destination=str(destination), kill_at=kill_at, options=options)
 
 
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory):
-    process = Victim(tmp_path_factory.mktemp("compiled"))
+    process = Quantizing(tmp_path_factory.mktemp("compiled"))
     yield process
     process.close()
 
@@ -132,10 +118,6 @@ def undisturbed(victim, tmp_path_factory):
     done = victim.run(folder)
     assert not done["killed"] and done["resumed"] == 0
     return folder, done["steps"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_killed_at_random_points_it_gives_the_same_bytes(victim, undisturbed, tmp_path):
@@ -251,32 +233,9 @@ def test_a_destination_that_orbax_would_not_find_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def _serve() -> None:
-    """One line in, a forked run, one line out; JAX's devices are first asked for in the child."""
+if __name__ == "__main__":
     import jq4.driver  # imported once, before the forks
     import models.decoder
 
     assert jq4.driver and models.decoder
-    for line in sys.stdin:
-        destination, kill_at, kill_after, options = json.loads(line)
-        reader, writer = os.pipe()
-        started = time.perf_counter()
-        child = os.fork()
-        if not child:
-            result, steps = run(Path(destination), kill_at=kill_at, **options)
-            os.write(writer, json.dumps({"steps": steps, "resumed": result.resumed_blocks}).encode())
-            os._exit(0)
-        os.close(writer)
-        if kill_after is not None and not select.select([reader], [], [], kill_after)[0]:
-            os.kill(child, signal.SIGKILL)
-        with os.fdopen(reader) as pipe:
-            told = pipe.read()
-        _, status = os.waitpid(child, 0)
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        assert killed or status == 0, status
-        found = {"killed": not told, "seconds": time.perf_counter() - started, "steps": None, "resumed": None}
-        print(json.dumps(found | (json.loads(told) if told else {})), flush=True)
-
-
-if __name__ == "__main__":
-    _serve()
+    serve(answer)

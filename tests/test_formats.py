@@ -10,6 +10,8 @@ from jq4 import JQ4Error
 from jq4.formats import FORMATS, get_format
 from jq4.rounding import nearest_level, quantize_weight
 
+pytestmark = pytest.mark.arithmetic
+
 
 def test_fp4_is_the_e2m1_of_ml_dtypes():
     theirs = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)

@@ -12,6 +12,8 @@ from jq4.checkpoint.foreign.gguf.quantize import QUANTIZERS, quantized_blocks
 from jq4.checkpoint.foreign.host_dequantize import host_dequantize
 from jq4.errors import JQ4Error
 
+pytestmark = pytest.mark.arithmetic
+
 INPUT = "3bddf53288b2f83b85bc8932dafa0cce86aaac2581ee1999b5d8044c2ac85ddf"
 # the first half of the SHA-256 of ggml_quantize_chunk(type, hard_weights(), without an importance matrix), called in
 # the libllama of xllamacpp 2026.10.11549 on x86-64

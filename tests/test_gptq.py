@@ -19,6 +19,8 @@ from jq4.qarray import codes_of
 from jq4.rounding import Encoding, codes_of_blocks, find_parameters
 from jq4.statistics import WeightStatistics, statistics_of
 
+pytestmark = pytest.mark.arithmetic
+
 PAPER = {"refinements": 0, "actorder": "none"}
 QUICK = {"xla_backend_optimization_level": 0}  # tests spend their time in compiling
 

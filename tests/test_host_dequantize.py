@@ -10,6 +10,8 @@ from jq4.errors import JQ4Error
 from jq4.qarray import is_qarray
 from tests.foreign_folder import dense64
 
+pytestmark = pytest.mark.arithmetic
+
 KINDS = {
     "symmetric": Kind(),
     "zero points": Kind(zero=True),

@@ -8,6 +8,8 @@ import pytest
 import jq4
 from jq4.methods.hqq import shrink
 
+pytestmark = pytest.mark.arithmetic
+
 
 def _weight():
     """[K, N], with the heavy tails that weights have."""

@@ -19,6 +19,8 @@ from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.words import int4_to_words
 from pallas_kernels.int4_matmul.xla import as_int4, by_column_tiles, by_row_blocks, has_int4_form, int4_matmul_xla
 
+pytestmark = pytest.mark.arithmetic
+
 # format, K, N, group_size, orientation, zero points, offsets, one scale for all columns
 CASES = {
     "plain": ("int4", 128, 75, 32, "kn", False, False, False),

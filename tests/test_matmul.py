@@ -16,6 +16,8 @@ from jq4.qarray import validate
 from pallas_kernels.grouped_int4_matmul.xla import grouped_input_cotangent, grouped_xla
 from pallas_kernels.int4_matmul.tiles import Packed
 
+pytestmark = pytest.mark.arithmetic
+
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

@@ -13,6 +13,8 @@ from jq4.formats import get_format
 from jq4.qarray import QArray, codes_of, validate
 from pallas_kernels import packing
 
+pytestmark = pytest.mark.arithmetic
+
 
 def read_slice(path):
     """A slice's header, offset and blobs (see the data's SOURCE.txt): f32 but for the codes and a nested absmax."""

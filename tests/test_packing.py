@@ -10,6 +10,8 @@ from packed_oracle import pack_bits, unpack_bits
 
 from pallas_kernels import packing
 
+pytestmark = pytest.mark.arithmetic
+
 
 @st.composite
 def arrays_of_codes(draw):

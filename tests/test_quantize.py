@@ -17,6 +17,8 @@ from jq4.paths import flatten_with_paths
 from jq4.qarray import is_qarray, leaf_nbytes
 from jq4.sqnr import sqnr
 
+pytestmark = pytest.mark.arithmetic
+
 
 def _array(*shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), dtype)

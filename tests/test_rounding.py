@@ -16,6 +16,8 @@ from jq4.formats import FORMATS
 from jq4.qarray import codes_of, spread_groups, validate
 from jq4.rounding import quantize_weight, storable
 
+pytestmark = pytest.mark.arithmetic
+
 jitted_storable = jax.jit(storable, static_argnums=1)
 SYMMETRIC = ["int2", "int3", "int4", "int8", "nf4", "fp4"]
 

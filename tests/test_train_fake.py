@@ -15,6 +15,8 @@ import jq4
 from jq4.activations import Activations
 from jq4.train import stages
 
+pytestmark = pytest.mark.arithmetic
+
 RANDOM = np.random.default_rng(11)
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 EIGHT_BITS = Activations()

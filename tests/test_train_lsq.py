@@ -13,6 +13,8 @@ from jq4.rounding import Encoding
 from jq4.train.lsq import hardened, rounded, slowed
 from jq4.train.quantizer import Quantizer
 
+pytestmark = pytest.mark.arithmetic
+
 RANDOM = np.random.default_rng(5)
 K, N, GROUP = 12, 3, 4
 W = jnp.asarray(RANDOM.normal(size=(K, N)), jnp.float32)

@@ -6,6 +6,8 @@ import pytest
 
 from jq4.methods.triangular import factored, solved
 
+pytestmark = pytest.mark.arithmetic
+
 
 def positive(size):
     x = np.random.default_rng(0).normal(size=(2 * size, size)).astype(np.float32)

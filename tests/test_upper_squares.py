@@ -13,6 +13,8 @@ from jq4.outer_rows import OuterRows
 from jq4.statistics import WeightStatistics, check_finite, merge
 from jq4.upper_squares import UpperSquares, diagonal, entries, whole
 
+pytestmark = pytest.mark.arithmetic
+
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
