@@ -16,3 +16,5 @@ from jq4.train.stages import stages as stages
 from jq4.train.teacher import Likeliest as Likeliest
 from jq4.train.teacher import divergence_from as divergence_from
 from jq4.train.teacher import likeliest as likeliest
+from jq4.train.teacher_cache import TeacherCache as TeacherCache
+from jq4.train.teacher_cache import digest_of_tree as digest_of_tree

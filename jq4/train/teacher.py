@@ -41,11 +41,12 @@ def divergence_from(teacher: Likeliest, logits: jax.Array) -> jax.Array:
     """The bound f32[...] on KL(teacher || model) for the model's logits [..., V]; no gradient to the teacher."""
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
     log_p, log_rest = (jax.lax.stop_gradient(part.astype(jnp.float32)) for part in teacher[1:])
-    of_tokens = jnp.exp(log_p) * (log_p - jnp.take_along_axis(log_q, teacher.tokens, axis=-1))
+    possible = jnp.isfinite(log_p)  # what the teacher rules out adds nothing
+    of_token = jnp.exp(log_p) * (jnp.where(possible, log_p, 0.0) - jnp.take_along_axis(log_q, teacher.tokens, axis=-1))
     has_rest = jnp.isfinite(log_rest)
     rest = jnp.where(has_rest, log_rest, 0.0)
     of_rest = jnp.exp(rest) * (rest - jnp.where(has_rest, _log_rest(log_q, teacher.tokens), 0.0))
-    return jnp.sum(of_tokens, axis=-1) + jnp.where(has_rest, of_rest, 0.0)
+    return jnp.sum(jnp.where(possible, of_token, 0.0), axis=-1) + jnp.where(has_rest, of_rest, 0.0)
 
 
 def _log_rest(log_p: jax.Array, tokens: jax.Array) -> jax.Array:
