@@ -9,14 +9,14 @@ that. For V of 128,256 and k of 64 in float16 and int32 a position takes 390 byt
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
 class Likeliest(NamedTuple):
-    """A teacher's prediction at each position; a pytree of arrays, as they are stored.
+    """A teacher's prediction at each position; a pytree of arrays, JAX's or NumPy's, as they are stored.
 
     Attributes:
       tokens: the k likeliest, i32[..., k].
@@ -24,9 +24,9 @@ class Likeliest(NamedTuple):
       log_rest: of all others together, float[...]; -inf where there are none.
     """
 
-    tokens: jax.Array
-    log_probabilities: jax.Array
-    log_rest: jax.Array
+    tokens: Any
+    log_probabilities: Any
+    log_rest: Any
 
 
 @functools.partial(jax.jit, static_argnames=("k", "dtype"))

@@ -213,7 +213,7 @@ def _job_of(apply: Any, params: Any, rows: np.ndarray, k: int, dtype: str, teach
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= vocabulary:
         raise JQ4Error(f"k is {k!r}, wanted 1 to {vocabulary}, the teacher's vocabulary")
     teacher = digest_of_tree(params) if teacher is None else teacher
-    return Job(teacher, digest_of_rows(rows), *rows.shape, vocabulary, k, dtype)
+    return Job(teacher, digest_of_rows(rows), rows.shape[0], rows.shape[1], vocabulary, k, dtype)
 
 
 def _rows_a_shard(job: Job, shard_bytes: int, batch_size: int) -> int:
