@@ -14,4 +14,6 @@ def divergence(logits: jax.Array, teacher: jax.Array, temperature: float = 1.0) 
     """KL(teacher || model) f32[...] of logits [..., V]; float32 whatever they are, and no gradient to the teacher."""
     log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32) / temperature)
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-    return temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    possible = log_p > -jnp.inf  # a token that the teacher rules out adds nothing
+    each = jnp.exp(log_p) * (jnp.where(possible, log_p, 0.0) - log_q)
+    return temperature**2 * jnp.sum(jnp.where(possible, each, 0.0), axis=-1)

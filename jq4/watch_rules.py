@@ -201,6 +201,8 @@ def convolution(watcher: Any, eqn: Any, values: Values) -> Values:
     return outputs
 
 
+PRODUCTS = ("dot_general", "ragged_dot_general", "ragged_dot", "conv_general_dilated")
+
 RULES: dict[str, Callable[[Any, Any, Values], Values]] = {
     "dot_general": dot_general,
     "ragged_dot_general": ragged_dot,

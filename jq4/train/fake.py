@@ -41,8 +41,7 @@ from jq4.train.record import INPUTS, UNROUNDED, UNUSED, RoundingRecord, Unrounde
 from jq4.train.rounded_products import NotFollowed
 from jq4.train.traced import Rounded, Unrounded
 
-_PRODUCTS = ("dot_general", "ragged_dot_general", "ragged_dot", "conv_general_dilated")
-_MOVES = {name: rule for name, rule in watch_rules.RULES.items() if name not in _PRODUCTS}
+_MOVES = {name: rule for name, rule in watch_rules.RULES.items() if name not in watch_rules.PRODUCTS}
 _ENTERED_WHOLE = ("eval_jit", "eval_call", "eval_remat", "eval_cond", "eval_scan")
 
 
