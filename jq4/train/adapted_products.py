@@ -18,6 +18,7 @@ from jq4.packed_leaf import is_packed
 from jq4.train.adapted import Adapted
 from jq4.train.adapter import RANK
 from jq4.train.labelled import product
+from pallas_kernels.int4_matmul.xla import accumulator
 
 Values = list[Any]
 _ROWS = "rows"
@@ -69,8 +70,8 @@ def ragged_dot(eqn: Any, values: Values) -> jax.Array:
     first = _ordered(a, [*e, *k, RANK]).reshape(of_expert, -1, rank)
     second = _ordered(b, [*e, RANK, *n]).reshape(of_expert, rank, -1)
     rows = _dropped(weight, x if x_k[0] == 1 else x.T)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    dot = functools.partial(lax.ragged_dot, precision=eqn.params["precision"], preferred_element_type=wide)
+    options = {"precision": eqn.params["precision"], "preferred_element_type": accumulator(x.dtype)}
+    dot = functools.partial(lax.ragged_dot, **options)
     hidden = dot(rows, first.astype(x.dtype), group_sizes) * weight.scaling
     return dot(hidden.astype(x.dtype), second.astype(x.dtype), group_sizes)
 
