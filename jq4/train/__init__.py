@@ -1,6 +1,8 @@
 """Training with few bits: fake quantization, learned steps, distillation, and packed leaves from the result."""
 
 from jq4.divergence import divergence as divergence
+from jq4.train.adapter import Adapter as Adapter
+from jq4.train.adapter import Adapters as Adapters
 from jq4.train.begin import move_to_codes as move_to_codes
 from jq4.train.begin import quantizers as quantizers
 from jq4.train.fake import FakeQuantized as FakeQuantized
@@ -9,6 +11,8 @@ from jq4.train.generated import generated_rows as generated_rows
 from jq4.train.generated import generator as generator
 from jq4.train.harden import harden as harden
 from jq4.train.inputs_of import inputs_of as inputs_of
+from jq4.train.loftq import loftq as loftq
+from jq4.train.lora import lora as lora
 from jq4.train.losses import cosine_distance as cosine_distance
 from jq4.train.losses import distillation_loss as distillation_loss
 from jq4.train.losses import hidden_loss as hidden_loss
@@ -17,11 +21,15 @@ from jq4.train.losses import mean_over as mean_over
 from jq4.train.losses import next_token as next_token
 from jq4.train.losses import relative_error as relative_error
 from jq4.train.losses import reverse_divergence as reverse_divergence
+from jq4.train.merge_lora import MergedLeaf as MergedLeaf
+from jq4.train.merge_lora import merge_lora as merge_lora
 from jq4.train.quantizer import Quantizer as Quantizer
 from jq4.train.quantizer import Quantizers as Quantizers
 from jq4.train.record import RoundingRecord as RoundingRecord
 from jq4.train.record import UnroundedError as UnroundedError
 from jq4.train.record import UnroundedWarning as UnroundedWarning
+from jq4.train.saved_adapters import restore_lora as restore_lora
+from jq4.train.saved_adapters import save_lora as save_lora
 from jq4.train.self_distill import Lesson as Lesson
 from jq4.train.self_distill import self_distill as self_distill
 from jq4.train.stages import Stage as Stage
@@ -31,3 +39,6 @@ from jq4.train.teacher import divergence_from as divergence_from
 from jq4.train.teacher import likeliest as likeliest
 from jq4.train.teacher_cache import TeacherCache as TeacherCache
 from jq4.train.teacher_cache import digest_of_tree as digest_of_tree
+from jq4.train.with_lora import IdleAdapterWarning as IdleAdapterWarning
+from jq4.train.with_lora import WithLora as WithLora
+from jq4.train.with_lora import with_lora as with_lora
