@@ -62,11 +62,14 @@ def _weight(tensors: Mapping[str, StoredTensor], blocks: StoredTensor, dtype: st
         parts={"scale": (scales.shape, SCALE_DTYPE)},
     )  # fmt: skip
 
-    def read_it() -> QArray:
-        codes = blocks.read().reshape(abstract.codes.shape)
+    def read_from(blocks: StoredTensor, scales: StoredTensor) -> QArray:
+        codes = blocks.read().reshape(*blocks.shape[:-2], -1)
         return dataclasses.replace(abstract, codes=codes, scale=mx_blocks.read_scales(scales))
 
-    return LazyWeight(name, abstract, read_it, (blocks.name, scales.name))
+    return LazyWeight(
+        name, abstract, lambda: read_from(blocks, scales), (blocks.name, scales.name),
+        lambda rows: read_from(blocks.rows(rows), scales.rows(rows)),
+    )  # fmt: skip
 
 
 def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
@@ -86,7 +89,8 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
     }
     of_groups = f" in groups of {weight.abstract.group_size}" if weight.packed else ""
     loss = "" if kept else f"{weight.format}{of_groups} rounded to MXFP4"
-    return Planned(weight, tensors, functools.partial(_encode, name), loss, requantized=bool(loss) and weight.packed)
+    encode, anew = functools.partial(_encode, name), bool(loss) and weight.packed
+    return Planned(weight, tensors, encode, loss, requantized=anew, by_rows=tuple(tensors))
 
 
 def _encode(name: str, value: Any) -> dict[str, np.ndarray]:
