@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from jq4.checkpoint.foreign.model_dtype import model_dtype
 from jq4.checkpoint.foreign.mx_blocks import BLOCK, SCALE_DTYPE, read_scales
 from jq4.checkpoint.foreign.partners import Partners, contradiction, refusal
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
-from jq4.checkpoint.safetensors_files import DTYPES, StoredTensor
+from jq4.checkpoint.safetensors_files import StoredTensor
 from jq4.qarray import QArray
 
 NVFP4_GROUP = 16
@@ -59,17 +60,6 @@ def weight(partners: Partners, config: Mapping[str, Any]) -> LazyWeight:
         return read(partners.rows(rows, *cut), abstract)
 
     return LazyWeight(partners.weight_name, abstract, lambda: read(partners, abstract), names, read_rows)
-
-
-def model_dtype(config: Mapping[str, Any]) -> np.dtype[Any]:
-    """The dtype that config.json names, bfloat16 where it names none."""
-    text = config.get("text_config")
-    for settings in (config, text if isinstance(text, dict) else {}):
-        named = settings.get("dtype") or settings.get("torch_dtype")
-        for name in ("F16", "BF16", "F32"):
-            if named == DTYPES[name].name:
-                return DTYPES[name]
-    return DTYPES["BF16"]
 
 
 def _abstract_scale(partners: Partners, scale: StoredTensor) -> QArray:
