@@ -142,7 +142,7 @@ def conversion_title(data: Mapping[str, Any]) -> str:
 
 
 def conversion_tables(data: Mapping[str, Any]) -> Iterator[Table]:
-    """What will become of each kind of weight: a table for each form that is made of a form, which leaves names room."""
+    """What will become of each kind of weight: a table for each form and what it becomes, so that names have room."""
     forms: dict[str, list[list[str]]] = {}
     for kind in data["kinds"]:
         lost = "; ".join(filter(None, (kind["loss"] or "lossless", kind["doubt"], kind["unpacked"])))

@@ -39,6 +39,11 @@ def parts(planned: Planned, made: int) -> Iterator[Part]:
         yield rows, weight.read_rows(rows)
 
 
+def is_cut(planned: Planned, made: int) -> bool:
+    """Whether a weight that becomes `made` bytes is taken in more than one slab."""
+    return len(_cut(planned, made)) > 1
+
+
 def share(planned: Planned, made: int) -> float:
     """Of a weight's bytes, those that the largest slab has."""
     cut = _cut(planned, made)

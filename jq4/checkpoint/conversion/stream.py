@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jq4.checkpoint.conversion.progress import Journal
-from jq4.checkpoint.conversion.slabs import Part, parts, share
+from jq4.checkpoint.conversion.slabs import Part, is_cut, parts, share
 from jq4.checkpoint.foreign.writing import PIECE_BYTES, Planned
 from jq4.checkpoint.safetensors_files import DTYPES
 from jq4.errors import JQ4Error
@@ -148,10 +148,12 @@ def check_fits(target: Target, room: int, memory: int) -> None:
     name = max(needed, key=lambda each: needed[each], default="")
     if name and needed[name] > room:
         least = needed[name] + resident_bytes()
+        planned = next(each for each in target.planned if each.weight.name == name)
+        whole = ", as a whole (one of the two formats does not keep its rows apart)"
         raise JQ4Error(
-            f"{name}: converting it takes about {format_bytes(needed[name])} of memory, and of --memory "
-            f"{format_bytes(memory)} the program itself leaves {format_bytes(room)}; give --memory "
-            f"{-(-least // 10**7) / 100:g}GB or more"
+            f"{name}: converting it{'' if is_cut(planned, target.nbytes_of[name]) else whole} takes about "
+            f"{format_bytes(needed[name])} of memory, and of --memory {format_bytes(memory)} the program itself leaves "
+            f"{format_bytes(room)}; give --memory {-(-least // 10**7) / 100:g}GB or more"
         )
 
 
