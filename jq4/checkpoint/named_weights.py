@@ -44,16 +44,19 @@ def _weight(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any) -> LazyWeight:
 
 
 def _is_of_rows(leaf: ArrayInfo | QArrayInfo) -> bool:
-    """Whether each array of it has the rows of axis 0, or one for all of them."""
-    parts = [info.shape for info in arrays_of(leaf)]
+    """Whether each array of it has the rows of axis 0, or one for all of them; a permutation of K is that of all."""
+    order = leaf.parts.get("permutation") if isinstance(leaf, QArrayInfo) and len(leaf.shape) == 2 else None
+    parts = [info.shape for info in arrays_of(leaf) if info is not order]
     return all(len(part) == len(leaf.shape) > 0 and part[0] in (1, leaf.shape[0]) for part in parts)
 
 
 def _read(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any, rows: Any = ...) -> Any:
-    """`held` is only kept alive, as long as this may be called. An array of one row is that of all rows."""
+    """`held` is only kept alive, as long as this may be called. Arrays of other shapes than the rows' are read whole."""
     del held
     stored = {info.path: StoredArray(data, info) for info in arrays_of(leaf)}
-    return assemble(leaf, {path: array[rows if array.shape[:1] != (1,) else ...] for path, array in stored.items()})
+    rank, first = len(leaf.shape), leaf.shape[:1]
+    cut = {path: array.ndim == rank and array.shape[:1] == first for path, array in stored.items()}
+    return assemble(leaf, {path: array[rows if cut[path] else ...] for path, array in stored.items()})
 
 
 def _leaves(manifest: Manifest) -> list[ArrayInfo | QArrayInfo]:

@@ -39,9 +39,9 @@ def parts(planned: Planned, made: int) -> Iterator[Part]:
         yield rows, weight.read_rows(rows)
 
 
-def is_cut(planned: Planned, made: int) -> bool:
-    """Whether a weight that becomes `made` bytes is taken in more than one slab."""
-    return len(_cut(planned, made)) > 1
+def lies_by_rows(planned: Planned) -> bool:
+    """Whether it can be taken in slabs: both the source and the target keep rows apart."""
+    return planned.weight.read_rows is not None and bool(planned.of_rows)
 
 
 def share(planned: Planned, made: int) -> float:
@@ -52,5 +52,4 @@ def share(planned: Planned, made: int) -> float:
 
 def _cut(planned: Planned, made: int) -> list[slice]:
     weight = planned.weight
-    by_rows = weight.read_rows is not None and planned.of_rows
-    return slabs(weight.shape, weight.nbytes + made if by_rows else 0)
+    return slabs(weight.shape, weight.nbytes + made if lies_by_rows(planned) else 0)

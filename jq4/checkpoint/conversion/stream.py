@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jq4.checkpoint.conversion.progress import Journal
-from jq4.checkpoint.conversion.slabs import Part, is_cut, parts, share
+from jq4.checkpoint.conversion.slabs import Part, lies_by_rows, parts, share
 from jq4.checkpoint.foreign.writing import PIECE_BYTES, Planned
 from jq4.checkpoint.safetensors_files import DTYPES
 from jq4.errors import JQ4Error
@@ -149,9 +149,10 @@ def check_fits(target: Target, room: int, memory: int) -> None:
     if name and needed[name] > room:
         least = needed[name] + resident_bytes()
         planned = next(each for each in target.planned if each.weight.name == name)
-        whole = ", as a whole (one of the two formats does not keep its rows apart)"
+        in_parts = lies_by_rows(planned) or not planned.weight.packed
+        whole = "" if in_parts else " as a whole (one of the two formats does not keep its rows apart)"
         raise JQ4Error(
-            f"{name}: converting it{'' if is_cut(planned, target.nbytes_of[name]) else whole} takes about "
+            f"{name}: converting it{whole} takes about "
             f"{format_bytes(needed[name])} of memory, and of --memory {format_bytes(memory)} the program itself leaves "
             f"{format_bytes(room)}; give --memory {-(-least // 10**7) / 100:g}GB or more"
         )

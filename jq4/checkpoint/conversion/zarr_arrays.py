@@ -86,10 +86,7 @@ def _chunk_shape(array: ArrayToBe) -> tuple[int, ...]:
 
 
 def write_slice(folder: Path, array: Any, index: int | None, outer: int, first: int = 0) -> None:
-    """Writes all chunks of one slice, one at a time; or of its rows from `first` on, as many as there are of them.
-
-    An array of one row is that of all rows.
-    """
+    """Writes all chunks of one slice, one at a time; of fewer rows than it has, where they lie: from `first` on."""
     import tensorstore as ts
 
     spec = {
@@ -106,7 +103,7 @@ def write_slice(folder: Path, array: Any, index: int | None, outer: int, first: 
             return
         outer = min(outer, array.ndim - 1)
         step = json.loads((folder / ".zarray").read_bytes())["chunks"][outer - array.ndim]
-        if store.shape[0] > 1:
+        if store.shape[0] != array.shape[0]:
             store = store[first : first + array.shape[0]].translate_to[0]
         for start in range(0, array.shape[outer], step):
             part = (slice(None),) * outer + (slice(start, min(start + step, array.shape[outer])),)
