@@ -129,7 +129,7 @@ def test_a_slab_is_of_whole_words_of_rows_and_of_few_bytes(monkeypatch):
 
 
 def test_what_does_not_lie_by_rows_says_so_where_it_is_too_large(tmp_path, capsys, monkeypatch):
-    written(tmp_path / "gptq", SEEDS["gptq"][1]())
+    written(tmp_path / "gptq", SEEDS["gptq"][0]())
     monkeypatch.setattr("jq4.checkpoint.convert.room_within", lambda memory: 6_000)
     monkeypatch.setattr(slabs, "SLAB_BYTES", SMALL)
     monkeypatch.setattr(slabs, "_ROWS", 8)

@@ -51,7 +51,7 @@ def _is_of_rows(leaf: ArrayInfo | QArrayInfo) -> bool:
 
 
 def _read(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any, rows: Any = ...) -> Any:
-    """`held` is only kept alive, as long as this may be called. Arrays of other shapes than the rows' are read whole."""
+    """`held` is only kept alive, as long as this may be called. What has other axes than the weight is read whole."""
     del held
     stored = {info.path: StoredArray(data, info) for info in arrays_of(leaf)}
     rank, first = len(leaf.shape), leaf.shape[:1]
