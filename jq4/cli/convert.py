@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jq4.checkpoint.conversion.destination import check_destination
+    from jq4.checkpoint.conversion.progress import folder_of
     from jq4.cli import _conversion, _terminal
     from jq4.report import conversion_tables, conversion_title, format_bytes, verification_tables
 
@@ -74,7 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
             _terminal.say(note)
         out.print(conversion_title(data), *conversion_tables(data), sep="\n")
     if not arguments.dry_run:
-        data |= _conversion.carry_out(work, source, destination, arguments) | {"seconds": watch.seconds}
+        try:
+            data |= _conversion.carry_out(work, source, destination, arguments) | {"seconds": watch.seconds}
+        except KeyboardInterrupt:
+            _terminal.say(f"{folder_of(destination)} holds what is written; the same command goes on from there")
+            raise
     if arguments.json:
         _terminal.print_json(data)
     elif not arguments.dry_run:
