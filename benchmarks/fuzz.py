@@ -4,8 +4,9 @@
 
 Small sound files of every format are changed on the level of their parts, their headers, their text and their bytes
 (benchmarks/fuzzing), then opened; every weight is read, dequantized and written in other formats. To misbehave is any
-exception but JQ4Error, more than a second of CPU, memory beyond a bound, or an error that cannot be printed. A file is
-made by (reader, seed, number) alone, so that `--only READER:SEED:NUMBER` opens a single one again, and shows the error.
+exception but JQ4Error, more than a second of CPU, memory beyond a bound, a path outside of the file's folder, or an
+error that cannot be printed. A file is made by (reader, seed, number) alone, so that `--only READER:SEED:NUMBER` opens
+a single one again, and shows the error.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fuzzing import limits
+from benchmarks.fuzzing import limits, paths
 from benchmarks.fuzzing.readers import READERS
 from benchmarks.provenance import publish
 
@@ -32,23 +33,17 @@ def campaign(name: str, files: int, seed: int, folder: Path) -> dict[str, Any]:
     reader, counts, found = READERS[name](folder), Counter[str](), {}
     reader.warm_up()
     start = time.monotonic()
-    with limits.bounded_memory():
+    with limits.bounded_memory(), paths.watched(folder):
         for number in range(files):
             work = reader.prepared(random.Random(f"{name}:{seed}:{number}"))
             what, said = limits.outcome(work, number % _TRACED == 0)
             counts[what] += 1
             if what == limits.MISBEHAVED and len(found) < _SHOWN:
-                found.setdefault(_kind_of(said), f"{name}:{seed}:{number}\n{said}")
+                found.setdefault(limits.kind_of(said), f"{name}:{seed}:{number}\n{said}")
     for said in found.values():
         print(said, file=sys.stderr, flush=True)
     outcomes = {what: counts[what] for what in limits.OUTCOMES}
     return {"reader": name, "files": files, **outcomes, "seconds": round(time.monotonic() - start, 1)}
-
-
-def _kind_of(said: str) -> str:
-    """What a traceback has in common with others of the same defect: its last lines."""
-    lines = [line for line in said.splitlines() if line.strip().startswith("File ")]
-    return lines[-1] if lines else said[:60]
 
 
 def once(what: str, folder: Path) -> None:
@@ -57,7 +52,7 @@ def once(what: str, folder: Path) -> None:
     reader = READERS[name](folder)
     reader.warm_up()
     work = reader.prepared(random.Random(f"{name}:{seed}:{number}"))
-    with limits.bounded_memory():
+    with limits.bounded_memory(), paths.watched(folder):
         print(*limits.outcome(work, True), sep="\n")
 
 

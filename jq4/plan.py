@@ -249,13 +249,13 @@ def _with_headers(architecture: Architecture, tensors: Mapping[str, StoredTensor
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of "40GB", "39.5 GiB", "512m", "8e9": decimal units unless there is an i."""
+def parse_memory(text: str, what: str = "memory") -> int:
+    """Bytes of "40GB", "39.5 GiB", "512m", "8e9": decimal units unless there is an i. `what` is told in the error."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     try:
         amount = float(match[1]) if match else 0.0
     except ValueError:
         amount = 0.0
     if not match or not 0 < amount < math.inf:
-        raise JQ4Error(f"memory {text!r}: wanted an amount such as 40GB, 24GiB or 500MB")
+        raise JQ4Error(f"{what} {text!r}: wanted an amount above 0, such as 40GB, 24GiB or 500MB")
     return round(amount * _UNITS[match[2] or ""])

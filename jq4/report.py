@@ -1,6 +1,6 @@
 """What the command line prints, made from the same plain data that --json prints. Numbers are worded here alone."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -136,29 +136,36 @@ def quantize_table(data: Mapping[str, Any]) -> Table:
     return make_table(data["destination"], ("leaf", "shape", "became", "from", "to", "SQNR dB"), rows)
 
 
-def conversion_table(data: Mapping[str, Any]) -> Table:
-    """What will become of each kind of weight."""
-    rows = []
+def conversion_title(data: Mapping[str, Any]) -> str:
+    """From what to what, and whether anything is lost."""
+    return f"{data['from']} -> {data['to']}: " + ("lossless" if data["lossless"] else "not lossless")
+
+
+def conversion_tables(data: Mapping[str, Any]) -> Iterator[Table]:
+    """What will become of each kind of weight: a table for each form and what it becomes, so that names have room."""
+    forms: dict[str, list[list[str]]] = {}
     for kind in data["kinds"]:
         lost = "; ".join(filter(None, (kind["loss"] or "lossless", kind["doubt"], kind["unpacked"])))
         sizes = [format_bytes(kind["bytes"]), format_bytes(kind["bytes_made"])]
-        rows.append([kind["kind"], str(kind["number"]), kind["from"], kind["to"], lost, *sizes])
-    title = f"{data['from']} -> {data['to']}: " + ("lossless" if data["lossless"] else "not lossless")
-    return make_table(title, ("weights", "number", "from", "to", "lost", "bytes", "bytes then"), rows)
+        rows = forms.setdefault(f"{kind['from']} -> {kind['to']}: {lost}", [])
+        rows.append([kind["kind"], str(kind["number"]), *sizes])
+    for form, rows in forms.items():
+        yield make_table(form, ("weights", "number", "before", "after"), rows)
 
 
-def verification_table(data: Mapping[str, Any]) -> Table:
-    """What the output was found to hold, by what was declared lost."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+def verification_tables(data: Mapping[str, Any]) -> Iterator[Table]:
+    """What the output was found to hold, a table for each thing that was declared lost."""
+    losses: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for weight in data["verified"]:
-        groups.setdefault((weight["found"], weight["loss"] or "nothing"), []).append(weight)
-    rows = []
-    for (found, loss), weights in groups.items():
-        said = [_all_of(weights, "same_codes"), _all_of(weights, "same_scales")]
-        errors = [_largest_of(weights, name) for name in ("largest", "relative")]
-        rows.append([found, str(len(weights)), loss, *said, *errors])
-    columns = ("read again as", "number", "declared lost", "same codes", "same scales", "max |dW|", "|dW| / |W|")
-    return make_table("verified", columns, rows)
+        losses.setdefault(weight["loss"] or "nothing", {}).setdefault(weight["found"], []).append(weight)
+    columns = ("read again as", "number", "same\ncodes", "same\nscales", "max |dW|", "|dW| / |W|")
+    for loss, groups in losses.items():
+        rows = []
+        for found, weights in groups.items():
+            said = [_all_of(weights, "same_codes"), _all_of(weights, "same_scales")]
+            errors = [_largest_of(weights, name) for name in ("largest", "relative")]
+            rows.append([found, str(len(weights)), *said, *errors])
+        yield make_table(f"verified; declared lost: {loss}", columns, rows)
 
 
 def _largest_of(weights: Sequence[Mapping[str, Any]], name: str) -> str:

@@ -241,9 +241,11 @@ def config_of(checkpoint: Checkpoint, where: str) -> DecoderConfig:
 
 
 def files_of(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The small files of a checkpoint that a saved model takes along, config.json without its way of packing."""
-    config = json.dumps(checkpoint.config or {}, indent=2).encode()
-    return {"config.json": config} | {name: held for name, held in checkpoint.files.items() if name in _COMPANIONS}
+    """The small files of a checkpoint that a saved model takes along; config.json without its way of packing."""
+    held = {name: content for name, content in checkpoint.files.items() if name in _COMPANIONS}
+    if checkpoint.config is None:
+        return held
+    return {"config.json": json.dumps(checkpoint.config, indent=2).encode()} | held
 
 
 def companion_files(folder: Path) -> dict[str, bytes]:

@@ -78,7 +78,7 @@ def jq4_tokenizer(folder):
         (["--calibration", "{source}/text.txt", "--context", "9999"], "fewer than one row of 9999"),
         (["--calibration", "{source}/ids.npy", "--context", "0"], "128 rows of 0 tokens: wanted 1 row or more"),
         (["--calibration", "{source}/nothing.txt"], "there is no such file to calibrate with"),
-        (["--calibration", "{source}/config.json", "--memory", "much"], "memory 'much': wanted an amount such as"),
+        (["--calibration", "{source}/config.json", "--memory", "much"], "memory 'much': wanted an amount above 0"),
     ],
 )
 def test_what_cannot_be_calibrated_writes_nothing(capsys, source, tmp_path, options, message):

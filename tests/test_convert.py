@@ -108,6 +108,7 @@ def test_a_cast_rounds_as_torch_does_and_says_so(tmp_path, capsys):
     found = load_torch(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], torch.tensor(one).bfloat16()) for name, one in tensors.items())
     assert not told["lossless"] and told["kinds"][0]["loss"] == "float32 rounded to bfloat16"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     worst = max(one["relative"] for one in told["verified"])
     assert 2**-11 < worst < 2**-8
 
@@ -137,6 +138,16 @@ def test_weights_that_make_no_model_keep_their_names_in_the_bytes_of_jq4_save(tm
     assert all((ours / name).read_bytes() == (saved / name).read_bytes() for name in files)
     converted(capsys, tmp_path / "out", tmp_path / "back", "--to", "gptq", "--verify")
     assert_same_tensors(tmp_path / "back", gptq[1])
+
+
+def test_a_folder_without_config_json_gets_none(tmp_path, capsys, gptq):
+    (gptq[0] / "config.json").unlink()
+    told = converted(capsys, gptq[0], tmp_path / "out", "--to", "orbax", "--verify")
+    assert "there is no config.json with it" in told["notes"][-1]
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name == "config.json"]
+    converted(capsys, tmp_path / "out", tmp_path / "back", "--to", "gptq", "--verify")
+    assert_same_tensors(tmp_path / "back", gptq[1])
+    assert list(json.loads((tmp_path / "back" / "config.json").read_text())) == ["quantization_config"]
 
 
 def test_large_arrays_are_written_in_chunks(tmp_path, capsys, monkeypatch, gptq):
@@ -189,7 +200,8 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, capsys, gptq):
     assert kind["bytes"] == 2 * (64 * 64 + 64 * 4 * 2)
     assert "verified" not in told and not (tmp_path / "out").exists()
     assert main(["convert", *ROOM, str(gptq[0]), str(tmp_path / "out"), "--to", "awq", "--dry-run"]) == 0
-    assert "gptq -> awq: lossless" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "gptq -> awq: lossless" in shown and max(map(len, shown.splitlines())) <= 80
 
 
 def test_names_are_keys_and_never_paths(tmp_path, capsys):

@@ -104,6 +104,7 @@ def test_what_another_conversion_left_is_not_gone_on_from(tmp_path, capsys, monk
     with monkeypatch.context() as patch:
         patch.setattr("jq4.checkpoint.conversion.fixed_files.FixedFiles.finish", interrupted)
         assert main(["convert", *ROOM, str(gptq), str(tmp_path / "out"), "--to", "awq"]) == 130
+    assert "out.partial holds what is written; the same command goes on from there" in capsys.readouterr().err
     said = refused(capsys, gptq, tmp_path / "out", "--to", "gptq")
     assert "holds the unfinished work of another conversion, whose output, to differ" in said and "--restart" in said
     (gptq / "config.json").write_text((gptq / "config.json").read_text() + " ")

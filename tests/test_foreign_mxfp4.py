@@ -8,6 +8,7 @@ import pytest
 
 import jq4
 from jq4.checkpoint.foreign import mx_blocks, mxfp4, open_checkpoint
+from jq4.checkpoint.foreign.model_dtype import model_dtype
 from jq4.checkpoint.foreign.weights import LazyWeight
 from jq4.errors import JQ4Error
 from jq4.qarray import QArray
@@ -65,6 +66,11 @@ def test_a_scale_of_nan_is_refused_when_read(tmp_path):
     tensors[f"{EXPERTS}_scales"][1, 2, 0] = 255
     with pytest.raises(JQ4Error, match="gate_up_proj_scales' holds 1 scales of 255, NaN, wanted finite scales"):
         open_checkpoint(write_checkpoint(tmp_path / "m", tensors)).weights[EXPERTS].read()
+
+
+def test_what_config_json_says_of_the_dtype(tmp_path):
+    assert model_dtype({"dtype": "auto", "text_config": {"torch_dtype": "float16"}}) == np.float16
+    assert model_dtype({"torch_dtype": None}) == ml_dtypes.bfloat16
     with pytest.raises(JQ4Error, match="has dtype 'int8', wanted bfloat16"):
         open_checkpoint(write_checkpoint(tmp_path / "n", gpt_oss(), {"dtype": "int8"}))
 

@@ -5,7 +5,11 @@ import re
 
 import pytest
 
+from benchmarks import fuzz_coverage
 from benchmarks.fuzz import campaign
+from benchmarks.fuzzing import limits, paths
+from benchmarks.fuzzing.as_bytes import framed, input_of, unframed
+from benchmarks.fuzzing.folders import Link
 from benchmarks.fuzzing.readers import READERS
 from jq4 import JQ4Error
 from jq4.checkpoint.foreign.file_patterns import matches
@@ -59,6 +63,48 @@ def test_a_file_is_made_by_its_number_alone(tmp_path):
         reader.prepared(random.Random("gptq:0:7"))
         made.append({path.name: path.is_file() and path.read_bytes() for path in (tmp_path / "gptq").iterdir()})
     assert made[0] == made[1]
+
+
+def test_a_path_outside_of_the_folder_counts_as_misbehaving(tmp_path):
+    inside, outside = tmp_path / "in" / "file", tmp_path / "out"
+    inside.parent.mkdir()
+    inside.write_text("x")
+    outside.write_text("x")
+    with paths.watched(inside.parent):
+        assert limits.outcome(inside.read_text)[0] == "opened"
+        what, said = limits.outcome((inside.parent / ".." / "out").read_text)
+    assert what == "misbehaved" and f"left its folder: open '{inside.parent}/../out'" in said
+
+
+@pytest.mark.parametrize("reader", fuzz_coverage.GUIDED)
+def test_readers_as_functions_of_bytes(reader, tmp_path):
+    """The sound inputs open; changed ones, and bytes that are none, are opened or refused."""
+    fed, draw = input_of(reader, tmp_path), random.Random(0)
+    fed.warm_up()
+    seeds = fed.seeds()
+    assert reader == "recipe" or all(limits.outcome(fed.work(seed))[0] == "opened" for seed in seeds)
+    with limits.bounded_memory(), paths.watched(tmp_path):
+        for content in (b"", b"\xff" * 64, *(fed.changed(draw, seeds[0], _doubled) for _ in range(20))):
+            what, said = limits.outcome(fed.work(content))
+            assert what != "misbehaved", said
+
+
+def _doubled(content: bytes, longest: int) -> bytes:
+    """In place of the engine's own mutation."""
+    return (content + content[: len(content) // 2])[:longest]
+
+
+def test_files_are_framed_and_found_again():
+    files = {"config.json": b"{}", "model.safetensors": bytes(9), "a link": Link("../x"), "a folder": None}
+    assert unframed(framed(files)) == files
+    assert unframed(framed({"../x": b"1", "..": b"2", "a": b"3"})) == {"a": b"3"}
+
+
+@pytest.mark.skipif(not fuzz_coverage.available(), reason="atheris is not installed: pip install atheris")
+def test_coverage_grows(tmp_path):
+    found = fuzz_coverage.campaign("safetensors", 3, 0, tmp_path)
+    assert not found["misbehaved"] and found["opened"] and found["refused"]
+    assert found["branches"] > found["branches_of_seeds"] > 50 and any((tmp_path / "corpus").iterdir())
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

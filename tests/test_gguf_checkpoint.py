@@ -50,7 +50,7 @@ FAMILIES = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "llama-3": {"rope_theta": 5e5, "rope_scaling": LLAMA3, "tie_word_embeddings": True, "head_dim": 32},
     "llama-yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
-    "mistral": {"sliding_window": None},
+    "mistral": {"sliding_window": 16},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 32},
     "phi3": {"sliding_window": 64, "partial_rotary_factor": 0.5, "rope_scaling": LONGROPE}

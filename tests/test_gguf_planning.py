@@ -210,7 +210,7 @@ def test_what_llama_cpp_does_otherwise_is_said():
 
     assert notes() == []
     assert notes(model_type="mistral", sliding_window=16) == [
-        "sliding_window 16 is left out: llama.cpp lets a Mistral look at all of the text"
+        "sliding_window 16 is kept for jq4: llama.cpp lets a Mistral look at all of the text"
     ]
     assert "rope_type 'dynamic' has no form in GGUF" in notes(rope_scaling={"type": "dynamic", "factor": 2.0})[0]
     assert (

@@ -289,6 +289,17 @@ def test_factors_that_are_not_numbers(tmp_path):
         assert "'rope_freqs.weight' holds" in (said := refused(gguf(tmp_path, held, 4))) and "above 0" in said
 
 
+def test_a_norm_that_is_a_signalling_nan(tmp_path):
+    """Found by `benchmarks.fuzz_coverage`: taking 1 from it made numpy warn. Dense weights are read as they are."""
+    seed = gguf_seed(2)
+    kind, shape, _ = seed.tensors["blk.0.attn_norm.weight"]
+    held = {"blk.0.attn_norm.weight": (kind, shape, np.full(shape, 0x7F800001, np.uint32).tobytes())}
+    file = gguf(tmp_path, held, 2)
+    with bounded_memory():
+        what, said = outcome(lambda: use_checkpoint(file))
+    assert what == "opened", said
+
+
 def test_a_layer_whose_number_has_five_thousand_digits(tmp_path):
     seed = gguf_seed(0)
     name = f"blk.{'9' * 5000}.attn_q.weight"

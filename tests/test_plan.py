@@ -343,7 +343,7 @@ def test_amounts_of_memory(text, wanted):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "12 apples", "1.2.3GB", "nan", "1e999GB"])
 def test_amounts_that_are_none(text):
-    with pytest.raises(JQ4Error, match="wanted an amount such as 40GB"):
+    with pytest.raises(JQ4Error, match="wanted an amount above 0, such as 40GB"):
         parse_memory(text)
 
 

@@ -1,7 +1,6 @@
-"""Runs one file within limits: CPU seconds, memory, and JQ4Error as the only way out."""
+"""Runs one file within limits: CPU seconds, memory, its own folder, and JQ4Error as the only way out."""
 
 import contextlib
-import gc
 import resource
 import signal
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fuzzing import paths
 from jq4.errors import JQ4Error
 
 SECONDS = 1.0  # of CPU, for a file of a few KB
@@ -45,9 +45,10 @@ def bounded_memory() -> Iterator[None]:
 
 
 def outcome(work: Callable[[], Any], traced: bool = False) -> tuple[str, str]:
-    """(what became of it, the error's text or the traceback). Within `bounded_memory`."""
+    """(what became of it, the error's text or the traceback). Within `bounded_memory`, and `paths.watched`."""
     signal.setitimer(signal.ITIMER_PROF, 4 * SECONDS)
     start = time.process_time()
+    paths.strayed()  # what laying the file out touched
     if traced:
         tracemalloc.start()
     try:
@@ -65,6 +66,8 @@ def outcome(work: Callable[[], Any], traced: bool = False) -> tuple[str, str]:
         if traced:
             tracemalloc.stop()
     seconds = time.process_time() - start
+    if touched := paths.strayed():
+        return MISBEHAVED, f"left its folder: {', '.join(touched[:5])}; {found[1]}"
     if found[0] != MISBEHAVED and peak > TRACED:
         return MISBEHAVED, f"took {peak} bytes; {found[1]}"
     if found[0] != MISBEHAVED and seconds > SECONDS * (3 if traced else 1):
@@ -83,6 +86,7 @@ def _said(error: JQ4Error) -> tuple[str, str]:
     return REFUSED, text
 
 
-def collected() -> None:
-    """Frees what tracebacks hold."""
-    gc.collect()
+def kind_of(said: str) -> str:
+    """What a traceback has in common with others of the same defect: its last lines."""
+    lines = [line for line in said.splitlines() if line.strip().startswith("File ")]
+    return lines[-1] if lines else said[:60]

@@ -58,8 +58,9 @@ class Checkpoints:
         for _ in range(draw.choice((1, 1, 2, 3))):
             members = values.changed(draw, members)
         raw = _signed(members)
-        if draw.random() < 0.1:
-            raw = values.flipped(draw, raw)
+        return self.work(values.flipped(draw, raw) if draw.random() < 0.1 else raw)
+
+    def work(self, raw: bytes) -> Work:
         return lambda: _read(raw)
 
 
@@ -101,9 +102,15 @@ class WholeCheckpoints(Checkpoints):
 def _signed(members: Any) -> bytes:
     """With its own checksum right. What is not an object gets one that holds it."""
     try:
-        body = json.dumps(members if isinstance(members, dict) and members else {"a": members}).encode()[:-1]
+        text = json.dumps(members if isinstance(members, dict) and members else {"a": members}).encode()
     except RecursionError:  # deeper than can be written
-        body = b'{"a": 1'
+        text = b'{"a": 1}'
+    return signed_text(text)
+
+
+def signed_text(text: bytes) -> bytes:
+    """The text of an object with a checksum that is right."""
+    body = text[:-1]
     return body + (manifest._TAIL % hashlib.sha256(body).hexdigest()).encode()
 
 
@@ -127,18 +134,24 @@ class Journals:
         """Nothing is loaded late."""
 
     def prepared(self, draw: random.Random) -> Work:
-        folder = folder_of(self.destination)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        digest = "0" * 64
-        entries: list[Any] = [{"identity": self._IDENTITY}]
-        entries += [{"done": f"w{i}", "wrote": {f"w{i}.qweight": digest, "a/0": [4, digest]}} for i in range(3)]
-        entries += [{"finished": True}] if draw.random() < 0.3 else []
+        entries = self.entries(finished=draw.random() < 0.3)
         for _ in range(draw.choice((1, 1, 2))):
             at = draw.randrange(len(entries))
             entries[at] = values.changed(draw, entries[at]) if isinstance(entries[at], dict) else values.value(draw)
         raw = b"\n".join(values.as_text(draw, one) for one in entries) + b"\n"
-        (folder / JOURNAL).write_bytes(values.flipped(draw, raw) if draw.random() < 0.2 else raw)
+        return self.work(values.flipped(draw, raw) if draw.random() < 0.2 else raw)
+
+    def entries(self, finished: bool) -> list[Any]:
+        """The lines of a sound one."""
+        digest = "0" * 64
+        done = [{"done": f"w{i}", "wrote": {f"w{i}.qweight": digest, "a/0": [4, digest]}} for i in range(3)]
+        return [{"identity": self._IDENTITY}, *done, *([{"finished": True}] if finished else [])]
+
+    def work(self, raw: bytes) -> Work:
+        folder = folder_of(self.destination)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / JOURNAL).write_bytes(raw)
         return self._use
 
     def _use(self) -> None:
@@ -152,7 +165,7 @@ class Journals:
 class Recipes:
     """A recipe's YAML."""
 
-    _RULES: dict[str, Any] = {  # noqa: RUF012
+    RULES: dict[str, Any] = {  # noqa: RUF012
         "ignore": ["lm_head"],
         "rules": [
             {"targets": ["re:mlp.*down_proj"], "num_bits": 8, "strategy": "channel"},
@@ -160,7 +173,7 @@ class Recipes:
         ],
         "before": [{"step": "awq", "ratios": 8}],
     }
-    _TEXTS = (
+    TEXTS = (
         "a: &a [x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]\nc: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b]\n"
         "d: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c]\ne: &e [*d, *d, *d, *d, *d, *d, *d, *d, *d]\n"
         "f: &f [*e, *e, *e, *e, *e, *e, *e, *e, *e]\nrules: *f\n",
@@ -183,13 +196,16 @@ class Recipes:
         self.file = folder / "recipe.yaml"
 
     def warm_up(self) -> None:
-        Recipe.from_dict(self._RULES)
+        Recipe.from_dict(self.RULES)
 
     def prepared(self, draw: random.Random) -> Work:
-        text = draw.choice(self._TEXTS).encode()
+        text = draw.choice(self.TEXTS).encode()
         if draw.random() < 0.9:
-            rules = values.changed(draw, self._RULES)
+            rules = values.changed(draw, self.RULES)
             with contextlib.suppress(RecursionError, yaml.YAMLError, UnicodeEncodeError):
                 text = yaml.safe_dump(rules).encode() if draw.random() < 0.3 else values.as_text(draw, rules)
-        self.file.write_bytes(values.flipped(draw, text) if draw.random() < 0.2 else text)
+        return self.work(values.flipped(draw, text) if draw.random() < 0.2 else text)
+
+    def work(self, raw: bytes) -> Work:
+        self.file.write_bytes(raw)
         return lambda: Recipe.load(self.file).to_dict()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fuzzing import folders, gguf_files, using, values
+from benchmarks.fuzzing.folders import Files
 from benchmarks.fuzzing.ours import Checkpoints, Journals, Recipes, WholeCheckpoints
 from benchmarks.fuzzing.seeds import CONFIG, GGUF, SEEDS, Folder
 
@@ -24,20 +25,26 @@ class Foreign:
     def warm_up(self) -> None:
         """Opens every seed as it is, which must be possible; modules are loaded then."""
         for seed in self.seeds:
-            using.use_checkpoint(self._laid(seed, sound=True, draw=random.Random(0)))
+            self.work(sound(seed))()
 
     def prepared(self, draw: random.Random) -> Work:
-        path = self._laid(draw.choice(self.seeds), sound=False, draw=draw)
-        return lambda: using.use_checkpoint(path)
+        return self.work(hostile(draw, draw.choice(self.seeds)))
 
-    def _laid(self, seed: Folder | GGUF, sound: bool, draw: random.Random) -> Path:
-        if isinstance(seed, GGUF):
-            content = gguf_files.sound(seed) if sound else gguf_files.hostile(draw, seed)
-            name = "m-00001-of-00001.gguf" if draw.random() < 0.1 else "m.gguf"
-            using.laid(self.folder, {name: content})
-            return self.folder / name
-        using.laid(self.folder, folders.sound(seed) if sound else folders.hostile(draw, seed))
-        return self.folder
+    def work(self, files: Files) -> Work:
+        using.laid(self.folder, files)
+        single = next((name for name in files if name.endswith(".gguf")), "")
+        return lambda: using.use_checkpoint(self.folder / single)
+
+
+def sound(seed: Folder | GGUF) -> Files:
+    return {"m.gguf": gguf_files.sound(seed)} if isinstance(seed, GGUF) else folders.sound(seed)
+
+
+def hostile(draw: random.Random, seed: Folder | GGUF) -> Files:
+    if isinstance(seed, Folder):
+        return folders.hostile(draw, seed)
+    content = gguf_files.hostile(draw, seed)
+    return {"m-00001-of-00001.gguf" if draw.random() < 0.1 else "m.gguf": content}
 
 
 class Config:
@@ -71,7 +78,9 @@ class Config:
         raw = draw.choice(self.seeds)
         for _ in range(draw.choice((1, 1, 2, 3))):
             raw = values.changed(draw, raw)
-        content = values.as_text(draw, raw)
+        return self.work(values.as_text(draw, raw))
+
+    def work(self, content: bytes) -> Work:
         return lambda: using.use_config(content, "config.json")
 
 

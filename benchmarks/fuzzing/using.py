@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.fuzzing.folders import Files, Link
@@ -75,6 +76,7 @@ def _used(checkpoint: Checkpoint) -> Iterator[JQ4Error | None]:
             yield error
             continue
         yield None
+        _check_rows(weight, value)
         if not is_qarray(value):
             assert (value.shape, value.dtype) == (weight.shape, weight.abstract.dtype), (
                 name,
@@ -106,6 +108,16 @@ def _check_same(q: QArray, abstract: QArray, where: str) -> None:
             )
     for field in ("format", "group_size", "axis", "padding", "dtype"):
         assert getattr(q, field) == getattr(abstract, field), (where, field)
+
+
+def _check_rows(weight: LazyWeight, value: Any) -> None:
+    """Read in two parts, it must be the same."""
+    if weight.read_rows is None or not weight.shape or weight.shape[0] < 2:
+        return
+    for rows in (slice(0, weight.shape[0] // 2), slice(weight.shape[0] // 2, weight.shape[0])):
+        for whole, part in zip(jax.tree.leaves(value), jax.tree.leaves(weight.read_rows(rows)), strict=True):
+            wanted = whole if whole.shape == part.shape else whole[rows]
+            assert wanted.dtype == part.dtype and wanted.tobytes() == part.tobytes(), (weight.name, rows)
 
 
 def _written(weight: LazyWeight, value: Any) -> None:

@@ -39,13 +39,24 @@ def checkpoint_of_names(folder: Path) -> Checkpoint:
 
 
 def _weight(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any) -> LazyWeight:
-    return LazyWeight(leaf.path, abstract(leaf), functools.partial(_read, data, leaf, held), (leaf.path,))
+    read = functools.partial(_read, data, leaf, held)
+    return LazyWeight(leaf.path, abstract(leaf), read, (leaf.path,), read if _is_of_rows(leaf) else None)
 
 
-def _read(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any) -> Any:
-    """`held` is only kept alive, as long as this may be called."""
+def _is_of_rows(leaf: ArrayInfo | QArrayInfo) -> bool:
+    """Whether each array of it has the rows of axis 0, or one for all of them; a permutation of K is that of all."""
+    order = leaf.parts.get("permutation") if isinstance(leaf, QArrayInfo) and len(leaf.shape) == 2 else None
+    parts = [info.shape for info in arrays_of(leaf) if info is not order]
+    return all(len(part) == len(leaf.shape) > 0 and part[0] in (1, leaf.shape[0]) for part in parts)
+
+
+def _read(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any, rows: Any = ...) -> Any:
+    """`held` is only kept alive, as long as this may be called. What has other axes than the weight is read whole."""
     del held
-    return assemble(leaf, {info.path: StoredArray(data, info)[...] for info in arrays_of(leaf)})
+    stored = {info.path: StoredArray(data, info) for info in arrays_of(leaf)}
+    rank, first = len(leaf.shape), leaf.shape[:1]
+    cut = {path: array.ndim == rank and array.shape[:1] == first for path, array in stored.items()}
+    return assemble(leaf, {path: array[rows if cut[path] else ...] for path, array in stored.items()})
 
 
 def _leaves(manifest: Manifest) -> list[ArrayInfo | QArrayInfo]:

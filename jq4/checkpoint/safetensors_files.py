@@ -14,7 +14,7 @@ import reprlib
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,12 @@ class StoredTensor:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def rows(self, rows: slice) -> "StoredTensor":
+        """Some indices of axis 0, which lie together."""
+        width = (self.stop - self.start) // self.shape[0]
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        return replace(self, shape=shape, start=self.start + rows.start * width, stop=self.start + rows.stop * width)
 
     def read(self) -> np.ndarray:
         """The tensor as a view of the file, which is read as the view is used."""

@@ -52,7 +52,7 @@ def prepare(source: Path, target: str, options: Mapping[str, Any], requantize: b
     proposal = propose(opened, target, writer, options, requantize)
     if target == "orbax":
         return _to_orbax(source, opened, proposal)
-    made = safetensors_target(opened, proposal, writer, options, parse_memory(shard_size))
+    made = safetensors_target(opened, proposal, writer, options, parse_memory(shard_size, "--shard-size"))
     return Work(opened, proposal, made, options)
 
 
@@ -102,11 +102,11 @@ def carry_out(work: Work, source: Path, destination: Path, arguments: argparse.N
             destination,
             work.target,
             about={"to": work.proposal.target, "options": work.options},
-            memory=None if arguments.memory is None else parse_memory(arguments.memory),
+            memory=None if arguments.memory is None else parse_memory(arguments.memory, "--memory"),
             restart=arguments.restart,
             requantizer=work.proposal.requantizer,
             check=check if arguments.verify else None,
-            progress=lambda done, total: step(done // 10**6, -(-total // 10**6)),
+            progress=lambda done, total: step(-(-done // 10**6), -(-total // 10**6)),
         )
     errors = {} if work.proposal.requantizer is None else work.proposal.requantizer.errors
     return {"weights": done.weights, "resumed": done.resumed, "requantized": errors, "verified": verified}

@@ -59,8 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jq4.checkpoint.conversion.destination import check_destination
+    from jq4.checkpoint.conversion.progress import folder_of
     from jq4.cli import _conversion, _terminal
-    from jq4.report import conversion_table, format_bytes, verification_table
+    from jq4.report import conversion_tables, conversion_title, format_bytes, verification_tables
 
     watch = _terminal.Stopwatch()
     source, destination = Path(arguments.source), Path(arguments.destination)
@@ -72,16 +73,20 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         for note in work.source.notes:
             _terminal.say(note)
-        out.print(conversion_table(data))
+        out.print(conversion_title(data), *conversion_tables(data), sep="\n")
     if not arguments.dry_run:
-        data |= _conversion.carry_out(work, source, destination, arguments) | {"seconds": watch.seconds}
+        try:
+            data |= _conversion.carry_out(work, source, destination, arguments) | {"seconds": watch.seconds}
+        except KeyboardInterrupt:
+            _terminal.say(f"{folder_of(destination)} holds what is written; the same command goes on from there")
+            raise
     if arguments.json:
         _terminal.print_json(data)
     elif not arguments.dry_run:
         if data["requantized"]:
             out.print(f"rounded again: {len(data['requantized'])} weights, {_worst(data['requantized'])}")
         if data["verified"] is not None:
-            out.print(verification_table(data))
+            out.print(*verification_tables(data), sep="\n")
         resumed = f" ({data['resumed']} of them were done before)" if data["resumed"] else ""
         out.print(
             f"{data['weights']} weights{resumed}, {format_bytes(data['bytes'])} in {destination}, {watch.seconds:.1f} s"

@@ -10,6 +10,7 @@
     safetensors_target.py gguf_target.py    what else belongs to an output of these formats
     destination.py     what may be written to, and the rename that makes it so
     progress.py        the journal: which weights are done, by the digests of what was written
+    slabs.py           large weights, a slab of rows at a time, where source and target both lie by rows
     stream.py          a few weights at a time through reading, encoding and writing, within a bound of memory
     verification.py    the output read again and compared with the source; difference.py sums up how far they are apart
 

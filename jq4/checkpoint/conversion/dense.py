@@ -25,7 +25,7 @@ _FLOATS = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 
 def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
     own = np.dtype(weight.abstract.dtype)
-    wanted = own if options.get("dtype") is None else _dtype_of(options["dtype"])
+    wanted = own if options.get("dtype") is None else dtype_named(options["dtype"])
     if not weight.packed and (own == wanted or own not in _FLOATS.values()):
         return as_it_is(weight)
     name = next(name for name, dtype in DTYPES.items() if dtype == wanted)
@@ -46,7 +46,8 @@ def quantization_config(planned: list[Planned], options: Mapping[str, Any]) -> d
     return {}
 
 
-def _dtype_of(given: str) -> np.dtype[Any]:
+def dtype_named(given: str) -> np.dtype[Any]:
+    """Of a name of option "dtype"."""
     for name, dtype in _FLOATS.items():
         if given.lower() in (name.lower(), dtype.name):
             return dtype

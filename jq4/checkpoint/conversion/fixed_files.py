@@ -16,6 +16,7 @@ import numpy as np
 
 from jq4.checkpoint.atomic import naming, sync_folder, write_synced
 from jq4.checkpoint.conversion.layout import Layout, Place
+from jq4.checkpoint.conversion.slabs import Part
 from jq4.checkpoint.foreign.writing import PIECE_BYTES, Planned
 from jq4.checkpoint.safetensors_files import DTYPES
 from jq4.errors import JQ4Error
@@ -37,14 +38,21 @@ class FixedFiles:
                 os.ftruncate(self._descriptors[name], layout.sizes[name])
                 _write_all(self._descriptors[name], head, 0)
 
-    def write(self, planned: Planned, value: Any) -> dict[str, str]:
-        """Writes the tensors of one weight; their digests by name."""
-        if planned.pieces is not None:
-            (name,) = planned.tensors
-            return {name: self._write_tensor(planned, name, planned.pieces(value))}
-        made = planned.encode(value)
-        _check_as_planned(planned, made)
-        return {name: self._write_tensor(planned, name, _cut(made[name])) for name in planned.tensors}
+    def write(self, planned: Planned, parts: Iterable[Part]) -> dict[str, str]:
+        """Writes the tensors of one weight, whose rows come part by part; their digests by name."""
+        digests = {name: hashlib.sha256() for name in planned.tensors}
+        written = dict.fromkeys(planned.tensors, 0)
+        for rows, value in parts:
+            for name, pieces in _encoded(planned, value, rows):
+                for piece in pieces:
+                    content = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+                    self._write_piece(planned, name, content, written[name])
+                    digests[name].update(content)
+                    written[name] += len(content)
+        for name, done in written.items():
+            if done != self._layout.places[name].nbytes:
+                raise self._other_bytes(planned, name)
+        return {name: digest.hexdigest() for name, digest in digests.items()}
 
     def holds(self, planned: Planned, record: Mapping[str, Any]) -> bool:
         """Whether the files hold what `write` gave `record` for."""
@@ -68,21 +76,18 @@ class FixedFiles:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def _write_tensor(self, planned: Planned, name: str, pieces: Iterable[np.ndarray]) -> str:
-        place, digest, written = self._layout.places[name], hashlib.sha256(), 0
-        for piece in pieces:
-            content = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
-            if written + len(content) > place.nbytes:
-                break
-            with naming(self._folder / place.file):
-                _write_all(self._descriptors[place.file], content, place.start + written)
-                written += len(content)
-                self._sync_sometimes(place.file, len(content))
-            digest.update(content)
-        else:
-            if written == place.nbytes:
-                return digest.hexdigest()
-        raise JQ4Error(f"{planned.weight.name}: {name} was made with other bytes than the {place.nbytes} planned")
+    def _write_piece(self, planned: Planned, name: str, content: memoryview, at: int) -> None:
+        """`at`: bytes of the tensor that stand before it."""
+        place = self._layout.places[name]
+        if at + len(content) > place.nbytes:
+            raise self._other_bytes(planned, name)
+        with naming(self._folder / place.file):
+            _write_all(self._descriptors[place.file], content, place.start + at)
+            self._sync_sometimes(place.file, len(content))
+
+    def _other_bytes(self, planned: Planned, name: str) -> JQ4Error:
+        wanted = self._layout.places[name].nbytes
+        return JQ4Error(f"{planned.weight.name}: {name} was made with other bytes than the {wanted} planned")
 
     def _sync_sometimes(self, file: str, written: int) -> None:
         with self._lock:
@@ -100,14 +105,29 @@ class FixedFiles:
         return digest.hexdigest()
 
 
+def _encoded(planned: Planned, value: Any, rows: slice) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+    """The tensors of these rows, cut into pieces; those that have no rows come with the first."""
+    if planned.pieces is not None:
+        (name,) = planned.tensors
+        yield name, planned.pieces(value)
+        return
+    made = planned.encode(value)
+    _check_as_planned(planned, made, rows)
+    for name in planned.tensors if rows.start == 0 else planned.by_rows:
+        yield name, _cut(made[name])
+
+
 def _cut(array: np.ndarray) -> Iterator[np.ndarray]:
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return (flat[start : start + PIECE_BYTES] for start in range(0, flat.size, PIECE_BYTES))
 
 
-def _check_as_planned(planned: Planned, made: Mapping[str, np.ndarray]) -> None:
+def _check_as_planned(planned: Planned, made: Mapping[str, np.ndarray], rows: slice) -> None:
+    whole = (rows.start, rows.stop) == (0, *planned.weight.shape[:1])
     for name, (dtype, shape) in planned.tensors.items():
         found = made.get(name)
+        if found is not None and not whole and name in planned.by_rows:  # the bytes of all rows are counted in the end
+            shape = (*found.shape[:1], *shape[1:])
         if found is None or (dtype in DTYPES and (found.shape != shape or found.dtype != DTYPES[dtype])):
             told = "nothing" if found is None else f"{found.dtype}{list(found.shape)}"
             raise JQ4Error(f"{planned.weight.name}: {name} was made as {told}, planned was {dtype}{list(shape)}")

@@ -20,6 +20,7 @@ import numpy as np
 from jq4.checkpoint import atomic, manifest, structure
 from jq4.checkpoint.arrays import Writer
 from jq4.checkpoint.conversion.layout import nbytes_of
+from jq4.checkpoint.conversion.slabs import Part
 from jq4.checkpoint.conversion.stream import Target
 from jq4.checkpoint.conversion.zarr_arrays import ArrayToBe, chunk_files, make_group, size_and_digest, write_slice
 from jq4.checkpoint.foreign.weights import LazyWeight
@@ -141,16 +142,20 @@ class OrbaxFiles:
                 self._slices[slice_name(leaf, index, weight)] = place
         writer.close()
 
-    def write(self, planned: Planned, value: Any) -> dict[str, Any]:
-        """Writes a slice; the size and SHA-256 of each file."""
+    def write(self, planned: Planned, parts: Iterable[Part]) -> dict[str, Any]:
+        """Writes a slice, whose rows come part by part; the size and SHA-256 of each file."""
         place = self._slices[planned.weight.name]
-        record: dict[str, Any] = {}
-        for info, array in zip(place.arrays, _arrays_in(value), strict=True):
-            if info.array is not None:
-                write_slice(self._data / info.array, array, place.index, place.outer)
-                for name in chunk_files(self._data / info.array, place.index):
-                    record[f"{info.array}/{name}"] = size_and_digest(self._data / info.array / name)
-        return record
+        for rows, value in parts:
+            for info, array in zip(place.arrays, _arrays_in(value), strict=True):
+                if info.array is not None:
+                    write_slice(self._data / info.array, array, place.index, place.outer, rows.start)
+        files = (
+            f"{info.array}/{name}"
+            for info in place.arrays
+            if info.array is not None
+            for name in chunk_files(self._data / info.array, place.index)
+        )
+        return {name: size_and_digest(self._data / name) for name in files}
 
     def holds(self, planned: Planned, record: Mapping[str, Any]) -> bool:
         """Whether the files are there as `write` left them."""
@@ -222,7 +227,11 @@ def _planned(leaf: Leaf, index: int, weight: LazyWeight) -> Planned:
         for keys, array in zip(_array_keys(leaf.keys, weight.abstract), _arrays_in(weight.abstract), strict=True)
     }
     pieces = None if weight.packed else lambda value: iter((value,))  # chunks of it are taken one by one
-    return Planned(renamed, tensors, lambda value: dict(zip(tensors, _arrays_in(value), strict=True)), pieces=pieces)
+
+    def encode(value: Any) -> dict[str, Any]:
+        return dict(zip(tensors, _arrays_in(value), strict=True))
+
+    return Planned(renamed, tensors, encode, pieces=pieces, by_rows=tuple(tensors))
 
 
 def _array_of(leaf: Leaf, array: Any) -> ArrayToBe:

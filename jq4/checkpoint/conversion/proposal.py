@@ -99,14 +99,14 @@ def propose(
             refused[weight.name] = str(error)
     if refused:
         _raise_what_holds_for_all(target, refused)
-        reasons = [said if name in said else f"{name}: {said}" for name, said in refused.items()][:_TOLD]
-        more = f" (and {len(refused) - _TOLD} more)" if len(refused) > _TOLD else ""
+        reasons = _reasons(refused)
+        more = f" (and {len(reasons) - _TOLD} more)" if len(reasons) > _TOLD else ""
         remedy = ""
         if not requantize and any(_is_rounded_again(checkpoint.weights[name], writer, options) for name in refused):
             remedy = "; --requantize rounds them again, to the nearest that the target holds"
         raise JQ4Error(
             f"--to {target}: cannot hold {len(refused)} of {len(weights)} weights as they are{remedy}; nothing was "
-            f"written: {'; '.join(reasons)}{more}"
+            f"written: {'; '.join(reasons[:_TOLD])}{more}"
         )
     return Proposal(tuple(planned), checkpoint.weights, checkpoint.format, target, requantizer)
 
@@ -116,6 +116,15 @@ def _raise_what_holds_for_all(target: str, refused: Mapping[str, str]) -> None:
     said = set(refused.values())
     if len(said) == 1 and len(refused) > 1:
         raise JQ4Error(f"--to {target}: {said.pop()}")
+
+
+def _reasons(refused: Mapping[str, str]) -> list[str]:
+    """Each reason once, with the first weight that has it."""
+    names: dict[str, list[str]] = {}
+    for name, said in refused.items():
+        names.setdefault(said.removeprefix(f"{name}: "), []).append(name)
+    others = {said: f" (and {len(held) - 1} others)" if len(held) > 1 else "" for said, held in names.items()}
+    return [said if held[0] in said else f"{held[0]}{others[said]}: {said}" for said, held in names.items()]
 
 
 def left_out(proposal: Proposal, kept: Collection[str]) -> Proposal:

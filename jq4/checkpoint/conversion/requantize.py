@@ -11,7 +11,7 @@ taken too), a few rows at a time, and what that costs is measured against them:
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -59,8 +59,12 @@ class Requantizer:
             rounding = _rounding_for(weight, _GRIDS[self._target])
             abstract = jax.eval_shape(rounding, jax.ShapeDtypeStruct(weight.shape, jnp.float32))
         abstract = dataclasses.replace(abstract, dtype=np.dtype(weight.abstract.dtype).name)
+        rounded = functools.partial(self._rounded, weight.name, abstract, rounding)
         nearest = dataclasses.replace(
-            weight, abstract=abstract, read=functools.partial(self._read, weight, abstract, rounding)
+            weight,
+            abstract=abstract,
+            read=lambda: rounded(weight.read(), Difference()),
+            read_rows=None if weight.read_rows is None else _summed_up(weight.read_rows, rounded),
         )
         try:
             planned = writer.plan(nearest, options)
@@ -70,17 +74,29 @@ class Requantizer:
         again = f"{again} {abstract.format} in groups of {abstract.group_size}"
         return dataclasses.replace(planned, loss="; ".join([again, *([planned.loss] if planned.loss else [])]))
 
-    def _read(self, weight: LazyWeight, abstract: Any, rounding: Any) -> Any:
-        parts = {name: part for name in PARTS if (part := getattr(abstract, name)) is not None}
-        held = {name: np.empty(part.shape, part.dtype) for name, part in parts.items()}
-        difference = Difference()
-        for at, dense in finite_rows(weight.read(), weight.name):
+    def _rounded(self, name: str, abstract: Any, rounding: Any, value: Any, difference: Difference) -> Any:
+        """`value`: the weight, or some of its rows; what rounding them costs is added to `difference`."""
+        kept = {part: one for part in PARTS if (one := getattr(abstract, part)) is not None}
+        held = {part: np.empty((value.shape[0], *one.shape[1:]), one.dtype) for part, one in kept.items()}
+        for at, dense in finite_rows(value, name):
             made = rounding(dense)
-            for name, part in held.items():
-                part[at] = np.asarray(getattr(made, name))
+            for part, array in held.items():
+                array[at] = np.asarray(getattr(made, part))
             difference.add(host_dequantize(jax.tree.map(np.asarray, made)), dense)
-        self.errors[weight.name] = difference.as_dict()
+        self.errors[name] = difference.as_dict()
         return dataclasses.replace(abstract, **held)
+
+
+def _summed_up(read_rows: Callable[[slice], Any], rounded: Callable[[Any, Difference], Any]) -> Callable[[slice], Any]:
+    """`read_rows` of the rounded weight; what it costs is summed up from the first rows on."""
+    difference = Difference()
+
+    def read_some(rows: slice) -> Any:
+        nonlocal difference
+        difference = Difference() if rows.start == 0 else difference
+        return rounded(read_rows(rows), difference)
+
+    return read_some
 
 
 def _rounding_for(weight: LazyWeight, bits: tuple[int, ...]) -> Any:

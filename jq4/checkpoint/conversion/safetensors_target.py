@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jq4.checkpoint.conversion import dense
 from jq4.checkpoint.conversion.destination import REPORT
 from jq4.checkpoint.conversion.fixed_files import FixedFiles
 from jq4.checkpoint.conversion.layout import Layout, safetensors_layout
@@ -57,8 +58,15 @@ def _config(
         return None
     config = {key: value for key, value in (checkpoint.config or {}).items() if key != "quantization_config"}
     if options.get("dtype") is not None:
-        config |= {name: options["dtype"] for name in ("torch_dtype", "dtype") if name in config}
+        config = _of_dtype(config, dense.dtype_named(options["dtype"]).name)
     return config | ({"quantization_config": dict(quantization)} if quantization else {})
+
+
+def _of_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The settings with another dtype where they state one, for the model or for a part of it."""
+    changed = {name: dtype for name in ("torch_dtype", "dtype") if name in config}
+    parts = {name: _of_dtype(part, dtype) for name, part in config.items() if isinstance(part, dict)}
+    return {**config, **parts, **changed}
 
 
 def _as_json(value: Any) -> bytes:

@@ -5,8 +5,9 @@ reads or encodes while another waits for the disk. Where the output puts each by
 
 What a weight holds on its way is estimated from its sizes: its packed bytes (mapped pages of the file among them) and
 what is made of them, with the copies that transposing and unpacking make, and its values where it is rounded anew; a
-weight that is made in pieces holds a few of those. A thread begins a weight only while the sum stays within the bound;
-a weight beyond the bound by itself is an error before anything is written.
+weight that is made in pieces holds a few of those, and of one that lies by rows in both files it is that of a slab
+(slabs.py). A thread begins a weight only while the sum stays within the bound; a weight beyond the bound by itself is
+an error before anything is written.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jq4.checkpoint.conversion.progress import Journal
+from jq4.checkpoint.conversion.slabs import Part, lies_by_rows, parts, share
 from jq4.checkpoint.foreign.writing import PIECE_BYTES, Planned
 from jq4.checkpoint.safetensors_files import DTYPES
 from jq4.errors import JQ4Error
@@ -37,7 +39,7 @@ _GIVE_BACK = 64 * 2**20
 class Output(Protocol):
     """Files that weights are written to: FixedFiles, OrbaxFiles."""
 
-    def write(self, planned: Planned, value: Any) -> dict[str, Any]: ...
+    def write(self, planned: Planned, parts: Iterable[Part]) -> dict[str, Any]: ...
 
     def holds(self, planned: Planned, record: Mapping[str, Any]) -> bool: ...
 
@@ -88,7 +90,7 @@ def stream(
         if name in before and output.holds(each, before[name]["wrote"]):
             return name, True
         with budget.held(held_bytes(each, sizes[name])):
-            wrote = output.write(each, each.weight.read())
+            wrote = output.write(each, parts(each, sizes[name]))
             journal.add(name, {"wrote": wrote, **notes_of(each)})
         budget.give_back_sometimes(sizes[name] + each.weight.nbytes)
         return name, False
@@ -113,12 +115,13 @@ def stream(
 
 def held_bytes(planned: Planned, made: int) -> int:
     """What a weight holds in memory, at most, while it is read and becomes `made` bytes."""
-    given = planned.weight.nbytes
+    given, held = planned.weight.nbytes, share(planned, made)
     if planned.pieces is not None:
-        return (COPIES * given if planned.weight.packed else 0) + min(PIECES * PIECE_BYTES, 4 * (given + made))
+        packed = COPIES * math.ceil(given * held) if planned.weight.packed else 0
+        return packed + min(PIECES * PIECE_BYTES, 4 * (given + made))
     anew = planned.requantized or any(dtype not in DTYPES for dtype, _ in planned.tensors.values())
     values = 4 * math.prod(planned.weight.shape) if anew else 0  # in float32, where a weight is rounded as a whole
-    return COPIES * (given + made + values)
+    return COPIES * math.ceil((given + made + values) * held)
 
 
 def default_memory() -> int:
@@ -145,10 +148,13 @@ def check_fits(target: Target, room: int, memory: int) -> None:
     name = max(needed, key=lambda each: needed[each], default="")
     if name and needed[name] > room:
         least = needed[name] + resident_bytes()
+        planned = next(each for each in target.planned if each.weight.name == name)
+        in_parts = lies_by_rows(planned) or not planned.weight.packed
+        whole = "" if in_parts else " as a whole (one of the two formats does not keep its rows apart)"
         raise JQ4Error(
-            f"{name}: converting it takes about {format_bytes(needed[name])} of memory, and of --memory "
-            f"{format_bytes(memory)} the program itself leaves {format_bytes(room)}; give --memory "
-            f"{-(-least // 10**7) / 100:g}GB or more"
+            f"{name}: converting it{whole} takes about "
+            f"{format_bytes(needed[name])} of memory, and of --memory {format_bytes(memory)} the program itself leaves "
+            f"{format_bytes(room)}; give --memory {-(-least // 10**7) / 100:g}GB or more"
         )
 
 

@@ -9,13 +9,14 @@ error told. Dense weights are compared as numbers, in the wider dtype of the two
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from jq4.checkpoint.conversion.difference import Difference
 from jq4.checkpoint.conversion.proposal import Proposal, form_of
+from jq4.checkpoint.conversion.slabs import slabs
 from jq4.checkpoint.foreign.host_dequantize import dense_rows
 from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight
 from jq4.formats import get_format
@@ -77,16 +78,31 @@ def _names(name: str, source: Checkpoint) -> tuple[str, ...]:
 
 
 def _compared(weight: LazyWeight, found: LazyWeight, loss: str) -> Verified:
-    wanted_value, found_value = weight.read(), found.read()
-    codes, scales = _same_parts(wanted_value, found_value)
-    difference = Difference()
-    if not (codes and scales):
-        for (_, block), (_, other) in zip(dense_rows(found_value), dense_rows(wanted_value), strict=True):
-            difference.add(block, other)
-            for value in (wanted_value, found_value):
-                give_back_mapped_pages(value)
-    give_back_freed_pages()
+    codes, scales, difference = None, None, Difference()
+    for wanted_value, found_value in _in_slabs(weight, found):
+        same_codes, same_scales = _same_parts(wanted_value, found_value)
+        codes, scales = _both(codes, same_codes), _both(scales, same_scales)
+        if not (same_codes and same_scales):
+            for (_, block), (_, other) in zip(dense_rows(found_value), dense_rows(wanted_value), strict=True):
+                difference.add(block, other)
+                for value in (wanted_value, found_value):
+                    give_back_mapped_pages(value)
+        give_back_freed_pages()
     return Verified(weight.name, loss, form_of(found), codes, scales, difference.largest, difference.relative)
+
+
+def _in_slabs(weight: LazyWeight, found: LazyWeight) -> Iterator[tuple[Any, Any]]:
+    """Both, or where both can be read by rows a slab of them at a time."""
+    if weight.read_rows is None or found.read_rows is None:
+        yield weight.read(), found.read()
+        return
+    for rows in slabs(weight.shape, weight.nbytes + found.nbytes):
+        yield weight.read_rows(rows), found.read_rows(rows)
+
+
+def _both(one: bool | None, other: bool | None) -> bool | None:
+    """None before there is anything to compare."""
+    return other if one is None else one and other
 
 
 def _same_parts(one: Any, other: Any) -> tuple[bool | None, bool | None]:

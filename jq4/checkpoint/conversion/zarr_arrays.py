@@ -85,8 +85,8 @@ def _chunk_shape(array: ArrayToBe) -> tuple[int, ...]:
     return tuple(chunks)
 
 
-def write_slice(folder: Path, array: Any, index: int | None, outer: int) -> None:
-    """Writes all chunks of one slice, one at a time."""
+def write_slice(folder: Path, array: Any, index: int | None, outer: int, first: int = 0) -> None:
+    """Writes all chunks of one slice, one at a time; of fewer rows than it has, where they lie: from `first` on."""
     import tensorstore as ts
 
     spec = {
@@ -103,6 +103,8 @@ def write_slice(folder: Path, array: Any, index: int | None, outer: int) -> None
             return
         outer = min(outer, array.ndim - 1)
         step = json.loads((folder / ".zarray").read_bytes())["chunks"][outer - array.ndim]
+        if store.shape[0] != array.shape[0]:
+            store = store[first : first + array.shape[0]].translate_to[0]
         for start in range(0, array.shape[outer], step):
             part = (slice(None),) * outer + (slice(start, min(start + step, array.shape[outer])),)
             chunk = np.empty(array[part].shape, array.dtype)

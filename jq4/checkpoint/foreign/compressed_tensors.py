@@ -222,10 +222,17 @@ def _weight(module: _Module) -> LazyWeight:
         dtype=DTYPES[scale.dtype],
         parts=parts,
     )
-    return LazyWeight(partners.weight_name, abstract, lambda: _read(module, abstract), partners.names(*_PARTS))
+    names = partners.names(*_PARTS)
+    cut = ("weight_packed", *(("weight_scale",) if scale.shape == shape else ()))
+
+    def read_rows(rows: slice) -> QArray:
+        return _read(dataclasses.replace(module, partners=partners.rows(rows, *cut)), abstract, rows)
+
+    return LazyWeight(partners.weight_name, abstract, lambda: _read(module, abstract), names, read_rows)
 
 
-def _read(module: _Module, abstract: QArray) -> QArray:
+def _read(module: _Module, abstract: QArray, rows: slice = slice(None)) -> QArray:
+    """`rows`: those that the partners are cut to; zero points, which are packed along N, are cut here."""
     partners, bits, inputs = module.partners, module.bits, module.shape[-1]
     words = np.asarray(partners.need("weight_packed").read())
     if module.padded:
@@ -239,7 +246,8 @@ def _read(module: _Module, abstract: QArray) -> QArray:
         g_idx = partners.need("weight_g_idx")
         codes, parts["permutation"] = act_order.sorted_by_group(codes, bits, g_idx, inputs, module.group_size)
     if module.zeros is not None:
-        parts["zero_point"] = _zero_points(module, module.zeros)
+        zeros = _zero_points(module, module.zeros)
+        parts["zero_point"] = zeros[rows] if zeros.shape[0] > 1 else zeros
     stored = partners.need("weight_scale")
-    scale = read_finite(stored).reshape(abstract.scale.shape)
+    scale = read_finite(stored).reshape(-1, *abstract.scale.shape[1:])
     return dataclasses.replace(abstract, codes=codes, scale=scale, **parts)

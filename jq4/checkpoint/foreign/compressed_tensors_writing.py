@@ -58,13 +58,13 @@ def _plan_integers(weight: LazyWeight) -> Planned:
         made = [
             words_of_bytes(np.asarray(q.codes)[..., : 4 * width]),
             cast_scales(full(q.scale, q), dtype, weight, exactly=True),
-            np.array(q.shape, np.int64),
+            np.array(weight.shape, np.int64),
         ]
         if q.zero_point is not None:
             made.append(_packed_down(full(q.zero_point, q), q.bits))
         return dict(zip(shapes, made, strict=True))
 
-    return Planned(weight, shapes, encode)
+    return Planned(weight, shapes, encode, by_rows=tuple(name for name in shapes if not name.endswith("_shape")))
 
 
 def _packed_down(zeros: np.ndarray, bits: int) -> np.ndarray:
@@ -94,7 +94,7 @@ def plan_mxfp4(weight: LazyWeight) -> Planned:
         return dict(zip(shapes, (np.asarray(q.codes), _exponents(full(q.scale, q), weight)), strict=True))
 
     doubt = "" if q.scale.dtype == SCALE_DTYPE else "scales must be powers of two"
-    return Planned(weight, shapes, encode, doubt=doubt)
+    return Planned(weight, shapes, encode, doubt=doubt, by_rows=tuple(shapes))
 
 
 def _exponents(scale: np.ndarray, weight: LazyWeight) -> np.ndarray:

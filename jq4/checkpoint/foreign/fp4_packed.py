@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from jq4.checkpoint.foreign.model_dtype import model_dtype
 from jq4.checkpoint.foreign.mx_blocks import BLOCK, SCALE_DTYPE, read_scales
 from jq4.checkpoint.foreign.partners import Partners, contradiction, refusal
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
-from jq4.checkpoint.safetensors_files import DTYPES, StoredTensor
+from jq4.checkpoint.safetensors_files import StoredTensor
 from jq4.qarray import QArray
 
 NVFP4_GROUP = 16
@@ -51,18 +52,14 @@ def weight(partners: Partners, config: Mapping[str, Any]) -> LazyWeight:
     if nvfp4:
         abstract = dataclasses.replace(abstract, scale=_abstract_scale(partners, scale))
     names = partners.names(*_PARTS)
-    return LazyWeight(partners.weight_name, abstract, lambda: read(partners, abstract), names)
 
+    own = nvfp4 and abstract.scale.scale.shape[0] > 1  # a global scale for each expert
+    cut = ("weight_packed", "weight_scale", *(("weight_global_scale",) if own else ()))
 
-def model_dtype(config: Mapping[str, Any]) -> np.dtype[Any]:
-    """The dtype that config.json names, bfloat16 where it names none."""
-    text = config.get("text_config")
-    for settings in (config, text if isinstance(text, dict) else {}):
-        named = settings.get("dtype") or settings.get("torch_dtype")
-        for name in ("F16", "BF16", "F32"):
-            if named == DTYPES[name].name:
-                return DTYPES[name]
-    return DTYPES["BF16"]
+    def read_rows(rows: slice) -> QArray:
+        return read(partners.rows(rows, *cut), abstract)
+
+    return LazyWeight(partners.weight_name, abstract, lambda: read(partners, abstract), names, read_rows)
 
 
 def _abstract_scale(partners: Partners, scale: StoredTensor) -> QArray:
@@ -90,7 +87,7 @@ def _read_nvfp4(partners: Partners, abstract: QArray) -> QArray:
     levels, factor = np.asarray(stored.read()).view(np.uint8), np.asarray(whole.read())
     _refuse_nan((levels & 0x7F) == 0x7F, stored)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        inverse = (np.float32(1) / factor).reshape(abstract.scale.scale.shape)
+        inverse = (np.float32(1) / factor).reshape(-1, *abstract.scale.scale.shape[1:])
     _refuse_nan(~(np.isfinite(factor) & np.isfinite(inverse.reshape(factor.shape))), whole)
     scale = dataclasses.replace(abstract.scale, codes=levels, scale=inverse)
     return dataclasses.replace(abstract, codes=np.asarray(partners.need("weight_packed").read()), scale=scale)

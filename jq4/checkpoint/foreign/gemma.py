@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from jq4.checkpoint.foreign.file_patterns import matches
+from jq4.checkpoint.foreign.model_dtype import model_dtype
 from jq4.checkpoint.foreign.partners import FLOATS, checked, partner, read_finite, read_scalar, refusal
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.safetensors_files import StoredTensor
@@ -41,8 +42,7 @@ def read(
     tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[list[LazyWeight], list[str]]:
     overrides = _overrides(quantization)
-    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    dtype = dtype if dtype in ("bfloat16", "float16", "float32") else "bfloat16"
+    dtype = model_dtype(config)
     weights = []
     for prefix, codes, scale in _pairs(tensors):
         bits = _bits(codes, prefix, quantization, overrides)
@@ -92,7 +92,7 @@ def _bits(codes: StoredTensor, module: str, quantization: Mapping[str, Any], ove
 
 
 def _weight(
-    tensors: Mapping[str, StoredTensor], prefix: str, codes: StoredTensor, scale: StoredTensor, bits: int, dtype: str
+    tensors: Mapping[str, StoredTensor], prefix: str, codes: StoredTensor, scale: StoredTensor, bits: int, dtype: Any
 ) -> LazyWeight:
     rows, width = codes.shape[0], codes.shape[-1] * 8 // bits
     checked(scale, FLOATS, (rows, None))

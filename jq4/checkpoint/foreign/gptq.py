@@ -33,6 +33,7 @@ from jq4.checkpoint.foreign.qweight_layouts import AWQ, layout_of
 from jq4.checkpoint.foreign.transposing import transposed
 from jq4.checkpoint.foreign.weights import LazyWeight, abstract_qarray
 from jq4.checkpoint.safetensors_files import DTYPES, StoredTensor
+from jq4.freed_pages import give_back_mapped_pages
 from jq4.qarray import QArray
 from pallas_kernels.packing import SUPPORTED_BITS
 
@@ -160,21 +161,27 @@ def _weight(module: _Module) -> LazyWeight:
         parts=parts,
     )
     names = partners.names("qweight", "qzeros", "scales", "g_idx")
-    return LazyWeight(partners.weight_name, abstract, lambda: _read(module, abstract), names)
+
+    def read_rows(rows: slice) -> QArray:
+        return _read(module, abstract, rows)
+
+    return LazyWeight(partners.weight_name, abstract, lambda: _read(module, abstract), names, read_rows)
 
 
-def _read(module: _Module, abstract: QArray) -> QArray:
+def _read(module: _Module, abstract: QArray, rows: slice = slice(None)) -> QArray:
     partners, bits, inputs = module.partners, module.bits, module.shape[1]
-    codes = bytes_of_words(transposed(np.asarray(partners.need("qweight").read())))  # u8[N, K*b/8]
+    stored = partners.need("qweight").read()
+    codes = bytes_of_words(transposed(np.asarray(stored)[:, rows]))  # u8[N, K*b/8]
+    give_back_mapped_pages(stored)
     parts: dict[str, Any] = {}
     if module.act_order:
         g_idx = partners.need("g_idx")
         codes, parts["permutation"] = act_order.sorted_by_group(codes, bits, g_idx, inputs, module.group_size)
     if not module.symmetric:
         words = np.asarray(partners.need("qzeros").read())
-        parts["zero_point"] = np.ascontiguousarray(zero_points(words, bits, module.version).T)
+        parts["zero_point"] = np.ascontiguousarray(zero_points(words, bits, module.version)[:, rows].T)
     scales = partners.need("scales")
-    scale = np.ascontiguousarray(read_finite(scales).T)
+    scale = np.ascontiguousarray(read_finite(scales)[:, rows].T)
     return dataclasses.replace(abstract, codes=codes, scale=scale, **parts)
 
 

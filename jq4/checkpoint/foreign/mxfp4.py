@@ -19,6 +19,7 @@ import numpy as np
 
 from jq4.checkpoint.foreign import mx_blocks
 from jq4.checkpoint.foreign.linears import is_linear, module_of
+from jq4.checkpoint.foreign.model_dtype import model_dtype
 from jq4.checkpoint.foreign.module_patterns import unsaid_head
 from jq4.checkpoint.foreign.mx_blocks import BLOCK, SCALE_DTYPE, SCALE_NAMES
 from jq4.checkpoint.foreign.partners import checked, partner, refusal
@@ -43,14 +44,12 @@ def claims(tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any])
 def read(
     tensors: Mapping[str, StoredTensor], quantization: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[list[LazyWeight], list[str]]:
-    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise JQ4Error(f"config.json: has dtype {dtype!r}, wanted bfloat16, float16 or float32")
+    dtype = model_dtype(config)
     blocks = [tensor for name, tensor in tensors.items() if name.endswith(tuple(_SUFFIXES))]
     return [_weight(tensors, one, dtype) for one in blocks], []
 
 
-def _weight(tensors: Mapping[str, StoredTensor], blocks: StoredTensor, dtype: str) -> LazyWeight:
+def _weight(tensors: Mapping[str, StoredTensor], blocks: StoredTensor, dtype: Any) -> LazyWeight:
     suffix = next(one for one in _SUFFIXES if blocks.name.endswith(one))
     name = blocks.name.removesuffix(suffix)
     checked(blocks, ("U8",))
@@ -62,11 +61,14 @@ def _weight(tensors: Mapping[str, StoredTensor], blocks: StoredTensor, dtype: st
         parts={"scale": (scales.shape, SCALE_DTYPE)},
     )  # fmt: skip
 
-    def read_it() -> QArray:
-        codes = blocks.read().reshape(abstract.codes.shape)
+    def read_from(blocks: StoredTensor, scales: StoredTensor) -> QArray:
+        codes = blocks.read().reshape(*blocks.shape[:-2], -1)
         return dataclasses.replace(abstract, codes=codes, scale=mx_blocks.read_scales(scales))
 
-    return LazyWeight(name, abstract, read_it, (blocks.name, scales.name))
+    return LazyWeight(
+        name, abstract, lambda: read_from(blocks, scales), (blocks.name, scales.name),
+        lambda rows: read_from(blocks.rows(rows), scales.rows(rows)),
+    )  # fmt: skip
 
 
 def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
@@ -86,7 +88,8 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
     }
     of_groups = f" in groups of {weight.abstract.group_size}" if weight.packed else ""
     loss = "" if kept else f"{weight.format}{of_groups} rounded to MXFP4"
-    return Planned(weight, tensors, functools.partial(_encode, name), loss, requantized=bool(loss) and weight.packed)
+    encode, anew = functools.partial(_encode, name), bool(loss) and weight.packed
+    return Planned(weight, tensors, encode, loss, requantized=anew, by_rows=tuple(tensors))
 
 
 def _encode(name: str, value: Any) -> dict[str, np.ndarray]:

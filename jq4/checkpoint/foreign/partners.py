@@ -49,6 +49,11 @@ class Partners:
             raise contradiction(tensor, f"dtype {' or '.join(dtypes)}")
         return tensor
 
+    def rows(self, rows: slice, *parts: str) -> "Partners":
+        """The same with those of the parts cut to some indices of axis 0."""
+        cut = {part: self.held[part].rows(rows) for part in parts if part in self.held}
+        return dataclasses.replace(self, held={**self.held, **cut})
+
     def names(self, *parts: str) -> tuple[str, ...]:
         """The full names of those of the parts that there are."""
         return tuple(self.held[part].name for part in parts if part in self.held)

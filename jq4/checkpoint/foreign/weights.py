@@ -25,12 +25,15 @@ class LazyWeight:
         -1, or a ShapeDtypeStruct where the weight is dense.
       read: reads it: a QArray of numpy arrays, or a numpy array (often a view of a mapped file).
       tensors: the tensors of the file that it is made of.
+      read_rows: reads some indices of axis 0 alone (rows; of a stack of experts whole matrices), as `read` gives them;
+        None where the file's layout has them in one piece with the others.
     """
 
     name: str
     abstract: Any
     read: Callable[[], Any] = dataclasses.field(repr=False)
     tensors: tuple[str, ...] = ()
+    read_rows: Callable[[slice], Any] | None = dataclasses.field(default=None, repr=False)
 
     @property
     def packed(self) -> bool:

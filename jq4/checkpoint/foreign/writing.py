@@ -49,6 +49,8 @@ class Planned:
       requantized: whether a packed weight gets other codes, which a conversion does only where it is asked for.
       pieces: where it makes a single tensor: what `encode` makes of it, cut into flat arrays that follow each other and
         are made one by one, so that a large tensor never is in memory as a whole.
+      by_rows: names of the tensors whose axis 0 follows the weight's, and that hold the same of a row whatever others
+        are encoded with it; other tensors are then the same for any. Empty where rows are encoded together.
     """
 
     weight: LazyWeight
@@ -59,6 +61,12 @@ class Planned:
     unpacked: str = ""
     requantized: bool = False
     pieces: Callable[[Any], Iterable[np.ndarray]] | None = dataclasses.field(default=None, repr=False)
+    by_rows: tuple[str, ...] = ()
+
+    @property
+    def of_rows(self) -> tuple[str, ...]:
+        """The tensors that can be made a few rows at a time."""
+        return tuple(self.tensors) if self.pieces is not None else self.by_rows
 
     @property
     def packed(self) -> bool:

@@ -48,10 +48,15 @@ def _weight(tensor: GGUFTensor, architecture: str, config: Mapping[str, Any] | N
     if config is None or name is None:
         if config is not None:
             notes.append(f"tensor {tensor.name!r} has no name in a {config['model_type']} model: it keeps its own")
-        return LazyWeight(tensor.name, _abstract(tensor), _reader(tensor, 0, False), (tensor.name,))
+        return _weight_called(tensor.name, tensor, 0, False)
     heads = permuted_heads(tensor.name, architecture, config)
-    read = _reader(tensor, heads, is_shifted_norm(tensor.name, architecture))
-    return LazyWeight(name, _abstract(tensor), read, (tensor.name,))
+    return _weight_called(name, tensor, heads, is_shifted_norm(tensor.name, architecture))
+
+
+def _weight_called(name: str, tensor: GGUFTensor, heads: int, shifted: bool) -> LazyWeight:
+    """`heads`: of a tensor whose rows are in llama.cpp's order, which are read together."""
+    by_rows = None if heads else lambda rows: _reader(tensor.rows(rows), 0, shifted)()
+    return LazyWeight(name, _abstract(tensor), _reader(tensor, heads, shifted), (tensor.name,), by_rows)
 
 
 def _abstract(tensor: GGUFTensor) -> Any:
@@ -71,7 +76,8 @@ def _reader(tensor: GGUFTensor, heads: int, shifted: bool) -> Callable[[], Any]:
             return qarrays.to_qarray(tensor.kind, from_llama_order(tensor.blocks(), heads, tensor.name))
         dense = tensor.blocks().reshape(-1).view(tensor.kind.dtype).reshape(tensor.shape)
         if shifted:
-            return (dense.astype(np.float32) - np.float32(1)).astype(dense.dtype)
+            with np.errstate(invalid="ignore"):  # a NaN stays one
+                return (dense.astype(np.float32) - np.float32(1)).astype(dense.dtype)
         return from_llama_order(dense, heads, tensor.name)
 
     return read

@@ -122,7 +122,8 @@ def _family(read: _Values, config: Mapping[str, Any]) -> dict[str, Any]:
     if architecture == "llama":
         settings: dict[str, Any] = {"hidden_act": "silu", "attention_bias": read.has("attn_q.bias")}
         settings["mlp_bias"] = read.has("ffn_up.bias")
-        return settings | ({"sliding_window": None} if read.model_type() == "mistral" else {})
+        window = read.whole("attention.sliding_window") or None
+        return settings | ({"sliding_window": window} if read.model_type() == "mistral" else {})
     if architecture.startswith("qwen"):
         return {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False}
     if architecture == "phi3":

@@ -89,6 +89,11 @@ class Settings:
         return bool(self.get("tie_word_embeddings", False))
 
     @property
+    def is_mistral(self) -> bool:
+        """Whether it is one in llama.cpp's architecture "llama", which has no window."""
+        return self.whole.get("model_type") == "mistral"
+
+    @property
     def rope(self) -> dict[str, Any]:
         """rope_scaling and rope_parameters as one, of the layers that see all of the text; `rope_theta` among it."""
         stated = self.get("rope_parameters") or {}
@@ -128,7 +133,7 @@ def metadata_of(settings: Settings, vocabulary: int) -> dict[str, Any]:
         "rope.freq_base": float(settings.rope["rope_theta"]),
     }
     window = settings.get("sliding_window")
-    if window and settings.architecture in ("gemma2", "gemma3", "phi3"):
+    if window and (settings.architecture in ("gemma2", "gemma3", "phi3") or settings.is_mistral):
         values["attention.sliding_window"] = int(window)
     if settings.architecture == "gemma2":
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -164,8 +169,8 @@ def notes_of(settings: Settings) -> list[str]:
     kind, window = settings.rope["rope_type"], settings.get("sliding_window")
     if kind not in ("default", "linear", "yarn", "llama3", "longrope"):
         notes.append(f"rope_type {kind!r} has no form in GGUF: llama.cpp does not stretch the rotary embedding")
-    if window and settings.whole.get("model_type") == "mistral":
-        notes.append(f"sliding_window {window} is left out: llama.cpp lets a Mistral look at all of the text")
+    if window and settings.is_mistral:
+        notes.append(f"sliding_window {window} is kept for jq4: llama.cpp lets a Mistral look at all of the text")
     if settings.get("use_sliding_window") and architecture.startswith("qwen"):
         notes.append("use_sliding_window is left out: llama.cpp lets a Qwen look at all of the text")
     left_out = sorted({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & set(settings.rope))

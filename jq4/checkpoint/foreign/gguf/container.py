@@ -14,7 +14,7 @@ import math
 import mmap
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,12 @@ class GGUFTensor:
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    def rows(self, rows: slice) -> "GGUFTensor":
+        """Some indices of axis 0, which lie together."""
+        width = (self.stop - self.start) // self.shape[0]
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        return replace(self, shape=shape, start=self.start + rows.start * width, stop=self.start + rows.stop * width)
 
     def blocks(self) -> np.ndarray:
         """u8[..., N, B, nbytes]: a view of the file, which is read as the view is used."""
