@@ -29,16 +29,22 @@ def loaded(folder, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **options)
 
 
-def by_torchao(folder, out, bits):
+def by_torchao(folder, out, bits, whole_rows=False):
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install torchao")
     torch = pytest.importorskip("torch")
     from transformers import TorchAoConfig
 
     kind = {4: torch.int4, 8: torch.int8}[bits]
-    how = torchao.IntxWeightOnlyConfig(weight_dtype=kind, granularity=torchao.PerGroup(32))
+    how = torchao.Int8WeightOnlyConfig()
+    if not whole_rows:
+        how = torchao.IntxWeightOnlyConfig(weight_dtype=kind, granularity=torchao.PerGroup(32))
     model = loaded(folder, quantization_config=TorchAoConfig(how))
     model.save_pretrained(out)
     return {name: module.weight.dequantize() for name, module in modules(model).items()}
+
+
+def by_torchao_in_rows(folder, out, bits):
+    return by_torchao(folder, out, bits, whole_rows=True)
 
 
 def by_quanto(folder, out, bits):
@@ -62,7 +68,8 @@ def by_hqq(folder, out, bits):
 
 
 @pytest.mark.parametrize(
-    ("peer", "bits"), [(by_torchao, 4), (by_torchao, 8), (by_quanto, 4), (by_quanto, 8), (by_hqq, 4), (by_hqq, 3)]
+    ("peer", "bits"),
+    [(by_torchao, 4), (by_torchao_in_rows, 8), (by_quanto, 4), (by_quanto, 8), (by_hqq, 4), (by_hqq, 3)],
 )
 def test_a_model_has_the_weights_and_the_logits_of_its_own_dequantization(peer, bits, tmp_path):
     write_dense(tmp_path / "dense", LAYERS)

@@ -39,13 +39,22 @@ def checkpoint_of_names(folder: Path) -> Checkpoint:
 
 
 def _weight(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any) -> LazyWeight:
-    return LazyWeight(leaf.path, abstract(leaf), functools.partial(_read, data, leaf, held), (leaf.path,))
+    read_it, peek = functools.partial(_read, data, leaf, held), functools.partial(_peek, data, leaf, held)
+    return LazyWeight(leaf.path, abstract(leaf), read_it, (leaf.path,), peek)
 
 
 def _read(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any) -> Any:
     """`held` is only kept alive, as long as this may be called."""
     del held
     return assemble(leaf, {info.path: StoredArray(data, info)[...] for info in arrays_of(leaf)})
+
+
+def _peek(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any, path: str) -> Any:
+    del held
+    found: Any = leaf
+    for name in path.split("/"):
+        found = getattr(found, "parts", {}).get(name)
+    return StoredArray(data, found)[...] if isinstance(found, ArrayInfo) else None
 
 
 def _leaves(manifest: Manifest) -> list[ArrayInfo | QArrayInfo]:

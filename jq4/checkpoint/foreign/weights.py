@@ -25,12 +25,14 @@ class LazyWeight:
         -1, or a ShapeDtypeStruct where the weight is dense.
       read: reads it: a QArray of numpy arrays, or a numpy array (often a view of a mapped file).
       tensors: the tensors of the file that it is made of.
+      peek: reads a small array of it by its path ("scale/offset"), and nothing else; None where it is not to be had so.
     """
 
     name: str
     abstract: Any
     read: Callable[[], Any] = dataclasses.field(repr=False)
     tensors: tuple[str, ...] = ()
+    peek: Callable[[str], np.ndarray | None] = dataclasses.field(default=lambda path: None, repr=False)
 
     @property
     def packed(self) -> bool:
