@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jq4.checkpoint.foreign import gguf, open_checkpoint
+from jq4.checkpoint.foreign.gguf.mixture import chosen_type
 from jq4.checkpoint.foreign.gguf.names import from_llama_order
 from jq4.checkpoint.foreign.host_dequantize import host_dequantize
 from jq4.cli import main
@@ -192,6 +193,41 @@ def test_dense_experts_are_quantized_one_by_one_and_proven(tmp_path, capsys):
     assert (
         held["model.layers.0.self_attn.q_proj.weight"] == held["model.layers.1.mlp.experts.7.up_proj.weight"] == "int4"
     )
+
+
+def test_types_of_a_mixture_are_those_of_llama_cpp_for_experts():
+    def chosen(stem, experts):
+        return chosen_type("q4_k_m", f"blk.1.{stem}.weight", (4, 256, 256), 16, False, experts).name
+
+    assert [chosen(stem, 8) for stem in ("attn_v", "attn_k", "attn_q", "attn_output")] == [
+        "Q8_0",
+        "Q8_0",
+        "Q4_K",
+        "Q5_K",
+    ]
+    assert [chosen(stem, 4) for stem in ("attn_v", "attn_k", "attn_output")] == ["Q6_K", "Q4_K", "Q4_K"]
+    assert [chosen(stem, 4) for stem in ("ffn_down_exps", "ffn_up_exps", "ffn_gate_inp")] == ["Q6_K", "Q4_K", "F32"]
+
+
+def test_int4_experts_of_compressed_tensors_are_q4_0_and_come_back(tmp_path, capsys):
+    from safetensors.numpy import load_file
+
+    from tests.foreign_folder import assert_same_tensors, convert, save, weight_of
+    from tests.test_foreign_peers import random_qarray
+
+    arrays, draw = write_moe(tmp_path / "dense", "qwen3_moe"), np.random.default_rng(0)
+    weights = {n: random_qarray(draw, a.shape, 4, 32, True) if ".experts." in n else a for n, a in arrays.items()}
+    tensors, quantization = convert("compressed_tensors", [weight_of(value, name) for name, value in weights.items()])
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    save(tmp_path / "ct", tensors, quantization, **config)
+    for before, after, target in (("ct", "m.gguf", "gguf"), ("m.gguf", "back", "compressed-tensors")):
+        told = converted(capsys, tmp_path / before, tmp_path / after, "--to", target, "--verify")
+        assert told["lossless"] and all(
+            one["largest"] == 0 and one["same_codes"] is not False for one in told["verified"]
+        )
+    held = open_checkpoint(tmp_path / "m.gguf").weights["model.layers.1.mlp.experts.5.up_proj.weight"]
+    assert (held.format, held.abstract.group_size, held.tensors) == ("int4", 32, ("blk.1.ffn_up_exps.weight",))
+    assert_same_tensors(load_file(tmp_path / "back" / "model.safetensors"), tensors)
 
 
 def test_what_experts_cannot_be_is_said(tmp_path, capsys):

@@ -14,9 +14,9 @@
     repacking.py            packed weights into a type with their codes as they are
     planning.py file_writing.py     the plan of a weight, and the file
 
-To write one: `planned = [plan(weight, options) for weight in checkpoint.weights.values()]`, then `write(file, planned,
-checkpoint, options)`, where options are {"type": "q4_k_m", "config": checkpoint.config}. `notes(...)` says what the
-settings and the tokenizer lose.
+To write one: `planned = [plan(weight, options) for weight in by_rows(checkpoint).weights.values()]`, then `write(file,
+planned, checkpoint, options)`, where options are {"type": "q4_k_m", "config": checkpoint.config}. `notes(...)` says
+what the settings and the tokenizer lose.
 """
 
 from jq4.checkpoint.foreign.gguf.checkpoint import NAME as NAME

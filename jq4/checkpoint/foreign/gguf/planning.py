@@ -54,6 +54,8 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
             f"{weight.name}: has no name in a GGUF file of architecture {settings.architecture!r}. "
             "Take the config.json that belongs to these weights."
         )
+    if name is None and settings.architecture == "gpt-oss":
+        _check_rows(weight, settings)
     if name == "output.weight" and settings.tied:
         name = "token_embd.weight"
         targets = [as_stored(name, weight.shape)]
@@ -73,6 +75,16 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
     anew = weight.packed and way is None and kind.dtype is None
     tensors = {one.name: (kind.name, one.shape) for one in targets}
     return Planned(weight, tensors, encode, loss, doubt, requantized=anew)
+
+
+def _check_rows(weight: LazyWeight, settings: Settings) -> None:
+    """Of gpt-oss' experts the rows are cut, so they must be rows."""
+    wanted = 2 * settings.size("intermediate_size") if "gate_up" in weight.name else settings.size("hidden_size")
+    if len(weight.shape) < 2 or weight.shape[1] != wanted:
+        raise JQ4Error(
+            f"{weight.name}: has shape {list(weight.shape)}, wanted {wanted} rows an expert by config.json. "
+            "Take the config.json that belongs to these weights."
+        )
 
 
 def file_type_number(options: Mapping[str, Any], planned: list[Planned]) -> int:
