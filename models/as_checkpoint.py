@@ -80,7 +80,8 @@ def _checkpoint(
         value, note = _described(parts)
         if note:
             notes[f"{parts[0][0].name.format(layer='*')} is given dense: {note}"] = None
-        weights[name] = LazyWeight(name, value, functools.partial(_read, parts, bool(note), held), (name,))
+        read_it, peek = functools.partial(_read, parts, bool(note), held), functools.partial(_peek, parts, held)
+        weights[name] = LazyWeight(name, value, read_it, (name,), peek=peek)
     kept = json.loads(files["config.json"]) if "config.json" in files else config.to_hf()
     return Checkpoint(
         format="orbax",
@@ -160,6 +161,17 @@ def _read(parts: list[Part], dense: bool, held: Any) -> Any:
     del held
     values = [_turned(place, jax.tree.map(np.asarray, _slice(leaf, layer))) for place, leaf, layer in parts]
     return _dense(values) if dense else _one(values)
+
+
+def _peek(parts: list[Part], held: Any, path: str) -> np.ndarray | None:
+    """An array of a leaf that a weight is made of alone; None of one that is joined."""
+    del held
+    (_, leaf, layer), *others = parts
+    for name in path.split("/"):
+        leaf = getattr(leaf, name, None)
+    if leaf is None or others:
+        return None
+    return np.asarray(leaf[...] if layer is None else leaf[layer if leaf.shape[0] > 1 else 0])
 
 
 def _slice(leaf: Any, layer: int | None) -> Any:

@@ -236,6 +236,24 @@ def test_mxfp4_goes_through_its_three_layouts_and_nf4_through_ours(tmp_path, cap
     assert "cannot hold 14 of 21 weights as they are; --requantize rounds them again" in said
 
 
+def test_nested_statistics_of_bitsandbytes_go_through_ours_byte_for_byte(tmp_path, capsys):
+    from jq4.checkpoint.foreign import bnb_nf4
+    from tests.foreign_folder import as_folder
+
+    write_dense(tmp_path / "dense")
+    source = open_checkpoint(tmp_path / "dense")
+    as_folder(tmp_path / "padded", source.weights.values(), bnb_nf4, {"double_quant": True}, source.config)
+    # the JSON of a weight that is quantized now is filled up; of one that was read it is bitsandbytes' own
+    for before, after in itertools.pairwise(("padded", "first", "ours", "again")):
+        target = "orbax" if after == "ours" else "bnb-nf4"
+        told = converted(capsys, tmp_path / before, tmp_path / after, "--to", target, "--verify")
+        assert told["lossless"] and all(one["largest"] == 0 for one in told["verified"])
+    first = load_file(tmp_path / "first" / "model.safetensors")
+    states = [one.tobytes() for name, one in first.items() if "quant_state" in name]
+    assert len(states) == 14 and all(one == json.dumps(json.loads(one)).encode() for one in states)
+    assert_same_tensors(tmp_path / "again", first)
+
+
 def test_experts_go_through_all_layouts_of_mxfp4_and_back(tmp_path, capsys):
     from tests.foreign_folder import save
 

@@ -1,5 +1,6 @@
 """Oracle: compressed-tensors' own packers, transformers' logits on what jq4 writes, GPTQModel's dequantized weights."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -204,6 +205,41 @@ def test_gptqmodel_dequantizes_what_is_written_without_difference(writer, bits, 
     for name, module in found.items():
         dense = dense64(weights[f"{name}.weight"]).astype(np.float16)  # the peer's kernels have no other dtype
         np.testing.assert_array_equal(_dequantized(module).T.numpy(), dense)
+
+
+@pytest.mark.parametrize("writer, bits", [("gptq", 8), ("gptq_v2", 4), ("gptq_act_order", 4), ("awq", 4)])
+def test_transformers_has_the_logits_of_our_packed_model(writer, bits, torch, tmp_path, monkeypatch):
+    for package in ("gptqmodel", *(["optimum"] if writer.startswith("gptq") else [])):
+        pytest.importorskip(package, reason=f"transformers loads {writer} by {package}: pip install {package}")
+    from transformers import AwqConfig, GPTQConfig
+
+    from models.language_model import LanguageModel
+
+    symmetric = writer in ("gptq", "gptq_act_order")
+
+    def pick(rng, name, shape):
+        # the peer rounds weights to float16: few bits of a scale make them exact there
+        q = random_qarray(rng, shape, bits, 32, symmetric)
+        q = dataclasses.replace(q, scale=(q.scale.view(np.uint16) & (0xFFF0 if bits == 4 else 0xFF00)).view(np.float16))
+        order = rng.permutation(shape[1]).astype(np.int32)
+        return dataclasses.replace(q, permutation=order) if writer == "gptq_act_order" else q
+
+    weights = llama(pick)
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"] * np.float16(0.125)
+    method = writer.partition("_")[0]
+    tensors, quantization = convert(method, [weight_of(value, name) for name, value in weights.items()])
+    assert quantization.get("checkpoint_format") == {"awq": None, "gptq_v2": "gptq_v2"}.get(writer, "gptq")
+    folder = save(tmp_path / writer, tensors, quantization, **LLAMA)
+    kernel = GPTQConfig(bits=bits, backend="gptq_torch") if method == "gptq" else AwqConfig(backend="torch_awq")
+    if method == "awq":  # whose kernels round activations to float16: the weights are loaded and dequantized by it
+        from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+        monkeypatch.setattr(AwqTorchLinear, "forward", lambda self, x: x @ _dequantized(self).float())
+    found = logits(torch, folder, dtype=torch.float32, device_map="cpu", quantization_config=kernel)
+    ours = LanguageModel.from_folder(folder)
+    wanted = np.asarray(ours.logits((np.arange(24).reshape(1, 24) * 3 % 96).astype(np.int32)))
+    assert not ours.record.entries and np.abs(wanted).max() > 1
+    np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
 
 
 def _dequantized(module):

@@ -39,8 +39,8 @@ def checkpoint_of_names(folder: Path) -> Checkpoint:
 
 
 def _weight(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any) -> LazyWeight:
-    read = functools.partial(_read, data, leaf, held)
-    return LazyWeight(leaf.path, abstract(leaf), read, (leaf.path,), read if _is_of_rows(leaf) else None)
+    read, peek = functools.partial(_read, data, leaf, held), functools.partial(_peek, data, leaf, held)
+    return LazyWeight(leaf.path, abstract(leaf), read, (leaf.path,), read if _is_of_rows(leaf) else None, peek)
 
 
 def _is_of_rows(leaf: ArrayInfo | QArrayInfo) -> bool:
@@ -57,6 +57,14 @@ def _read(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any, rows: Any = ...) 
     rank, first = len(leaf.shape), leaf.shape[:1]
     cut = {path: array.ndim == rank and array.shape[:1] == first for path, array in stored.items()}
     return assemble(leaf, {path: array[rows if cut[path] else ...] for path, array in stored.items()})
+
+
+def _peek(data: Path, leaf: ArrayInfo | QArrayInfo, held: Any, path: str) -> Any:
+    del held
+    found: Any = leaf
+    for name in path.split("/"):
+        found = getattr(found, "parts", {}).get(name)
+    return StoredArray(data, found)[...] if isinstance(found, ArrayInfo) else None
 
 
 def _leaves(manifest: Manifest) -> list[ArrayInfo | QArrayInfo]:

@@ -43,6 +43,7 @@ def prepare(source: Path, target: str, options: Mapping[str, Any], requantize: b
 
     opened = open_any(source)
     if target == "gguf":
+        opened = gguf.by_rows(opened)
         options = {"config": opened.config, "type": options["type"] or _kept_type(opened)}
         proposal = propose(opened, target, GGUFWriter(), options, requantize)
         said = gguf.notes(list(proposal.planned), opened, options)
@@ -126,11 +127,13 @@ def open_any(path: Path) -> Checkpoint:
 
 def _verified(work: Work, made: Path, destination: Path) -> list[dict[str, Any]]:
     from jq4.checkpoint.conversion.verification import verify
+    from jq4.checkpoint.foreign.gguf import by_rows
     from jq4.cli import _terminal
     from jq4.errors import CheckpointError
 
+    output = open_any(made)
     with _terminal.progress("verifying") as step:
-        found = verify(work.source, open_any(made), work.proposal, step)
+        found = verify(work.source, by_rows(output) if output.format == "gguf" else output, work.proposal, step)
     wrong = [each.name for each in found if not each.holds]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""

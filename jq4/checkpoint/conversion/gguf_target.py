@@ -29,7 +29,7 @@ class GGUFWriter:
     def plan(self, weight: Any, options: Mapping[str, Any]) -> Planned:
         planned = gguf.plan(weight, options)
         moved = any(layer_and_stem(name)[1] in _IN_LLAMA_ORDER for name in planned.tensors)
-        if not planned.tensors or moved or len(weight.shape) < 2:
+        if len(planned.tensors) != 1 or moved or len(weight.shape) < 2:
             return planned
         if weight.packed and not planned.requantized:
             return dataclasses.replace(planned, by_rows=tuple(planned.tensors))

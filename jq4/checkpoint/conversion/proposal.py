@@ -24,6 +24,8 @@ from jq4.errors import JQ4Error
 from jq4.qarray import is_qarray
 
 _NEED_PACKED = ("compressed-tensors", "gptq", "awq")
+_PACK_DENSE = ("bnb-nf4", "gpt-oss")  # these quantize the linear layers of a dense source
+_EVERYTHING = "re:."
 _TOLD = 3
 
 
@@ -88,6 +90,8 @@ def propose(
         )
     if target == MXFP4 and not requantize and not some_packed:
         raise JQ4Error(f"--to {target}: all linear layers of the source are dense; --requantize rounds them to it")
+    if some_packed and target in _PACK_DENSE and not requantize:
+        options = {**options, "ignore": (_EVERYTHING,)}  # whoever packed it left these dense
     requantizer = Requantizer(target) if requantize else None
     planned: list[Planned] = []
     refused: dict[str, str] = {}

@@ -34,7 +34,7 @@ from jq4.qarray import QArray, is_qarray
 
 NAME = "bnb-nf4"
 _GROUP = 64
-_LONGEST_STATE = 256  # bytes, where the length of nested_offset is not known yet
+_LONGEST_STATE = 256  # bytes, where nested_offset is not known before the weight is quantized
 _KEPT_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -57,10 +57,13 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
     if double is None:
         double = bool(kept) and is_qarray(weight.abstract.scale)
     as_held = bool(kept) and _holds_nested(weight.abstract, state)
-    encode = functools.partial(_encode, weight.name, state, kept=bool(kept), double=double, as_held=as_held and double)
+    length = _length_of_state(weight, state, double, as_held)
+    encode = functools.partial(
+        _encode, weight.name, state, length=length, kept=bool(kept), double=double, as_held=as_held and double
+    )
     return Planned(
         weight,
-        _tensors(weight.name, state, double),
+        _tensors(weight.name, state, double, length),
         encode,
         loss=_loss(weight, kept, double, as_held),
         requantized=weight.packed and not kept,
@@ -123,8 +126,19 @@ def _loss(weight: LazyWeight, kept: int | None, double: bool, as_held: bool) -> 
     return "scales rounded to 8 bits" if double and not as_held else ""
 
 
-def _tensors(name: str, state: QuantState, double: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    length = _LONGEST_STATE if double else state.encoded().size
+def _length_of_state(weight: LazyWeight, state: QuantState, double: bool, as_held: bool) -> int:
+    """Bytes of the JSON: bitsandbytes' own number, where the offset of nested statistics is known beforehand."""
+    if not double:
+        return state.encoded().size
+    offset = weight.peek("scale/offset") if as_held else None
+    return _LONGEST_STATE if offset is None else dataclasses.replace(state, nested_offset=_only(offset)).encoded().size
+
+
+def _only(offset: Any) -> float:
+    return float(np.asarray(offset).reshape(()))
+
+
+def _tensors(name: str, state: QuantState, double: bool, length: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     blocks = -(-state.blocks // NESTED_BLOCK)
     held = {name: ("U8", (-(-state.size // 2), 1)), f"{name}.absmax": ("U8" if double else "F32", (state.blocks,))}
     if double:
@@ -134,12 +148,12 @@ def _tensors(name: str, state: QuantState, double: bool) -> dict[str, tuple[str,
 
 
 def _encode(
-    name: str, state: QuantState, value: Any, *, kept: bool, double: bool, as_held: bool
+    name: str, state: QuantState, value: Any, *, length: int, kept: bool, double: bool, as_held: bool
 ) -> dict[str, np.ndarray]:
     flat, absmax = (_flat_bytes(value), None) if kept else _quantized(value, state, name)
     statistics: Any
     if as_held:
-        statistics, offset = (value.scale.codes, value.scale.scale), float(np.asarray(value.scale.offset).reshape(()))
+        statistics, offset = (value.scale.codes, value.scale.scale), _only(value.scale.offset)
     else:
         absmax = _flat_scales(value, state, name) if absmax is None else absmax
         *statistics, offset = nested(absmax) if double else (absmax, None)
@@ -152,7 +166,7 @@ def _encode(
         held[f"{name}.nested_quant_map"] = np.asarray(get_format(NESTED_FORMAT).levels, np.float32)
     levels = np.asarray(get_format(FORMATS[state.quant_type]).levels, np.float32)
     held[f"{name}.quant_map"] = levels + np.float32(0)  # bitsandbytes' FP4 has no -0.0
-    held[f"{name}{SUFFIX}{state.quant_type}"] = state.encoded(_LONGEST_STATE if double else None)
+    held[f"{name}{SUFFIX}{state.quant_type}"] = state.encoded(length)
     return held
 
 

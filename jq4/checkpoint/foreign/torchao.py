@@ -11,6 +11,7 @@ The header's metadata names every tensor of the model, and says what it is made 
                             [*B, K / g, N]; w = q * scale + zero_point
     IntxUnpackedToInt8Tensor  qdata i8[N, K] of target_dtype's range; scale and zero_point [N, K / g];
                             w = (q - zero_point) * scale
+    Int8Tensor              the same of int8
     Int4TilePackedTo4dTensor  qdata i32[N / 8, K / 128, 32, 4], N and K filled up; scale_and_zero bf16[K / g, N, 2];
                             w = (q - 8) * scale + zero. With k = 128 t + 32 i + 16 h + 8 f + 2 p + c, element (n, k) is
                             nibble 4 c + 2 h + f of the word [n // 8, t, 4 (n % 8) + p, i]: tensor cores' own order
@@ -37,6 +38,7 @@ from jq4.qarray import QArray
 NAME = "torchao"
 
 _TEXT = ("utf-8", "surrogatepass")  # JSON can say what UTF-8 cannot
+_OF_INPUTS = ("activation_quantization", "act_quant_kwargs")
 _REMEDY = "Load it with torchao, dequantize it and save it dense."
 
 
@@ -96,7 +98,7 @@ def read(
         if entry["_type"] not in _READERS:
             raise refusal(described.codes, f"is a {entry['_type']}", " or ".join(_READERS), _REMEDY)
         weights.append(_READERS[entry["_type"]](described))
-        if described.data.get("activation_quantization") or "float8" in described.dtype_of("activation_dtype"):
+        if any(described.data.get(key) for key in _OF_INPUTS) or "float8" in described.dtype_of("activation_dtype"):
             rounded.append(name)
     taken = {name for weight in weights for name in weight.tensors}
     for name in tensors:
@@ -147,9 +149,16 @@ def _int4(described: _Described) -> LazyWeight:
     return _lazy(described, shape, "int4", group, _name_of(scale), read_codes, parts)
 
 
+def _int8(described: _Described) -> LazyWeight:
+    return _of_bytes(described, "int8")
+
+
 def _unpacked(described: _Described) -> LazyWeight:
+    return _of_bytes(described, described.dtype_of("target_dtype"))
+
+
+def _of_bytes(described: _Described, target: str) -> LazyWeight:
     codes = described.codes
-    target = described.dtype_of("target_dtype")
     if codes.dtype != "I8" or len(codes.shape) != 2 or target not in [f"int{bits}" for bits in range(2, 9)]:
         raise refusal(codes, f"is {codes.dtype}{list(codes.shape)} of {target!r}", "I8[N, K] of int2 to int8", _REMEDY)
     shape, form = codes.shape, get_format(target)
@@ -262,5 +271,6 @@ def _name_of(tensor: StoredTensor) -> str:
 _READERS: dict[str, Callable[[_Described], LazyWeight]] = {
     "Int4Tensor": _int4,
     "IntxUnpackedToInt8Tensor": _unpacked,
+    "Int8Tensor": _int8,
     "Int4TilePackedTo4dTensor": _tiled,
 }

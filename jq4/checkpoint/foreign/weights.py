@@ -27,6 +27,7 @@ class LazyWeight:
       tensors: the tensors of the file that it is made of.
       read_rows: reads some indices of axis 0 alone (rows; of a stack of experts whole matrices), as `read` gives them;
         None where the file's layout has them in one piece with the others.
+      peek: reads a small array of it by its path ("scale/offset"), and nothing else; None where it is not to be had so.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LazyWeight:
     read: Callable[[], Any] = dataclasses.field(repr=False)
     tensors: tuple[str, ...] = ()
     read_rows: Callable[[slice], Any] | None = dataclasses.field(default=None, repr=False)
+    peek: Callable[[str], np.ndarray | None] = dataclasses.field(default=lambda path: None, repr=False)
 
     @property
     def packed(self) -> bool:

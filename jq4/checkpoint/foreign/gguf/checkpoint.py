@@ -1,7 +1,8 @@
 """A .gguf file (or its shards) as a Checkpoint: weights by Hugging Face's names, a config, a tokenizer.
 
 Weights come as QArrays [N, K] or dense; llama's query and key rows are put back in Hugging Face's order, and Gemma's
-norms, kept as 1 + w, come as w. An architecture that models/ does not have keeps GGUF's names, and has no config.
+norms, kept as 1 + w, come as w; experts come one by one (experts.py). An architecture that is not known keeps GGUF's
+names, and has no config.
 """
 
 import re
@@ -15,6 +16,8 @@ import numpy as np
 from jq4.checkpoint.foreign.gguf import qarrays
 from jq4.checkpoint.foreign.gguf.config_in import FREQUENCIES, LONG, SHORT, config_of
 from jq4.checkpoint.foreign.gguf.container import Container, GGUFTensor, damaged, read_container
+from jq4.checkpoint.foreign.gguf.expert_settings import number_of_experts
+from jq4.checkpoint.foreign.gguf.experts import Made, made_of
 from jq4.checkpoint.foreign.gguf.names import from_llama_order, hf_name, is_shifted_norm, permuted_heads
 from jq4.checkpoint.foreign.gguf.tokenizer_in import tokenizer_files
 from jq4.checkpoint.foreign.weights import Checkpoint, LazyWeight
@@ -36,10 +39,11 @@ def open_gguf(file: Path) -> Checkpoint:
     for tensor in container.tensors.values():
         if config is not None and tensor.name in (FREQUENCIES, LONG, SHORT):
             continue  # these became rope_scaling
-        weight = _weight(tensor, architecture, config, notes)
-        if weight.name in weights:
-            raise damaged(tensor.file, f"tensor {tensor.name!r} is another {weight.name!r}", "each weight once")
-        weights[weight.name] = weight
+        made = None if config is None else made_of(tensor, container.tensors, architecture, number_of_experts(config))
+        for weight in [_weight(tensor, architecture, config, notes)] if made is None else map(_of_experts, made):
+            if weight.name in weights:
+                raise damaged(tensor.file, f"tensor {tensor.name!r} is another {weight.name!r}", "each weight once")
+            weights[weight.name] = weight
     return Checkpoint(NAME, weights, config, {}, files, tuple(notes))
 
 
@@ -56,29 +60,49 @@ def _weight(tensor: GGUFTensor, architecture: str, config: Mapping[str, Any] | N
 def _weight_called(name: str, tensor: GGUFTensor, heads: int, shifted: bool) -> LazyWeight:
     """`heads`: of a tensor whose rows are in llama.cpp's order, which are read together."""
     by_rows = None if heads else lambda rows: _reader(tensor.rows(rows), 0, shifted)()
-    return LazyWeight(name, _abstract(tensor), _reader(tensor, heads, shifted), (tensor.name,), by_rows)
+    abstract, read = _abstract(tensor, tensor.shape), _reader(tensor, heads, shifted)
+    return LazyWeight(name, abstract, read, (tensor.name,), by_rows)
 
 
-def _abstract(tensor: GGUFTensor) -> Any:
+def _of_experts(made: Made) -> LazyWeight:
+    kind, shape = made.tensors[0].kind, made.shape
+
+    def read() -> Any:
+        held = made.of([_array(one) for one in made.tensors])
+        if kind.dtype is None:
+            return qarrays.to_qarray(kind, held)
+        return np.swapaxes(held, -1, -2) if made.turned else held
+
+    given = (*shape[:-2], shape[-1], shape[-2]) if made.turned else shape
+    return LazyWeight(made.name, _abstract(made.tensors[0], given), read, tuple(one.name for one in made.tensors))
+
+
+def _array(tensor: GGUFTensor) -> np.ndarray:
+    """The blocks of a tensor, or the elements of a dense one."""
+    if tensor.kind.dtype is None:
+        return tensor.blocks()
+    return tensor.blocks().reshape(-1).view(tensor.kind.dtype).reshape(tensor.shape)
+
+
+def _abstract(tensor: GGUFTensor, shape: tuple[int, ...]) -> Any:
     if tensor.kind.dtype is not None:
-        return jax.ShapeDtypeStruct(tensor.shape, tensor.kind.dtype)
-    if len(tensor.shape) < 2:
+        return jax.ShapeDtypeStruct(shape, tensor.kind.dtype)
+    if len(shape) < 2:
         raise JQ4Error(
             f"{tensor.file}: tensor {tensor.name!r} is a row in {tensor.kind.name}, wanted a matrix, or a dense type. "
             "The file is damaged; download it again."
         )
-    return qarrays.abstract(tensor.kind, tensor.shape)
+    return qarrays.abstract(tensor.kind, shape)
 
 
 def _reader(tensor: GGUFTensor, heads: int, shifted: bool) -> Callable[[], Any]:
     def read() -> Any:
-        if tensor.kind.dtype is None:
-            return qarrays.to_qarray(tensor.kind, from_llama_order(tensor.blocks(), heads, tensor.name))
-        dense = tensor.blocks().reshape(-1).view(tensor.kind.dtype).reshape(tensor.shape)
-        if shifted:
+        held = _array(tensor)
+        if shifted and tensor.kind.dtype is not None:
             with np.errstate(invalid="ignore"):  # a NaN stays one
-                return (dense.astype(np.float32) - np.float32(1)).astype(dense.dtype)
-        return from_llama_order(dense, heads, tensor.name)
+                return (held.astype(np.float32) - np.float32(1)).astype(held.dtype)
+        ordered = from_llama_order(held, heads, tensor.name)
+        return ordered if tensor.kind.dtype is not None else qarrays.to_qarray(tensor.kind, ordered)
 
     return read
 

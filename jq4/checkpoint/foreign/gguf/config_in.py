@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jq4.checkpoint.foreign.gguf.container import Container, GGUFTensor
+from jq4.checkpoint.foreign.gguf.expert_settings import expert_config
 from jq4.checkpoint.foreign.gguf.names import ARCHITECTURES
 from jq4.errors import JQ4Error
 
@@ -19,7 +20,8 @@ READ = tuple(sorted(set(ARCHITECTURES.values())))
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, which scale attention by width / heads
 NO_CAP = 1e9  # of logits: llama.cpp's Gemma 2 always has one, and divides by it
-_PATTERNS = {"gemma2": 2, "gemma3": 6}
+_PATTERNS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2}
+_MODEL_TYPES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -29,6 +31,10 @@ _CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
 }
 # config.json's key -> GGUF's, after the architecture's name
 _SIZES = {
@@ -41,7 +47,7 @@ _SIZES = {
 
 
 def config_of(container: Container) -> dict[str, Any] | None:
-    """config.json's content, or None for an architecture that models/ does not have."""
+    """config.json's content, or None for an architecture that is not known."""
     architecture = container.metadata.get("general.architecture")
     if architecture not in READ:
         return None
@@ -60,7 +66,7 @@ def config_of(container: Container) -> dict[str, Any] | None:
     config["tie_word_embeddings"] = "output.weight" not in container.tensors
     config["rope_theta"] = read.number("rope.freq_base", 10_000.0)
     config["torch_dtype"] = _dtype(container.tensors.values())
-    config |= _family(read, config) | _rope(read, config) | _special_tokens(container.metadata)
+    config |= _family(read, config) | _experts(read) | _rope(read, config) | _special_tokens(container.metadata)
     return config
 
 
@@ -94,11 +100,18 @@ class _Values:
     def has(self, stem: str) -> bool:
         return f"blk.0.{stem}" in self.container.tensors
 
+    def width(self, stem: str) -> int:
+        """The length of the rows of a tensor of the first layer; 1 where there is none."""
+        tensor = self.container.tensors.get(f"blk.0.{stem}")
+        return tensor.shape[-1] if tensor is not None and tensor.shape else 1
+
     def model_type(self) -> str:
         named = " ".join(str(self.container.metadata.get(f"general.{key}", "")) for key in ("name", "basename"))
+        if self.architecture == "llama" and self.whole("expert_count"):
+            return "mixtral"
         if self.architecture == "llama":
             return "mistral" if "mistral" in named.lower() else "llama"
-        return "gemma3_text" if self.architecture == "gemma3" else self.architecture
+        return _MODEL_TYPES.get(self.architecture, self.architecture)
 
     def vocabulary(self) -> int:
         embedding = self.container.tensors.get("token_embd.weight")
@@ -129,7 +142,21 @@ def _family(read: _Values, config: Mapping[str, Any]) -> dict[str, Any]:
     if architecture == "phi3":
         window = read.whole("attention.sliding_window") or None
         return {"hidden_act": "silu", "sliding_window": window, "attention_bias": False}
+    if architecture == "gpt-oss":
+        types = sliding_or_full(architecture, config["num_hidden_layers"])
+        return {"sliding_window": read.size("attention.sliding_window", 128), "layer_types": types}
     return _gemma(read, config)
+
+
+def _experts(read: _Values) -> dict[str, Any]:
+    """The settings of experts, where a model has any; widths that are not told are those of the first layer."""
+    count = read.whole("expert_count")
+    if not count and read.architecture not in ("qwen2moe", "qwen3moe", "gpt-oss"):
+        return {}
+    count, used = read.size("expert_count"), read.size("expert_used_count")
+    width = read.size("expert_feed_forward_length", read.width("ffn_down_exps.weight"))
+    shared = read.size("expert_shared_feed_forward_length", read.width("ffn_down_shexp.weight"))
+    return expert_config(read.architecture, count, used, width, shared)
 
 
 def _gemma(read: _Values, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +181,7 @@ def _gemma(read: _Values, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sliding_or_full(architecture: str, layers: int) -> list[str]:
-    """layer_types of a Gemma: all but every second (sixth) layer look back over a window."""
+    """layer_types of a Gemma or gpt-oss: all but every second (sixth) layer look back over a window."""
     pattern = _PATTERNS[architecture]
     return ["sliding_attention" if one % pattern else "full_attention" for one in range(1, layers + 1)]
 
@@ -179,6 +206,8 @@ def _rope(read: _Values, config: Mapping[str, Any]) -> dict[str, Any]:
         settings["rope_scaling"] = {"rope_type": kind, "factor": read.number("rope.scaling.factor", 1.0)}
         if trained:
             settings["rope_scaling"]["original_max_position_embeddings"] = trained
+        if read.architecture == "gpt-oss":
+            settings["rope_scaling"] |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
     elif kind != "none":
         raise read.error("rope.scaling.type", kind, "none, linear, yarn, or longrope with its factors")
     return settings

@@ -1,4 +1,4 @@
-"""A GGUF file's settings and rotary factors, made of a Hugging Face config.json of a family that models/ has.
+"""A GGUF file's settings and rotary factors, made of a Hugging Face config.json of a family that is known.
 
 llama.cpp builds some things from code that a config.json could say otherwise (Gemma's attention scale and windows,
 which layers of Qwen look back over a window): where it does, a note tells what llama.cpp will do.
@@ -19,6 +19,7 @@ from jq4.checkpoint.foreign.gguf.config_in import (
     llama3_factors,
     sliding_or_full,
 )
+from jq4.checkpoint.foreign.gguf.expert_settings import expert_metadata, expert_notes, number_of_experts
 from jq4.checkpoint.foreign.gguf.names import ARCHITECTURES
 from jq4.errors import JQ4Error
 
@@ -29,6 +30,21 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"max_position_embeddings": 32768},
     "qwen3": {"max_position_embeddings": 32768, "head_dim": 128},
     "phi3": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "mixtral": {
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0, "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen2_moe": {
+        "max_position_embeddings": 32768, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+    },
+    "qwen3_moe": {
+        "max_position_embeddings": 32768, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    },
+    "gpt_oss": {
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 150_000.0, "head_dim": 64,
+        "num_local_experts": 128, "num_experts_per_tok": 4, "sliding_window": 128,
+    },
     "gemma2": {
         "max_position_embeddings": 8192, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096,
         "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "tie_word_embeddings": True,
@@ -39,6 +55,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "num_hidden_layers": 26, "hidden_size": 2304, "intermediate_size": 9216,
         "tie_word_embeddings": True,
     },
+}  # fmt: skip
+
+
+# what llama.cpp takes for yarn
+_OF_YARN = {
+    "attention_factor": None, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": None, "mscale_all_dim": None,
+    "truncate": True,
 }  # fmt: skip
 
 
@@ -73,6 +96,14 @@ class Settings:
     @property
     def layers(self) -> int:
         return self.size("num_hidden_layers")
+
+    @property
+    def experts(self) -> int:
+        """Of each layer; 0 for a model without."""
+        named = next((one for one in ("num_experts", "num_local_experts") if self._text.get(one) is not None), None)
+        if named is not None:
+            return self.size(named) if self._text[named] else 0
+        return number_of_experts(self._defaults)
 
     @property
     def heads(self) -> dict[str, Any]:
@@ -133,14 +164,14 @@ def metadata_of(settings: Settings, vocabulary: int) -> dict[str, Any]:
         "rope.freq_base": float(settings.rope["rope_theta"]),
     }
     window = settings.get("sliding_window")
-    if window and (settings.architecture in ("gemma2", "gemma3", "phi3") or settings.is_mistral):
+    if window and (settings.architecture in ("gemma2", "gemma3", "phi3", "gpt-oss") or settings.is_mistral):
         values["attention.sliding_window"] = int(window)
     if settings.architecture == "gemma2":
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             values[key] = float(settings.get(key) or NO_CAP)
     if settings.architecture == "gemma3":
         values["rope.freq_base_swa"] = settings.local_theta
-    values |= _scaling(settings)
+    values |= expert_metadata(settings, settings.experts) | _scaling(settings)
     return {f"{settings.architecture}.{key}": value for key, value in values.items()}
 
 
@@ -171,15 +202,19 @@ def notes_of(settings: Settings) -> list[str]:
         notes.append(f"rope_type {kind!r} has no form in GGUF: llama.cpp does not stretch the rotary embedding")
     if window and settings.is_mistral:
         notes.append(f"sliding_window {window} is kept for jq4: llama.cpp lets a Mistral look at all of the text")
+    if window and settings.whole.get("model_type") == "mixtral":
+        notes.append(f"sliding_window {window} is left out: llama.cpp lets a Mixtral look at all of the text")
     if settings.get("use_sliding_window") and architecture.startswith("qwen"):
         notes.append("use_sliding_window is left out: llama.cpp lets a Qwen look at all of the text")
-    left_out = sorted({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & set(settings.rope))
+    left_out = sorted(key for key in _OF_YARN if settings.rope.get(key, _OF_YARN[key]) != _OF_YARN[key])
     if kind == "yarn" and left_out:
         notes.append(f"{', '.join(left_out)} of rope_scaling are left out: llama.cpp takes its own")
-    if architecture in LARGEST_GEMMA:
+    notes += expert_notes(settings)
+    if architecture in LARGEST_GEMMA or architecture == "gpt-oss":
         types = sliding_or_full(architecture, settings.layers)
         if settings.get("layer_types", types) != types:
             notes.append(f"layer_types are left out: llama.cpp has windows as every {architecture} has them")
+    if architecture in LARGEST_GEMMA:
         largest = settings.layers == LARGEST_GEMMA[architecture]
         built = settings.size("hidden_size") // settings.heads["num_attention_heads"] if largest else settings.head_dim
         if settings.get("query_pre_attn_scalar") != built:

@@ -17,6 +17,7 @@ import numpy as np
 from jq4.checkpoint.foreign.gguf.block_types import BY_NAME, BlockType
 from jq4.checkpoint.foreign.gguf.config_out import Settings, factors_of, metadata_of, notes_of
 from jq4.checkpoint.foreign.gguf.container import ALIGNMENT, ARRAY, MAGIC, SCALARS, STRING
+from jq4.checkpoint.foreign.gguf.experts import whole_tensors
 from jq4.checkpoint.foreign.gguf.planning import file_type_number
 from jq4.checkpoint.foreign.gguf.tokenizer_out import tokenizer_metadata
 from jq4.checkpoint.foreign.weights import Checkpoint
@@ -44,15 +45,21 @@ def write(
     progress: called with the bytes of tensors written and in all, after each tensor.
     """
     planned, head, places, size = outline(planned, checkpoint, options)
+    total = sum(places[name][1] - places[name][0] for one in planned for name in one.tensors)
     temporary = file.with_name(file.name + ".partial")
     try:
         with temporary.open("wb") as stream:
             stream.write(head)
+            stream.truncate(size)
+            written = 0
             for one in planned:
                 for name, array in one.encode(one.weight.read()).items() if one.tensors else ():
-                    _append(stream, name, places[name][1] - places[name][0], array)
+                    start, stop = places[name]
+                    stream.seek(start)
+                    _write(stream, name, stop - start, array)
+                    written += stop - start
                     if progress:
-                        progress(stream.tell() - len(head), size - len(head))
+                        progress(written, total)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
@@ -69,21 +76,28 @@ def outline(
     planned: list[Planned], checkpoint: Checkpoint, options: Mapping[str, Any]
 ) -> tuple[list[Planned], bytes, dict[str, tuple[int, int]], int]:
     """For who writes the tensors one by one: the weights that are written, what the file begins with (its header, and
-    the tensors that no weight makes), where each tensor lies, and the file's size.
+    the tensors that no weight makes), where each tensor or share of one lies, and the file's size.
     """
     planned = _each_tensor_once(planned)
     metadata, factors, _ = _outside(planned, checkpoint, options)
     described = {name: (BY_NAME["F32"], tuple(array.shape)) for name, array in factors.items()}
     for one in planned:
         described |= {name: (BY_NAME[kind], shape) for name, (kind, shape) in one.tensors.items()}
-    head = header(metadata, described)
+    whole, shares = whole_tensors(described, Settings(options.get("config")).experts)
+    head = header(metadata, whole)
     places, stop = {}, len(head)
-    for name, one in described.items():
+    for name, one in whole.items():
         places[name] = (stop, stop + _size(one))
         stop += _filled(_size(one))
+    for name, (tensor, expert) in shares.items():
+        start = places[tensor][0] + expert * _size(described[name])
+        places[name] = (start, start + _size(described[name]))
+    places = {name: place for name, place in places.items() if name in described}
     stream = io.BytesIO()
     for name, array in factors.items():
-        _append(stream, name, _size(described[name]), array)
+        size = _size(described[name])
+        _write(stream, name, size, array)
+        stream.write(bytes(_filled(size) - size))
     return planned, head + stream.getvalue(), places, stop
 
 
@@ -140,12 +154,10 @@ def _model_name(name: str, tokenizer: Mapping[str, Any]) -> str:
     return re.sub("(?i)phi-?3", "phi", name) if missing else name
 
 
-def _append(stream: BinaryIO, name: str, size: int, array: np.ndarray) -> None:
-    """Writes a tensor and its filling."""
+def _write(stream: BinaryIO, name: str, size: int, array: np.ndarray) -> None:
     if array.nbytes != size:
         raise JQ4Error(f"{name}: came out as {array.nbytes} bytes, wanted {size}; no file was written.")
     stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    stream.write(bytes(_filled(size) - size))
 
 
 def _size(described: tuple[BlockType, tuple[int, ...]]) -> int:

@@ -1,10 +1,11 @@
 """Which type each tensor gets, as llama.cpp's llama-quantize chooses it.
 
-Rows (norms, biases) stay F32. The head, or the embedding that is the head too, gets Q6_K in every type but the
-eight-bit and the dense ones. Q4_K_M gives Q6_K to the values and the down projections of the first and the last eighth
-of the layers and of every third one between, and Q5_K to queries, keys and values in one. A row that is no whole number
-of super-blocks gets the next type of 32 elements: Q4_K -> Q5_0, Q5_K -> Q5_1, Q6_K -> Q8_0; where 32 does not divide it
-either, F16.
+Rows (norms, biases), the routers of experts and their biases stay F32. The head, or the embedding that is the head too,
+gets Q6_K in every type but the eight-bit and the dense ones. Q4_K_M gives Q6_K to the values and the down projections
+of the first and the last eighth of the layers and of every third one between, and Q5_K to queries, keys and values in
+one. A model of eight experts gets Q8_0 for keys and values, and in Q4_K_M Q5_K for the outputs of attention. A row that
+is no whole number of super-blocks gets the next type of 32 elements: Q4_K -> Q5_0, Q5_K -> Q5_1, Q6_K -> Q8_0; where 32
+does not divide it either, F16.
 """
 
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ FILE_TYPES = {
     "iq4_nl": FileType("IQ4_NL", 25),
     "bf16": FileType("BF16", 32),
 }
+_EIGHT = 8
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
@@ -47,19 +49,29 @@ def file_type(name: str) -> FileType:
     return FILE_TYPES[name]
 
 
-def chosen_type(type_name: str, name: str, shape: tuple[int, ...], layers: int, tied: bool) -> BlockType:
+def chosen_type(
+    type_name: str, name: str, shape: tuple[int, ...], layers: int, tied: bool, experts: int = 0
+) -> BlockType:
     """The type of a GGUF tensor of this name and shape in a file of a type, for a model of `layers` layers."""
     stem = layer_and_stem(name)[1]
-    if len(shape) < 2 or stem.endswith("norm"):
+    if len(shape) < 2 or stays_float(name):
         return BY_NAME["F32"]
     wanted = file_type(type_name).base
     if BY_NAME[wanted].dtype is not None:
         return BY_NAME[wanted]
     if stem == "output" or (tied and stem == "token_embd"):
         wanted = wanted if wanted == "Q8_0" else "Q6_K" if shape[-1] % BY_NAME[wanted].length == 0 else "Q8_0"
+    elif experts == _EIGHT and stem in ("attn_k", "attn_v"):
+        wanted = "Q8_0"
     elif type_name == "q4_k_m":
-        wanted = _medium(name, layers)
+        wanted = "Q5_K" if experts == _EIGHT and stem == "attn_output" else _medium(name, layers)
     return _fitting(wanted, shape[-1])
+
+
+def stays_float(name: str) -> bool:
+    """Whether llama.cpp wants a tensor of this name in float32, a matrix too."""
+    stem = layer_and_stem(name)[1]
+    return stem.endswith("norm") or stem.startswith("ffn_gate_inp") or not name.endswith(".weight")
 
 
 def _medium(name: str, layers: int) -> str:
@@ -68,7 +80,7 @@ def _medium(name: str, layers: int) -> str:
     more = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
     if stem == "attn_qkv":
         return "Q5_K"
-    if stem in ("attn_v", "ffn_down") and more:
+    if (stem == "attn_v" or stem.startswith("ffn_down")) and more:
         return "Q6_K"
     return "Q5_K" if stem == "attn_v" and layers == 80 else "Q4_K"
 

@@ -1,8 +1,10 @@
-"""GGUF's tensor names and Hugging Face's, for the families of models/, and the order of llama's query and key rows.
+"""GGUF's tensor names and Hugging Face's, for the families that are known, and the order of llama's query and key rows.
 
 llama.cpp rotates neighbouring dimensions of a head where Hugging Face rotates halves, so the files of architecture
 "llama" (Llama, and Mistral under that name) hold the rows of attn_q and attn_k with each head's [2, d/2] as [d/2, 2].
 All other architectures here keep Hugging Face's order. Whole rows move, so packed ones move as they are.
+
+The experts of a layer are one tensor in GGUF: experts.py.
 """
 
 import re
@@ -23,6 +25,10 @@ ARCHITECTURES = {
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
     "phi3": "phi3",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
 }
 
 _BODY = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -44,7 +50,24 @@ _GEMMA = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_PHI3 = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_OTHERS = {
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    "llama": {"ffn_gate_inp": "block_sparse_moe.gate"},  # Mixtral's router
+    "qwen2moe": {
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+        "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+        "ffn_up_shexp": "mlp.shared_expert.up_proj",
+        "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    },
+    "qwen3moe": {"ffn_gate_inp": "mlp.gate"},
+    "gpt-oss": {
+        "post_attention_norm": "post_attention_layernorm",
+        "attn_sinks": "self_attn.sinks",
+        "ffn_gate_inp": "mlp.router",
+    },
+}
+_BARE = ".self_attn.sinks"  # a parameter: its name has no ".weight"
 
 _GGUF_LAYER = re.compile(r"blk\.([0-9]{1,9})\.(\w+)\.(weight|bias)")
 _HF_NAME = re.compile(r"(?:model\.|language_model\.model\.|model\.language_model\.)?(.+)\.(weight|bias)")
@@ -52,20 +75,23 @@ _HF_LAYER = re.compile(r"layers\.([0-9]{1,9})\.(.+)")
 
 
 def hf_name(name: str, architecture: str) -> str | None:
-    """Hugging Face's name of a GGUF tensor, or None where there is none."""
+    """Hugging Face's name of a GGUF tensor, or None where there is none, as of several experts."""
     stem, _, ending = name.rpartition(".")
     if stem in _BODY and ending == "weight":
         return f"{_BODY[stem]}.{ending}"
     found = _GGUF_LAYER.fullmatch(name)
     stem = _layer_table(architecture).get(found[2]) if found else None
-    return f"model.layers.{int(found[1])}.{stem}.{found[3]}" if found and stem else None
+    if found is None or stem is None:
+        return None
+    ending = "" if _BARE.endswith(f".{stem}") else f".{found[3]}"
+    return f"model.layers.{int(found[1])}.{stem}{ending}"
 
 
 def gguf_name(name: str, architecture: str) -> str | None:
-    """GGUF's name of a Hugging Face tensor, or None where there is none."""
+    """GGUF's name of a Hugging Face tensor, or None where there is none, as of one expert."""
     if name in ("lm_head.weight", "language_model.lm_head.weight"):
         return "output.weight"
-    found = _HF_NAME.fullmatch(name)
+    found = _HF_NAME.fullmatch(f"{name}.weight" if name.endswith(_BARE) else name)
     if found is None:
         return None
     stem, ending = found.groups()
@@ -122,4 +148,7 @@ def _swapped(rows: np.ndarray, heads: int, pair: tuple[int, int], name: str) -> 
 def _layer_table(architecture: str) -> dict[str, str]:
     if architecture.startswith("gemma"):
         return _LAYER | _GEMMA
-    return _LAYER | _PHI3 if architecture == "phi3" else _LAYER
+    table = _LAYER | _OTHERS.get(architecture, {})
+    if "post_attention_norm" in table:
+        del table["ffn_norm"]
+    return table

@@ -16,7 +16,8 @@ import numpy as np
 from jq4.checkpoint.foreign.gguf import qarrays
 from jq4.checkpoint.foreign.gguf.block_types import BY_NAME, BlockType
 from jq4.checkpoint.foreign.gguf.config_out import Settings
-from jq4.checkpoint.foreign.gguf.mixture import FILE_TYPES, KEEP, chosen_type, file_type
+from jq4.checkpoint.foreign.gguf.experts import as_stored, targets_of
+from jq4.checkpoint.foreign.gguf.mixture import FILE_TYPES, KEEP, chosen_type, file_type, stays_float
 from jq4.checkpoint.foreign.gguf.names import gguf_name, is_shifted_norm, permuted_heads, to_llama_order
 from jq4.checkpoint.foreign.gguf.quantize import quantized_blocks
 from jq4.checkpoint.foreign.gguf.repacking import Repacking, natural_type, repacking
@@ -33,7 +34,8 @@ _DENSE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
-    """The tensor of one weight: its GGUF name, its type's name as dtype, its shape in Hugging Face's order.
+    """The tensors of one weight: their GGUF names, their type's name as dtype, their shapes in Hugging Face's order.
+    An expert is a share of a tensor, by the name that experts.py tells.
 
     A weight that a GGUF file has no place for (pictures) has no tensors; `loss` says what is left out. A tied head is
     planned as the embedding, and written where the embedding itself is not among the weights.
@@ -46,13 +48,18 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
             weight, {}, lambda _: {}, loss="left out: a GGUF file of a text model holds no pictures' weights"
         )
     name = gguf_name(weight.name, settings.architecture)
-    if name is None:
+    targets = [as_stored(name, weight.shape)] if name else targets_of(weight.name, weight.shape, settings.architecture)
+    if not targets:
         raise JQ4Error(
             f"{weight.name}: has no name in a GGUF file of architecture {settings.architecture!r}. "
             "Take the config.json that belongs to these weights."
         )
+    if name is None and settings.architecture == "gpt-oss":
+        _check_rows(weight, settings)
     if name == "output.weight" and settings.tied:
         name = "token_embd.weight"
+        targets = [as_stored(name, weight.shape)]
+    name = name or targets[0].name.partition("#")[0]
     heads = permuted_heads(name, settings.architecture, settings.heads)
     kind, way = _type_and_way(weight, name, options, settings)
     loss, doubt = (way.loss, way.doubt) if way else (_loss(weight, kind), "")
@@ -62,10 +69,22 @@ def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
 
     def encode(value: Any) -> Mapping[str, np.ndarray]:
         blocks = _encoded(value, kind, way, weight.name, shifted)
-        return {name: to_llama_order(blocks, heads, weight.name)}
+        ordered = to_llama_order(blocks, heads, weight.name)
+        return {one.name: one.of(ordered) for one in targets}
 
     anew = weight.packed and way is None and kind.dtype is None
-    return Planned(weight, {name: (kind.name, weight.shape)}, encode, loss, doubt, requantized=anew)
+    tensors = {one.name: (kind.name, one.shape) for one in targets}
+    return Planned(weight, tensors, encode, loss, doubt, requantized=anew)
+
+
+def _check_rows(weight: LazyWeight, settings: Settings) -> None:
+    """Of gpt-oss' experts the rows are cut, so they must be rows."""
+    wanted = 2 * settings.size("intermediate_size") if "gate_up" in weight.name else settings.size("hidden_size")
+    if len(weight.shape) < 2 or weight.shape[1] != wanted:
+        raise JQ4Error(
+            f"{weight.name}: has shape {list(weight.shape)}, wanted {wanted} rows an expert by config.json. "
+            "Take the config.json that belongs to these weights."
+        )
 
 
 def file_type_number(options: Mapping[str, Any], planned: list[Planned]) -> int:
@@ -92,10 +111,10 @@ def _type_and_way(
                 f"{weight.name}: no GGUF type holds {weight.abstract!r} as it is. "
                 f"Say --type, one of {', '.join(FILE_TYPES)}; it is then quantized anew."
             )
-        if kind.dtype is not None and (len(weight.shape) < 2 or kind.name == "F64"):
+        if kind.dtype is not None and (len(weight.shape) < 2 or stays_float(name) or kind.name == "F64"):
             kind = BY_NAME["F32"]
         return kind, repacking(kind, weight.abstract) if weight.packed else None
-    kind = chosen_type(asked, name, weight.shape, settings.layers, settings.tied)
+    kind = chosen_type(asked, name, weight.shape, settings.layers, settings.tied, settings.experts)
     if weight.packed and kind.dtype is None:
         for one in (kind, BY_NAME[file_type(asked).base]):
             way = repacking(one, weight.abstract)
