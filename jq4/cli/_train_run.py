@@ -1,0 +1,221 @@
+"""A run of `jq4 train`: from a task to a folder, going on where an earlier process of the same run was stopped."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jq4.cli._train_task import Task
+
+TRAINING = "training"  # the folder beside the weights
+
+
+def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trains, writes OUT and measures; what `jq4 train --json` prints."""
+    from jq4.cli import _models, _terminal
+    from jq4.inventory import bytes_on_disk, inventory, totals
+    from jq4.train.metrics import read_metrics
+    from jq4.train.run_folder import METRICS, SUFFIX, clear, run_folder
+
+    watch = _terminal.Stopwatch()
+    out = Path(arguments.out)
+    partial = out.with_name(out.name + SUFFIX)
+    identity = identity_of(task, arguments)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with run_folder(partial, identity, arguments.restart) as folder:
+        trained, start = descend(task, arguments, folder)
+        model = task.served(trained)
+        measured = measure(task, start, model, arguments.batch_size)
+        rows = read_metrics(partial / METRICS)
+        about = {**identity, **measured, **summary_of(rows)}
+        model.save(out, recipe=task.recipe, source=task.given["model"] | {"training": provenance_of(identity)})
+        files = write_figures(out, about, rows, partial / METRICS)
+    clear(partial)
+    with contextlib.suppress(OSError):
+        partial.rmdir()
+    held = totals(inventory(model.params))
+    return {
+        "model": arguments.model,
+        "out": arguments.out,
+        "training": arguments.training,
+        **about,
+        **{key: held[key] for key in ("parameters", "bits_per_weight", "bits_per_weight_packed", "bytes")},
+        "bytes_on_disk": bytes_on_disk(out),
+        "resumed": folder.resumed,
+        "files": files,
+        "went_dense": _models.went_dense(model),
+        "seconds": watch.seconds,
+        "versions": _terminal.versions(),
+    }
+
+
+def identity_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the result depends on but the number of devices, which changes sums by rounding."""
+    from jq4.cli import _terminal, _train_options
+    from jq4.driver.journal import digest_of
+
+    options = _train_options.identity_of(arguments) | {"recipe": task.recipe.to_dict()}
+    rows = digest_of(task.text.rows)
+    versions = _terminal.versions()
+    return {**options, **task.given, **task.text.about, "rows": rows, "versions": versions}
+
+
+def provenance_of(identity: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of the training."""
+    names = ("training", "steps", "batch_size", "rate", "seed", "text", "temperature", "perturbed")
+    return {name: identity[name] for name in names if name in identity}
+
+
+def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
+    """(what was trained, the packed params that it started from); KeyboardInterrupt where it was asked to stop."""
+    import jax
+
+    from jq4.cli import _terminal
+    from jq4.train.loop import begin, make_step, train
+    from jq4.train.mesh import rows_over, shardings_over, training_mesh
+    from jq4.train.optimizer import OptimizerOptions, make_optimizer, rate_schedule
+    from jq4.train.rows import ShuffledRows
+
+    names = ("rate", "schedule", "warmup", "weight_decay", "clip")
+    options = OptimizerOptions(**{name: getattr(arguments, name) for name in names})
+    optimizer = make_optimizer(options, arguments.steps)
+    mesh = training_mesh(arguments.fsdp)
+    check_rows_fit(arguments, mesh.size)
+    batches = ShuffledRows(task.text.rows, arguments.batch_size, arguments.accumulate, arguments.seed)
+    packed = task.start(folder.start, task.text.rows)
+    trained = task.begin(packed)
+    like = jax.eval_shape(lambda trained: begin(trained, optimizer), trained)
+    shardings, rows = shardings_over(mesh, like), rows_over(mesh)
+    state = folder.state(
+        jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, shardings),
+        lambda: jax.jit(lambda trained: begin(trained, optimizer), out_shardings=shardings)(trained),
+    )
+    del trained
+    fixed = jax.device_put(task.fixed, shardings_over(mesh, task.fixed))
+    keeper = Reporting(folder, arguments, rate_schedule(options, arguments.steps), task.text.rows.shape[1])
+    with _terminal.progress("training") as progress, stopping() as stop:
+        keeper.progress = progress
+        progress(folder.resumed, arguments.steps)
+        state = train(
+            make_step(task.loss, optimizer, shardings),
+            state,
+            fixed,
+            batches,
+            steps=arguments.steps,
+            keeper=keeper,
+            keep_every=arguments.save_every,
+            place=lambda batch: jax.device_put(batch, rows),
+            stop=stop,
+        )
+    if int(state.step) < arguments.steps:
+        folder.states.wait()
+        _terminal.say(f"stopped after step {int(state.step)} of {arguments.steps}; the same command goes on from there")
+        raise KeyboardInterrupt
+    return jax.device_put(state.trained, jax.devices()[0]), packed
+
+
+def check_rows_fit(arguments: argparse.Namespace, devices: int) -> None:
+    from jq4.errors import JQ4Error
+
+    if arguments.batch_size % (arguments.accumulate * devices):
+        raise JQ4Error(
+            f"--batch-size {arguments.batch_size} in {arguments.accumulate} parts over {devices} devices: wanted as many "
+            f"rows on each, a multiple of {arguments.accumulate * devices}"
+        )
+
+
+@dataclasses.dataclass
+class Reporting:
+    """Tells every step to metrics.jsonl and to the reader, and keeps states."""
+
+    folder: Any
+    arguments: argparse.Namespace
+    rate: Callable[[Any], Any]
+    context: int
+    progress: Callable[..., None] = lambda *_, **__: None
+
+    def figures(self, step: int, figures: dict[str, float]) -> None:
+        tokens = self.arguments.batch_size * self.context
+        more = {"rate": float(self.rate(step - 1)), "tokens_per_second": tokens / figures["seconds"]}
+        self.folder.figures(step, figures | more)
+        self.progress(step, self.arguments.steps, description=f"training, loss {figures['loss']:.4f}")
+        self.last = figures["loss"]
+
+    def keep(self, state: Any, step: int) -> None:
+        from jq4.cli import _terminal
+
+        self.folder.keep(state, step)
+        if not sys.stderr.isatty():
+            _terminal.say(f"step {step} of {self.arguments.steps}, loss {self.last:.4f}")
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM asked to stop after the step under way; a second Ctrl-C stops at once."""
+    asked = False
+
+    def ask(number: int, _: Any) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+
+    kept: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: signals are someone else's
+        for number in (signal.SIGINT, signal.SIGTERM):
+            kept[number] = signal.signal(number, ask)
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def measure(task: Task, start: Any, model: Any, batch_size: int) -> dict[str, Any]:
+    """The start and the result on the rows held out; nothing where there are none."""
+    from jq4.cli import _models
+
+    if task.text.held_out is None:
+        return {}
+    found = {}
+    for name, params in (("before", start), ("after", model.params)):
+        packed = _models.laid_out(dataclasses.replace(model, params=params))
+        found[name] = _models.evaluated(packed, task.reference, task.text.held_out, batch_size).as_dict()
+    return found
+
+
+def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The loss at the beginning and the end, the mean of a twentieth of the steps; and seconds of the steps."""
+    import numpy as np
+
+    losses = [row["loss"] for row in rows]
+    few = max(1, len(losses) // 20)
+    return {
+        "loss_first": float(np.mean(losses[:few])),
+        "loss_last": float(np.mean(losses[-few:])),
+        "seconds_training": float(sum(row["seconds"] for row in rows)),
+        "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
+    }
+
+
+def write_figures(out: Path, about: dict[str, Any], rows: list[dict[str, Any]], metrics: Path) -> dict[str, str]:
+    """Writes OUT/training; its files by kind."""
+    from jq4.cli import _train_picture
+
+    folder = out / TRAINING
+    folder.mkdir(exist_ok=True)
+    files = {"metrics": folder / metrics.name, "run": folder / "run.json"}
+    contents = {"metrics": metrics.read_bytes(), "run": (json.dumps(about, indent=2) + "\n").encode()}
+    picture = _train_picture.draw(rows, about)
+    if picture is not None:
+        files["picture"], contents["picture"] = folder / "loss.png", picture
+    for kind, file in files.items():
+        temporary = file.with_name(file.name + ".new")
+        temporary.write_bytes(contents[kind])
+        temporary.replace(file)
+    return {kind: str(file) for kind, file in files.items()}
