@@ -207,7 +207,9 @@ def _before_and_after(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if "after" not in data:
         return []
     before, after = data["before"], data["after"]
-    labels = [(key, label) for key, label in EVALUATION_LABELS.items() if key in after and key not in ("rows", "seconds")]
+    labels = [
+        (key, label) for key, label in EVALUATION_LABELS.items() if key in after and key not in ("rows", "seconds")
+    ]
     return [(f"held out: {label}", _with_error(before, key), _with_error(after, key)) for key, label in labels]
 
 

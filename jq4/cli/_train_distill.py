@@ -7,8 +7,8 @@ from jq4.cli import _models, _train_options
 
 HELP = "learn a teacher's predictions, the dense model's own unless told otherwise, with rounded weights"
 DESCRIPTION = (
-    "Learns to predict as a teacher does (KL divergence), all weights and their quantizers trained (LSQ). The teacher is "
-    "the dense MODEL itself, or --teacher."
+    "Learns to predict as a teacher does (KL divergence), all weights and their quantizers trained (LSQ). The teacher "
+    "is the dense MODEL itself, or --teacher."
 )
 RATE = 0.01
 
@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _train_options.add_rounding(parser)
     teaching = parser.add_argument_group("teaching")
     teaching.add_argument("--teacher", metavar="MODEL", help=f"another teacher of the same vocabulary: {_models.MODEL}")
-    teaching.add_argument(
-        "--temperature", type=float, default=1.0, metavar="X", help="of both predictions (default 1)"
-    )
+    teaching.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of both predictions (default 1)")
     teaching.add_argument(
         "--perturbed",
         type=float,

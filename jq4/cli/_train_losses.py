@@ -1,4 +1,4 @@
-"""What `jq4 train` descends: losses of (trained, fixed, part), means over the part's rows, as jq4.train.loop takes them."""
+"""What `jq4 train` descends: losses of (trained, fixed, part), means over the part's rows (see jq4.train.loop)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ def next_token(forward: Forward) -> Loss:
 
 
 def distilled(forward: Forward, teacher: Forward, temperature: float, perturbed: float) -> Loss:
-    """KL(teacher || model) in nats; `fixed` is the teacher's tree. Rows with odd keys have a share of tokens drawn anew."""
+    """KL(teacher || model) in nats; `fixed` is the teacher's tree. Every other row has a share of tokens drawn anew."""
     import jax
     import jax.numpy as jnp
 

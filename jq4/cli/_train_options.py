@@ -4,16 +4,14 @@ import argparse
 
 from jq4.calibration import DEFAULT_FIELD
 
-
 DEFAULT_RECIPE = "gptq-w4g32-asym"
+SCHEDULES = ("cosine", "linear", "constant")  # of jq4.train.optimizer, which is slow to import
 _NOT_IN_IDENTITY = ("verb", "json", "out", "restart", "save_every", "text", "held_out", "model", "start", "teacher")
 
 
 def add_model_and_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="the dense model: a Hugging Face folder")
-    parser.add_argument(
-        "--text", required=True, nargs="+", metavar="FILE", help="text, .jsonl or .npy ids to train on"
-    )
+    parser.add_argument("--text", required=True, nargs="+", metavar="FILE", help="text, .jsonl or .npy ids to train on")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; an older one is replaced")
     parser.add_argument(
         "--held-out",
@@ -50,10 +48,10 @@ def add_descent(parser: argparse.ArgumentParser, rate: float) -> None:
     descent.add_argument(
         "--rate", type=float, default=rate, metavar="X", help="a step, as a share of a weight (default %(default)s)"
     )
-    descent.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="of the rate (default cosine)")
+    descent.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the rate (default cosine)")
     descent.add_argument("--warmup", type=int, default=0, metavar="N", help="steps in which the rate rises (default 0)")
     descent.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="default 0")
-    descent.add_argument("--clip", type=float, default=1.0, metavar="X", help="a gradient's longest (default 1; 0: any)")
+    descent.add_argument("--clip", type=float, default=1.0, metavar="X", help="a gradient's largest norm (default 1)")
     descent.add_argument("--seed", type=int, default=0, metavar="N", help="of the rows' order (default 0)")
     machine = parser.add_argument_group("machine")
     machine.add_argument(

@@ -48,6 +48,7 @@ def open_task(arguments: argparse.Namespace, losses: Losses) -> Task:
         start=lambda folder, rows: started(arguments, recipe, model, folder, rows),
         begin=lambda packed: begun(model.params, packed, recipe),
         served=lambda trained: served(model, trained, recipe),
+        batch_size=arguments.batch_size,
     )
 
 
@@ -113,7 +114,9 @@ def rounded_forward(model: Any, recipe: Any, dtype: Any, remat: bool) -> Callabl
     from models.layer_runs import runs_of
 
     decoder = Decoder(model.config, dtype=jnp.dtype(dtype), remat=remat, runs=runs_of(model.params))
-    forward = fake_quantized(lambda params, tokens: decoder.apply({"params": params}, tokens), without_steps(recipe), strict=True)
+    forward = fake_quantized(
+        lambda params, tokens: decoder.apply({"params": params}, tokens), without_steps(recipe), strict=True
+    )
     dtypes = {leaf_path(keys): leaf.dtype for keys, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
 
     def as_stored(quantizers: Any, keys: Any, leaf: Any) -> Any:
@@ -188,13 +191,12 @@ def served(model: Any, trained: Any, recipe: Any) -> Any:
 
     params, quantizers = trained
     dtypes = {leaf_path(keys): leaf.dtype for keys, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
+
+    def as_stored(keys: Any, leaf: Any) -> Any:
+        return leaf if is_qarray(leaf) else leaf.astype(dtypes[leaf_path(keys)])
+
     packed = harden(params, quantizers, without_steps(recipe))
-    return dataclasses.replace(
-        model,
-        params=jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: leaf if is_qarray(leaf) else leaf.astype(dtypes[leaf_path(keys)]), packed, is_leaf=is_qarray
-        ),
-    )
+    return dataclasses.replace(model, params=jax.tree_util.tree_map_with_path(as_stored, packed, is_leaf=is_qarray))
 
 
 def _in_float32(tree: Any) -> Any:

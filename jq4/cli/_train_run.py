@@ -4,9 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import signal
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ TRAINING = "training"  # the folder beside the weights
 def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains, writes OUT and measures; what `jq4 train --json` prints."""
     from jq4.cli import _models, _terminal
+    from jq4.cli._train_descent import descend
     from jq4.inventory import bytes_on_disk, inventory, totals
     from jq4.train.metrics import read_metrics
     from jq4.train.run_folder import METRICS, SUFFIX, clear, run_folder
@@ -69,111 +67,6 @@ def provenance_of(identity: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says of the training."""
     names = ("training", "steps", "batch_size", "rate", "seed", "text", "temperature", "perturbed")
     return {name: identity[name] for name in names if name in identity}
-
-
-def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
-    """(what was trained, the packed params that it started from); KeyboardInterrupt where it was asked to stop."""
-    import jax
-
-    from jq4.cli import _terminal
-    from jq4.train.loop import begin, make_step, train
-    from jq4.train.mesh import rows_over, shardings_over, training_mesh
-    from jq4.train.optimizer import OptimizerOptions, make_optimizer, rate_schedule
-    from jq4.train.rows import ShuffledRows
-
-    names = ("rate", "schedule", "warmup", "weight_decay", "clip")
-    options = OptimizerOptions(**{name: getattr(arguments, name) for name in names})
-    optimizer = make_optimizer(options, arguments.steps)
-    mesh = training_mesh(arguments.fsdp)
-    check_rows_fit(arguments, mesh.size)
-    batches = ShuffledRows(task.text.rows, arguments.batch_size, arguments.accumulate, arguments.seed)
-    packed = task.start(folder.start, task.text.rows)
-    trained = task.begin(packed)
-    like = jax.eval_shape(lambda trained: begin(trained, optimizer), trained)
-    shardings, rows = shardings_over(mesh, like), rows_over(mesh)
-    state = folder.state(
-        jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, shardings),
-        lambda: jax.jit(lambda trained: begin(trained, optimizer), out_shardings=shardings)(trained),
-    )
-    del trained
-    fixed = jax.device_put(task.fixed, shardings_over(mesh, task.fixed))
-    keeper = Reporting(folder, arguments, rate_schedule(options, arguments.steps), task.text.rows.shape[1])
-    with _terminal.progress("training") as progress, stopping() as stop:
-        keeper.progress = progress
-        progress(folder.resumed, arguments.steps)
-        state = train(
-            make_step(task.loss, optimizer, shardings),
-            state,
-            fixed,
-            batches,
-            steps=arguments.steps,
-            keeper=keeper,
-            keep_every=arguments.save_every,
-            place=lambda batch: jax.device_put(batch, rows),
-            stop=stop,
-        )
-    if int(state.step) < arguments.steps:
-        folder.states.wait()
-        _terminal.say(f"stopped after step {int(state.step)} of {arguments.steps}; the same command goes on from there")
-        raise KeyboardInterrupt
-    return jax.device_put(state.trained, jax.devices()[0]), packed
-
-
-def check_rows_fit(arguments: argparse.Namespace, devices: int) -> None:
-    from jq4.errors import JQ4Error
-
-    if arguments.batch_size % (arguments.accumulate * devices):
-        raise JQ4Error(
-            f"--batch-size {arguments.batch_size} in {arguments.accumulate} parts over {devices} devices: wanted as many "
-            f"rows on each, a multiple of {arguments.accumulate * devices}"
-        )
-
-
-@dataclasses.dataclass
-class Reporting:
-    """Tells every step to metrics.jsonl and to the reader, and keeps states."""
-
-    folder: Any
-    arguments: argparse.Namespace
-    rate: Callable[[Any], Any]
-    context: int
-    progress: Callable[..., None] = lambda *_, **__: None
-
-    def figures(self, step: int, figures: dict[str, float]) -> None:
-        tokens = self.arguments.batch_size * self.context
-        more = {"rate": float(self.rate(step - 1)), "tokens_per_second": tokens / figures["seconds"]}
-        self.folder.figures(step, figures | more)
-        self.progress(step, self.arguments.steps, description=f"training, loss {figures['loss']:.4f}")
-        self.last = figures["loss"]
-
-    def keep(self, state: Any, step: int) -> None:
-        from jq4.cli import _terminal
-
-        self.folder.keep(state, step)
-        if not sys.stderr.isatty():
-            _terminal.say(f"step {step} of {self.arguments.steps}, loss {self.last:.4f}")
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM asked to stop after the step under way; a second Ctrl-C stops at once."""
-    asked = False
-
-    def ask(number: int, _: Any) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = True
-
-    kept: dict[int, Any] = {}
-    with contextlib.suppress(ValueError):  # not in the main thread: signals are someone else's
-        for number in (signal.SIGINT, signal.SIGTERM):
-            kept[number] = signal.signal(number, ask)
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 def measure(task: Task, start: Any, model: Any, batch_size: int) -> dict[str, Any]:

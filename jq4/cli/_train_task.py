@@ -22,6 +22,7 @@ class Task:
       start: (folder, rows) -> the packed params that training starts from, made in `folder` if need be.
       begin: those -> what is trained.
       served: what was trained -> the model that is written.
+      batch_size: rows a step.
     """
 
     model: Any
@@ -34,3 +35,8 @@ class Task:
     start: Callable[[Path, Any], Any]
     begin: Callable[[Any], Any]
     served: Callable[[Any], Any]
+    batch_size: int
+
+    @property
+    def tokens_a_step(self) -> int:
+        return self.batch_size * self.text.rows.shape[1]

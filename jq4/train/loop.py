@@ -8,9 +8,9 @@ What is trained is any pytree: params, params with quantizers, adapters. `fixed`
 teacher's weights, a packed base): an argument of the program, not a constant in it. It knows nothing of models.
 
 Whatever a step does depends on the state and on its number: batches come by number (jq4.train.rows, or a grain
-MapDataset), and what is drawn at random in a loss is drawn from keys that the batch carries. So there is nothing to save
-but the state, and a run that is killed and resumed any number of times gives the losses of one that was not, to the
-last bit, on the same number of devices.
+MapDataset), and what is drawn at random in a loss is drawn from keys that the batch carries. So there is nothing to
+save but the state, and a run that is killed and resumed any number of times gives the losses of one that was not, to
+the last bit, on the same number of devices.
 
 Masters, gradients and moments are float32, whatever the loss computes in. A batch has a leading axis of parts
 [A, B / A, ...]: a part at a time goes through the loss, and their gradients are summed, so that activations are those
@@ -77,9 +77,11 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, shardings: An
 
     def step(state: TrainState, fixed: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         found, gradient = _mean_over_parts(loss, state.trained, fixed, batch)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes its step count
+            updates, moments = optimizer.update(gradient, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        return TrainState(state.step + 1, trained, moments), {"loss": found, "gradient_norm": optax.global_norm(gradient)}
+        figures = {"loss": found, "gradient_norm": optax.tree.norm(gradient)}
+        return TrainState(state.step + 1, trained, moments), figures
 
     out = {} if shardings is None else {"out_shardings": (shardings, None)}
     return jax.jit(step, donate_argnums=0, **out)

@@ -1,7 +1,7 @@
-"""The optimizer of `jq4 train`: Adam whose steps are relative to the weights that they change, and schedules of its rate.
+"""The optimizer of `jq4 train`: Adam whose steps are relative to the weights that they change, by a falling rate.
 
     m, v   = Adam's moments of the gradient                              Kingma & Ba 2015
-    w     -= rate(t) * (rms(w) * m / sqrt(v) + decay * w)                rms over the whole leaf, no smaller than `floor`
+    w     -= rate(t) * (rms(w) * m / sqrt(v) + decay * w)                rms of the whole leaf, at least `floor`
 
 Adam moves every weight by about its rate a step, whatever the weight is: 1e-3 is a hundredth of a weight in a small
 model, a tenth in a wide one, whose weights are smaller, and nothing to a zero point of 2. Relative to the leaf (as in
