@@ -22,7 +22,7 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any
     from jq4.train.rows import ShuffledRows
 
     options = options_of(arguments)
-    optimizer, mesh = make_optimizer(options, arguments.steps), training_mesh(arguments.fsdp)
+    optimizer, mesh = make_optimizer(options, arguments.steps), training_mesh(arguments.fsdp, devices_of(arguments))
     check_rows_fit(arguments, mesh.size)
     packed = task.start(folder.start, task.text.rows)
     state, shardings = first_state(task.begin(packed), optimizer, mesh, folder)
@@ -44,7 +44,7 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any
         folder.states.wait()
         _terminal.say(f"stopped after step {int(state.step)} of {arguments.steps}; the same command goes on from there")
         raise KeyboardInterrupt
-    return jax.device_put(state.trained, jax.devices()[0]), packed
+    return jax.device_put(state.trained, mesh.devices.flat[0]), packed
 
 
 def options_of(arguments: argparse.Namespace) -> Any:
@@ -52,6 +52,18 @@ def options_of(arguments: argparse.Namespace) -> Any:
 
     names = ("rate", "schedule", "warmup", "weight_decay", "clip")
     return OptimizerOptions(**{name: getattr(arguments, name) for name in names})
+
+
+def devices_of(arguments: argparse.Namespace) -> Any:
+    import jax
+
+    from jq4.errors import JQ4Error
+
+    found = jax.devices()
+    wanted = len(found) if arguments.devices is None else arguments.devices
+    if not 1 <= wanted <= len(found):
+        raise JQ4Error(f"--devices is {wanted}, and there are {len(found)}")
+    return found[:wanted]
 
 
 def check_rows_fit(arguments: argparse.Namespace, devices: int) -> None:
@@ -71,7 +83,9 @@ def first_state(trained: Any, optimizer: Any, mesh: Any, folder: Any) -> tuple[A
     import jax
 
     from jq4.train.loop import begin
-    from jq4.train.mesh import shardings_over
+    from jq4.train.mesh import placed_over, shardings_over
+
+    trained = placed_over(mesh, trained)
 
     def begun(trained: Any) -> Any:
         return begin(trained, optimizer)

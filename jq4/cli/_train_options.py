@@ -60,6 +60,7 @@ def add_descent(parser: argparse.ArgumentParser, rate: float) -> None:
         help="to compute in; masters are float32 (default: bfloat16 for a bfloat16 model on an accelerator)",
     )
     machine.add_argument("--remat", action="store_true", help="compute layers again going back, to hold less")
+    machine.add_argument("--devices", type=int, metavar="N", help="the first N devices (default: all)")
     machine.add_argument(
         "--fsdp", type=int, default=1, metavar="N", help="devices that weights are cut over; rows over all (default 1)"
     )

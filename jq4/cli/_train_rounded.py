@@ -46,7 +46,7 @@ def open_task(arguments: argparse.Namespace, losses: Losses) -> Task:
         loss=losses(forward, _models.function_of(dataclasses.replace(teacher, dtype=jnp.dtype(dtype)))),
         fixed=teacher.params if needs_teacher else {},
         start=lambda folder, rows: started(arguments, recipe, model, folder, rows),
-        begin=lambda packed: begun(model.params, packed, recipe),
+        begin=lambda packed: begun(packed, recipe),
         served=lambda trained: served(model, trained, recipe),
         batch_size=arguments.batch_size,
     )
@@ -152,7 +152,7 @@ def started(arguments: argparse.Namespace, recipe: Any, model: Any, folder: Path
     from models.folder_source import FolderSource
 
     if arguments.start is not None:
-        return _models.open_model(arguments.start).params
+        return _start_of(arguments.start, model)
     if not _models.is_checkpoint(folder):
         folder_of(arguments.model)
         if _models.is_checkpoint(arguments.model):
@@ -173,12 +173,38 @@ def started(arguments: argparse.Namespace, recipe: Any, model: Any, folder: Path
     return jq4.restore(folder)
 
 
-def begun(params: Any, packed: Any, recipe: Any) -> Any:
-    """(params, quantizers): the start's codes and scales."""
-    from jq4.train import move_to_codes, quantizers
+def _start_of(path: str, model: Any) -> Any:
+    """The params of a folder that jq4 quantize made of this model."""
+    import jax
 
-    rules = without_steps(recipe)
-    return _in_float32(move_to_codes(_in_float32(params), packed)), quantizers(params, rules, start=packed)
+    from jq4.cli import _models
+    from jq4.errors import JQ4Error
+    from jq4.qarray import is_qarray
+
+    start = _models.open_model(path).params
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree, is_leaf=is_qarray) for tree in (start, model.params)]
+    if shapes[0] != shapes[1]:
+        raise JQ4Error(f"{path}: has other leaves than the model: wanted what jq4 quantize made of this very model")
+    return start
+
+
+def begun(packed: Any, recipe: Any) -> Any:
+    """(params, quantizers) of a start, float32: every weight in the middle of what rounds to its code.
+
+    Moved no farther from the dense weights than their codes ask for (jq4.move_to_codes), they would lie at the edges,
+    and the first steps would undo what the start's method chose.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from jq4.qarray import is_qarray
+    from jq4.train import quantizers
+
+    def middle(leaf: Any) -> Any:
+        return leaf.dequantize(jnp.float32) if is_qarray(leaf) else jnp.asarray(leaf, jnp.float32)
+
+    params = jax.tree.map(middle, packed, is_leaf=is_qarray)
+    return params, quantizers(params, without_steps(recipe), start=packed)
 
 
 def served(model: Any, trained: Any, recipe: Any) -> Any:
@@ -197,10 +223,3 @@ def served(model: Any, trained: Any, recipe: Any) -> Any:
 
     packed = harden(params, quantizers, without_steps(recipe))
     return dataclasses.replace(model, params=jax.tree_util.tree_map_with_path(as_stored, packed, is_leaf=is_qarray))
-
-
-def _in_float32(tree: Any) -> Any:
-    import jax
-    import jax.numpy as jnp
-
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     from jq4.train.metrics import read_metrics
     from jq4.train.run_folder import METRICS, SUFFIX, clear, run_folder
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save that waits for the one before
     watch = _terminal.Stopwatch()
     out = Path(arguments.out)
     partial = out.with_name(out.name + SUFFIX)
@@ -60,7 +62,7 @@ def identity_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     options = _train_options.identity_of(arguments) | {"recipe": task.recipe.to_dict()}
     rows = digest_of(task.text.rows)
     versions = _terminal.versions()
-    return {**options, **task.given, **task.text.about, "rows": rows, "versions": versions}
+    return {**options, "sources": task.given, **task.text.about, "rows": rows, "versions": versions}
 
 
 def provenance_of(identity: dict[str, Any]) -> dict[str, Any]:
