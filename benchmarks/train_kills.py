@@ -11,6 +11,7 @@ for each number of devices (of the host, which XLA is told to take for several),
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -136,10 +137,8 @@ def model_of(folder: Path) -> Path:
         make_random_model(folder)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    import jq4.cli._train_descent
-    import jq4.driver
-    import jq4.train.states
-    import models.language_model  # noqa: F401
+    for name in ("jq4.cli._train_descent", "jq4.driver", "jq4.train.states", "models.language_model"):
+        importlib.import_module(name)
 
     return folder
 
