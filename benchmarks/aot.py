@@ -78,8 +78,11 @@ def compile_device(device: str) -> Any:
     return topology.devices[0]
 
 
-def compile_for(device: str, function: Any, *args: Any) -> Any:
-    """The compiled executable of `function` on ShapeDtypeStructs `args`, all on one device, traced as for it."""
+def compile_for(device: str, function: Any, *args: Any, donate: tuple[int, ...] = ()) -> Any:
+    """The compiled executable of `function` on ShapeDtypeStructs `args`, all on one device, traced as for it.
+
+    `donate` are numbers of arguments whose memory the results may take.
+    """
     import jax
 
     target = compile_device(device)
@@ -87,7 +90,7 @@ def compile_for(device: str, function: Any, *args: Any) -> Any:
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     platform = "cuda" if is_gpu(device) else "tpu"
     with contextlib.nullcontext() if is_gpu(device) else abstractly(target):
-        return jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,)).compile()
+        return jax.jit(function, donate_argnums=donate).trace(*placed).lower(lowering_platforms=(platform,)).compile()
 
 
 def abstractly(target: Any) -> Any:

@@ -50,12 +50,20 @@ from jq4.sensitivity import sensitivity as sensitivity
 from jq4.shardings import shardings_of as shardings_of
 from jq4.statistics import Statistics as Statistics
 from jq4.statistics import WeightStatistics as WeightStatistics
+from jq4.train import Adapters as Adapters
+from jq4.train import IdleAdapterWarning as IdleAdapterWarning
 from jq4.train import Quantizers as Quantizers
 from jq4.train import UnroundedError as UnroundedError
 from jq4.train import UnroundedWarning as UnroundedWarning
 from jq4.train import fake_quantized as fake_quantized
 from jq4.train import harden as harden
+from jq4.train import loftq as loftq
+from jq4.train import lora as lora
+from jq4.train import merge_lora as merge_lora
 from jq4.train import move_to_codes as move_to_codes
 from jq4.train import quantizers as quantizers
+from jq4.train import restore_lora as restore_lora
+from jq4.train import save_lora as save_lora
+from jq4.train import with_lora as with_lora
 
 __version__ = "0.1.0"

@@ -75,7 +75,7 @@ class PackedInterpreter(Interpreter):
         leaf = value if len(value.order) < value.ndim else value.holding(value.settle())
         if leaf.grouped_axis == 0:
             return self.densify(value, eqn, "the scan slices it along its grouped axis")
-        q = qarray_ops.plain_scales(leaf.q)
+        q = qarray_ops.sliceable_scales(leaf.q)
         length = q.shape[0]
         if q.permutation is not None and q.permutation.ndim == 1:
             q = dataclasses.replace(q, permutation=q.permutation[None])
@@ -125,14 +125,27 @@ class Quantized:
         self.record = Record()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_qarray)
         self.record.clear()
-        if not any(map(is_qarray, leaves)):
+        if not any(map(is_qarray, jax.tree.leaves((args, kwargs), is_leaf=is_qarray))):
             return self.function(*args, **kwargs)
+        outputs, results = self.run(
+            PackedInterpreter(self.record, self.strict), self.values(args, kwargs), args, kwargs
+        )
+        return outputs.rebuild([unwrapped(value) for value in results])
+
+    def values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The leaves of the arguments, packed ones with their paths and partitions."""
+        leaves = jax.tree.leaves((args, kwargs), is_leaf=is_qarray)
         within, named = _paths_within(args, kwargs)
-        values = [self._placed(*each) for each in zip(_name_packed(args, kwargs, leaves), within, named, strict=True)]
         check_used(self.shardings, [*within, *named], "the arguments")
-        dynamic = [place for place, value in enumerate(values) if is_packed(value) or is_array(value)]
+        return [self._placed(*each) for each in zip(_name_packed(args, kwargs, leaves), within, named, strict=True)]
+
+    def run(
+        self, interpreter: Interpreter, values: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Outputs, list[Any]]:
+        """(the tree of the results, the results) of the function on `values` in the place of its arguments' leaves."""
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_qarray)
+        dynamic = [place for place, value in enumerate(values) if interpreter.is_special(value) or is_array(value)]
         outputs = Outputs()
 
         def flat_function(*arrays: Any) -> list[Any]:
@@ -142,10 +155,9 @@ class Quantized:
             args, kwargs = jax.tree.unflatten(structure, merged)
             return outputs.arrays_of(self.function(*args, **kwargs))
 
-        interpreter = PackedInterpreter(self.record, self.strict)
         inputs = [values[place] for place in dynamic]
         jaxpr, _ = jax_compat.trace(flat_function, *map(interpreter.aval, inputs))
-        return outputs.rebuild([_unwrap(value) for value in interpreter.evaluate(jaxpr, inputs)])
+        return outputs, interpreter.evaluate(jaxpr, inputs)
 
     def _placed(self, value: Any, within: str, named: str) -> Any:
         """A packed value with its partition; a tree may name it within its argument, or with the argument's name."""
@@ -200,7 +212,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Record:
     return transformed.record
 
 
-def _unwrap(value: Any) -> Any:
+def unwrapped(value: Any) -> Any:
     return value.settle() if is_packed(value) else value
 
 

@@ -35,7 +35,7 @@ def contraction_axes(function: Callable[..., Any], tree: Any, *args: Any, **kwar
     watcher = Watcher(lambda path: frozenset())
     leaves, run = watched_call(function, watcher, tree, args, kwargs)
     jax.eval_shape(run, leaves)
-    return ContractionAxes(watcher.axes, watcher.looked_up)
+    return ContractionAxes(watcher.axes, watcher.looked_up, watcher.products)
 
 
 def watched_call(

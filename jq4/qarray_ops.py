@@ -131,6 +131,15 @@ def plain_scales(q: QArray) -> QArray:
     return dataclasses.replace(q, scale=dense(q.scale), offset=dense(q.offset))
 
 
+def sliceable_scales(q: QArray) -> QArray:
+    """The same weight with scales that can be cut along its leading axis: packed ones too, unless grouped along it."""
+
+    def sliceable(part: Any) -> Any:
+        return dense(part) if is_qarray(part) and part.axis == -part.ndim else part
+
+    return dataclasses.replace(q, scale=sliceable(q.scale), offset=sliceable(q.offset))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 
 

@@ -99,7 +99,7 @@ def quantize(
     for (_, leaf), entry in zip(keyed, plan.leaves, strict=True):
         result = leaf
         if entry.is_planned:
-            result, findings = _quantize_named(leaf, entry, stats, releases.get(entry.path))
+            result, findings = quantize_planned(leaf, entry, stats, releases.get(entry.path))
             entry = entry.packed_as(result, sqnr(leaf, result) if measured else None, findings)
             uses[id(leaf)] -= 1
             if donate and not uses[id(leaf)]:
@@ -247,7 +247,7 @@ def _delete_sum(sums: Mapping[str, jax.Array | UpperSquares], name: str) -> None
         give_back_freed_pages()
 
 
-def _quantize_named(
+def quantize_planned(
     leaf: Any, entry: LeafReport, stats: Any, release: Callable[[str], None] | None = None
 ) -> tuple[QArray, Any]:
     """The packed leaf, and the findings of its method, if it has some."""

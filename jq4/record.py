@@ -3,6 +3,8 @@
     dense    the leaf was dequantized at an operation that has no packed rule
     relaid   the leaf stayed packed but is re-packed into another layout at every call (`jq4.prepare` does it once)
     uncut    the leaf lies on several devices, and its product is left to XLA, which cuts no kernel
+    merged   the leaf was dense already, and its adapter was added to it as a dense matrix (jq4.with_lora)
+    unused   the leaf has an adapter, and the function multiplied nothing by it
 
 `jq4.quantized` opens a record for each trace; operations below it (jq4.qarray_ops, jq4.matmul, jq4.partition) reach the
 running one through `note_relay` and `note_uncut`, which do nothing where none is running.
@@ -18,6 +20,8 @@ from typing import Any
 DENSE = "dense"
 RELAID = "relaid"
 UNCUT = "uncut"
+MERGED = "merged"
+UNUSED = "unused"
 
 
 class DensifiedWarning(UserWarning):
@@ -29,7 +33,7 @@ class Entry:
     """One leaf at one primitive.
 
     Attributes:
-      kind: "dense", "relaid" or "uncut".
+      kind: "dense", "relaid", "uncut", "merged" or "unused".
       path: the leaf's path in its argument.
       primitive: the JAX primitive that met it.
       reason: why it could not stay as it was.
@@ -46,7 +50,7 @@ class Entry:
 
 
 class Record:
-    """Entries of one trace, in the order they were met. True if a leaf went dense."""
+    """Entries of one trace, in the order they were met. True if a leaf, or an adapter, went dense."""
 
     nothing = "every packed leaf stayed packed"
 
@@ -82,7 +86,7 @@ class Record:
         self._entries.clear()
 
     def __bool__(self) -> bool:
-        return bool(self.dense)
+        return any(entry.kind in (DENSE, MERGED) for entry in self.entries)
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,12 +102,27 @@ class WeightStatistics:
         return kept[: len(leading)] == leading and kept[last - len(features) : last] == features and ends_there
 
 
-class ContractionAxes(dict[str, int]):
-    """Path -> the axis (negative) to group along; `looked_up` holds the paths of tables that rows are looked up in."""
+class ProductAxes(NamedTuple):
+    """The axes of a leaf (negative, ascending) that a product contracts, and those that stack matrices of it."""
 
-    def __init__(self, axes: Mapping[str, int], looked_up: Iterable[str] = ()) -> None:
+    contracted: tuple[int, ...]
+    stacked: tuple[int, ...]
+
+
+class ContractionAxes(dict[str, int]):
+    """Path -> the axis (negative) to group along.
+
+    Attributes:
+      looked_up: the paths of tables that rows are looked up in.
+      products: path -> all axes of the first product with the leaf that was seen.
+    """
+
+    def __init__(
+        self, axes: Mapping[str, int], looked_up: Iterable[str] = (), products: Mapping[str, ProductAxes] | None = None
+    ) -> None:
         super().__init__(axes)
         self.looked_up = frozenset(looked_up)
+        self.products = dict(products or {})
 
 
 @functools.partial(

@@ -12,7 +12,7 @@ branches saw, a `shard_map` sums over the mesh axes that the inputs differ along
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 from jq4 import jax_compat, watch_rules
 from jq4.errors import JQ4Error
 from jq4.interpret import Interpreter, Values, merge_placed
-from jq4.statistics import WeightStatistics, merge, over_devices
+from jq4.statistics import ProductAxes, WeightStatistics, merge, over_devices
 from jq4.watched import Atom, Watched
 
 
@@ -46,6 +46,7 @@ class Watcher(Interpreter):
       collects: what to collect for the leaf at a path, some of jq4.statistics.COLLECTABLE.
       frame: the statistics gathered at this level of the program.
       contracted: path -> the axis (negative) that products contract.
+      products: path -> all axes of the first product.
       looked_up: path -> the axis of rows that were looked up in the leaf.
       pair_axes: path -> the axis of size two along which a leaf holds its dense and its quantized self
         (jq4.observe_pair).
@@ -58,6 +59,7 @@ class Watcher(Interpreter):
         self.pair_axes = pair_axes
         self.frame: Frame = {}
         self.contracted: dict[str, int] = {}
+        self.products: dict[str, ProductAxes] = {}
         self.looked_up: dict[str, int] = {}
         self._loop_numbers = itertools.count()
         self._depth = 0
@@ -98,8 +100,12 @@ class Watcher(Interpreter):
 
     # Statistics -------------------------------------------------------------------------------------------------
 
-    def note_contraction(self, path: str, atoms: list[Atom]) -> None:
-        self.contracted.setdefault(path, max(atom.axis for atom in atoms))
+    def note_contraction(self, weight: Watched, features: list[Atom], batch: Iterable[Atom] = ()) -> None:
+        contracted = {atom.axis for atom in features}
+        self.contracted.setdefault(weight.path, max(contracted))
+        stacked = {axis for _, axis in weight.loops} | {atom.axis for atom in (*weight.indexed, *batch)}
+        axes = ProductAxes(tuple(sorted(contracted)), tuple(sorted(stacked)))
+        self.products.setdefault(weight.path, axes)
 
     def add(self, weight: Watched, batch: list[Atom], features: list[Atom], statistics: WeightStatistics) -> None:
         """Adds statistics [*batch, K] of one product with `weight` to the frame."""

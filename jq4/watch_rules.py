@@ -111,7 +111,7 @@ def dot_general(watcher: Any, eqn: Any, values: Values) -> Values:
     features = [atom for run, _ in pairs for atom in run]
     if not features:
         return outputs
-    watcher.note_contraction(weight.path, features)
+    watcher.note_contraction(weight, features, [atom for run, _ in batched for atom in run])
     if collect := watcher.collects(weight.path):
         x = watcher.narrowed(x.array if isinstance(x, Watched) else x)
         x_batch = [axis for _, axis in batched]
@@ -160,7 +160,7 @@ def ragged_dot(watcher: Any, eqn: Any, values: Values) -> Values:
     if not plain or not weight.axes[contract[1][0]]:
         return outputs
     features = list(weight.axes[contract[1][0]])
-    watcher.note_contraction(weight.path, features)
+    watcher.note_contraction(weight, features, weight.axes[groups[0]])
     if collect := watcher.collects(weight.path):
         rows = jnp.moveaxis(x, contract[0][0], -1)
         if pair:
@@ -181,7 +181,7 @@ def convolution(watcher: Any, eqn: Any, values: Values) -> Values:
     _, in_axis, *spatial = numbers.rhs_spec
     if not kernel.axes[in_axis]:
         return outputs
-    watcher.note_contraction(kernel.path, [kernel.axes[in_axis][-1]])
+    watcher.note_contraction(kernel, [kernel.axes[in_axis][-1]])
     collect = watcher.collects(kernel.path)
     ordinary = parameters["feature_group_count"] == 1 and parameters["batch_group_count"] == 1
     if not collect or not ordinary:

@@ -1,0 +1,129 @@
+"""Adapters put into their weights: dense, or quantized again, with what that loses said leaf by leaf.
+
+    dense     W + scaling A B, rounded to the leaf's dtype
+    recipe    the same, packed. What was trained may be smaller than what rounding loses: `change_db` tells
+
+Quantizing again costs what quantizing costs, and an adapter that was trained around a base's own rounding errors loses
+that: beside the packed base it loses nothing.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jq4.errors import JQ4Error
+from jq4.leaf_errors import LeafError, error_of
+from jq4.paths import find_path, flatten_with_paths, leaf_path
+from jq4.qarray import is_qarray
+from jq4.quantize import quantize_planned, quantize_report
+from jq4.quantize_report import LeafReport
+from jq4.recipe import Recipe
+from jq4.rule import Rule
+from jq4.sqnr import sqnr
+from jq4.train.adapter import Adapter, Adapters
+from jq4.train.plan import aligned
+
+DENSE = "dense"
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedLeaf:
+    """What became of one leaf.
+
+    Attributes:
+      format: "dense", or the packed leaf's.
+      error: of the leaf against W + scaling A B in float32: its SQNR, and its output error where statistics are given.
+      change_db: 10 log10 of the energy of scaling A B over that of the error: below 0 rounding lost more than training
+        changed. inf where nothing was lost.
+    """
+
+    path: str
+    format: str
+    error: LeafError
+    change_db: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return dataclasses.asdict(self)
+
+
+def merge_lora(
+    params: Any,
+    adapters: Adapters,
+    to: Recipe | Rule | str = DENSE,
+    *,
+    stats: Any = None,
+    axes: Mapping[str, int] | None = None,
+) -> tuple[Any, list[MergedLeaf]]:
+    """(the tree with adapters put into their leaves, what that lost of each).
+
+    Args:
+      params: the tree that the adapters are for, packed or dense.
+      adapters: of `jq4.lora`, trained.
+      to: "dense"; or the recipe (or the name of a preset) by which the leaves that have adapters are packed again, and
+        what it means to be dense is. Leaves without adapters stay as they are.
+      stats, axes: as `jq4.quantize` takes them; statistics of the inputs also tell the outputs' error.
+
+    Raises:
+      JQ4Error: for adapters that are not those of these params, and what `jq4.quantize` raises.
+    """
+    leaves = dict(flatten_with_paths(params))
+    found = aligned(adapters.by_path, leaves, "the adapters")
+    for path, adapter in found.items():
+        if tuple(leaves[path].shape) != adapter.shape:
+            raise JQ4Error(f"{path}: its adapter is for shape {adapter.shape}, found {tuple(leaves[path].shape)}")
+    plan = {} if to == DENSE else _plan(params, found, to, stats, axes)
+    report: list[MergedLeaf] = []
+
+    def merged(keys: Any, leaf: Any) -> Any:
+        path = leaf_path(keys)
+        if path not in found:
+            return leaf
+        exact = _exact(leaf, found[path])
+        entry = plan.get(path)
+        if entry is not None and entry.is_planned:
+            result, _ = quantize_planned(exact, entry, stats)
+            result = dataclasses.replace(result, dtype=jnp.dtype(leaf.dtype).name)
+        else:
+            result = exact.astype(leaf.dtype)
+        report.append(_reported(path, exact, result, found[path], stats))
+        return result
+
+    tree = jax.tree_util.tree_map_with_path(merged, params, is_leaf=is_qarray)
+    return tree, report
+
+
+def _plan(
+    params: Any, found: Mapping[str, Adapter], to: Recipe | Rule | str, stats: Any, axes: Any
+) -> dict[str, LeafReport]:
+    """Path -> what the recipe plans for a leaf with an adapter, were it dense in float32."""
+
+    def dense(keys: Any, leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32) if leaf_path(keys) in found else None
+
+    alone = jax.tree_util.tree_map_with_path(dense, params, is_leaf=is_qarray)
+    known = {path: leaf.axis for path, leaf in flatten_with_paths(params) if is_qarray(leaf)}
+    known |= {path: axis for path in found if (axis := find_path(axes or {}, path)) is not None}
+    return {entry.path: entry for entry in quantize_report(alone, to, stats, known).leaves}
+
+
+@jax.jit
+def _exact(leaf: Any, adapter: Adapter) -> jax.Array:
+    weight = leaf.dequantize(jnp.float32) if is_qarray(leaf) else leaf.astype(jnp.float32)
+    return weight + adapter.delta()
+
+
+def _reported(path: str, exact: jax.Array, result: Any, adapter: Adapter, stats: Any) -> MergedLeaf:
+    packed = is_qarray(result)
+    error = error_of(path, exact, result, find_path(stats or {}, path), axis=adapter.inputs[-1])
+    return MergedLeaf(path, result.format if packed else DENSE, error, float(_change_db(exact, result, adapter)))
+
+
+@jax.jit
+def _change_db(exact: jax.Array, result: Any, adapter: Adapter) -> jax.Array:
+    near = result.dequantize(jnp.float32) if is_qarray(result) else result.astype(jnp.float32)
+    delta = adapter.delta()
+    return sqnr(delta, delta + (near - exact))
