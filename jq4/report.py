@@ -207,10 +207,12 @@ def _before_and_after(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if "after" not in data:
         return []
     before, after = data["before"], data["after"]
-    labels = [
-        (key, label) for key, label in EVALUATION_LABELS.items() if key in after and key not in ("rows", "seconds")
+    names = ("kld_mean", "kld_p99", "top1_agreement", "perplexity", "reference_perplexity", "tokens")
+    return [
+        (f"held out: {EVALUATION_LABELS[name]}", _with_error(before, name), _with_error(after, name))
+        for name in names
+        if name in after
     ]
-    return [(f"held out: {label}", _with_error(before, key), _with_error(after, key)) for key, label in labels]
 
 
 def mixed_table(data: Mapping[str, Any]) -> list[Table]:

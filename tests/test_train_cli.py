@@ -16,7 +16,9 @@ from jq4.cli import main
 from jq4.cli._train_rounded import begun, rounded_forward, served
 from jq4.divergence import divergence
 from jq4.train.metrics import read_metrics
+from models.decoder import Decoder
 from models.language_model import LanguageModel
+from models.peft import load_peft
 
 QUICK = ("--steps", 6, "--batch-size", 8, "--save-every", 2, "--context", 16, "--rate", 0.02, "--devices", 1)
 CACHE = {
@@ -148,6 +150,27 @@ def test_qat_learns_the_text_from_a_given_start(capsys, source, tmp_path):
     assert losses(data)[-1] < losses(data)[0] and data["recipe"]["name"] == "rtn-w4g32-asym"
 
 
+def test_qlora_writes_adapters_that_are_run_beside_the_base(capsys, source, tmp_path):
+    out = tmp_path / "out"
+    data = run(capsys, "qlora", source, "--recipe", "rtn-w4g32", "--rank", 4, "--dropout", 0.1, "--held-out", 0.25,
+               "--out", out)  # fmt: skip
+    assert losses(data)[-1] < losses(data)[0] and data["after"]["perplexity"] < data["before"]["perplexity"]
+    model, ids = LanguageModel.from_folder(out), np.load(source / "ids.npy")
+    alone = jq4.quantize(LanguageModel.from_folder(source).params, "rtn-w4g32")
+    jax.tree.map(np.testing.assert_array_equal, model.params, alone)
+    forward = jax.jit(jq4.with_lora(Decoder(model.config).apply, strict=True))
+    wanted = forward(({"params": alone}, jq4.restore_lora(out / "adapters")), ids)
+    np.testing.assert_array_equal(model.logits(ids), wanted)
+    assert np.abs(wanted - LanguageModel(model.config, alone).logits(ids)).max() > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, load_peft(out / "peft", model.config), model.adapters)
+    assert main(["generate", str(out), "--prompt", "The quick", "--max-tokens", "2"]) == 0
+    assert main(["convert", str(out), str(tmp_path / "gguf"), "--to", "gguf", "--type", "q4_0"]) == 1
+    assert "holds adapters, which a checkpoint of weights would leave out" in capsys.readouterr().err
+    assert main(["quantize", str(source), str(out), "--recipe", "rtn-w3g32"]) == 0
+    assert main(["generate", str(out), "--prompt", "The quick"]) == 1
+    assert "adapters of other weights" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -180,7 +203,7 @@ def test_a_packed_model_is_no_source(capsys, source, distilled, tmp_path):
 def test_help_says_what_there_is(capsys):
     assert main(["train", "--help"]) == 0
     assert "qat" in capsys.readouterr().out
-    for verb in ("qat", "distill"):
+    for verb in ("qat", "distill", "qlora"):
         assert main(["train", verb, "--help"]) == 0
         assert "--accumulate" in capsys.readouterr().out
     assert main(["train"]) == 2

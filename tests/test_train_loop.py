@@ -230,7 +230,7 @@ def test_a_grain_dataset_is_batches_too(undisturbed):
 
 
 def test_the_optimizer_is_adam_by_shares_of_a_leaf():
-    options = OptimizerOptions(0.1, "linear", warmup=3, clip=0, floor=1e-3)
+    options = OptimizerOptions(0.1, "linear", warmup=3, clip=0)
     ours, adam = make_optimizer(options, 10), optax.scale_by_adam(b2=0.99)
     tree = {"w": jnp.asarray([[3.0, -4.0]]), "zero": jnp.zeros((2,))}
     gradient = {"w": jnp.asarray([[0.5, 0.1]]), "zero": jnp.asarray([1.0, -2.0])}

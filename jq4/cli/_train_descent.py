@@ -32,7 +32,7 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any
         state = train(
             make_step(task.loss, optimizer, shardings),
             state,
-            placed_over(mesh, task.fixed),
+            placed_over(mesh, task.fixed(packed)),
             ShuffledRows(task.text.rows, arguments.batch_size, arguments.accumulate, arguments.seed),
             steps=arguments.steps,
             keeper=Reporting(folder, arguments, rate_schedule(options, arguments.steps), task.tokens_a_step, progress),
@@ -50,7 +50,7 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any
 def options_of(arguments: argparse.Namespace) -> Any:
     from jq4.train.optimizer import OptimizerOptions
 
-    names = ("rate", "schedule", "warmup", "weight_decay", "clip")
+    names = ("rate", "schedule", "warmup", "weight_decay", "clip", "relative")
     return OptimizerOptions(**{name: getattr(arguments, name) for name in names})
 
 

@@ -38,7 +38,8 @@ def add_rounding(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_descent(parser: argparse.ArgumentParser, rate: float) -> None:
+def add_descent(parser: argparse.ArgumentParser, rate: float, relative: bool = True) -> None:
+    parser.set_defaults(relative=relative)
     descent = parser.add_argument_group("descent")
     descent.add_argument("--steps", type=int, default=400, metavar="N", help="default 400")
     descent.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows a step (default 8)")
@@ -46,7 +47,11 @@ def add_descent(parser: argparse.ArgumentParser, rate: float) -> None:
         "--accumulate", type=int, default=1, metavar="N", help="parts that a step's rows are taken in (default 1)"
     )
     descent.add_argument(
-        "--rate", type=float, default=rate, metavar="X", help="a step, as a share of a weight (default %(default)s)"
+        "--rate",
+        type=float,
+        default=rate,
+        metavar="X",
+        help=f"Adam's{', as a share of a leaf' * relative} (default %(default)s)",
     )
     descent.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the rate (default cosine)")
     descent.add_argument("--warmup", type=int, default=0, metavar="N", help="steps in which the rate rises (default 0)")

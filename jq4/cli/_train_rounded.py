@@ -44,10 +44,10 @@ def open_task(arguments: argparse.Namespace, losses: Losses) -> Task:
         recipe=recipe,
         given=given,
         loss=losses(forward, _models.function_of(dataclasses.replace(teacher, dtype=jnp.dtype(dtype)))),
-        fixed=teacher.params if needs_teacher else {},
         start=lambda folder, rows: started(arguments, recipe, model, folder, rows),
+        fixed=lambda packed: teacher.params if needs_teacher else {},
         begin=lambda packed: begun(packed, recipe),
-        served=lambda trained: served(model, trained, recipe),
+        served=lambda trained, packed: served(model, trained, recipe),
         batch_size=arguments.batch_size,
     )
 

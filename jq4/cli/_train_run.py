@@ -29,12 +29,12 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     partial.parent.mkdir(parents=True, exist_ok=True)
     with run_folder(partial, identity, arguments.restart) as folder:
         trained, start = descend(task, arguments, folder)
-        model = task.served(trained)
+        model = task.served(trained, start)
         measured = measure(task, start, model, arguments.batch_size)
         rows = read_metrics(partial / METRICS)
         about = {**identity, **measured, **summary_of(rows)}
         model.save(out, recipe=task.recipe, source=task.given["model"] | {"training": provenance_of(identity)})
-        files = write_figures(out, about, rows, partial / METRICS)
+        files = task.beside(out, model) | write_figures(out, about, rows, partial / METRICS)
     clear(partial)
     with contextlib.suppress(OSError):
         partial.rmdir()
@@ -59,7 +59,7 @@ def identity_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     from jq4.cli import _terminal, _train_options
     from jq4.driver.journal import digest_of
 
-    options = _train_options.identity_of(arguments) | {"recipe": task.recipe.to_dict()}
+    options = _train_options.identity_of(arguments) | {"recipe": task.recipe and task.recipe.to_dict()}
     rows = digest_of(task.text.rows)
     versions = _terminal.versions()
     return {**options, "sources": task.given, **task.text.about, "rows": rows, "versions": versions}
@@ -79,7 +79,8 @@ def measure(task: Task, start: Any, model: Any, batch_size: int) -> dict[str, An
         return {}
     found = {}
     for name, params in (("before", start), ("after", model.params)):
-        packed = _models.laid_out(dataclasses.replace(model, params=params))
+        adapters = model.adapters if name == "after" else None
+        packed = _models.laid_out(dataclasses.replace(model, params=params, adapters=adapters))
         found[name] = _models.evaluated(packed, task.reference, task.text.held_out, batch_size).as_dict()
     return found
 

@@ -3,20 +3,20 @@
 import argparse
 from typing import Any
 
-from jq4.cli import _train_distill, _train_qat
+from jq4.cli import _train_distill, _train_qat, _train_qlora
 
-HELP = "train with few bits: quantization-aware training, distillation"
+HELP = "train with few bits: quantization-aware training, distillation, adapters"
 DESCRIPTION = (
-    "Trains MODEL as it will be served, rounded to few bits, and writes OUT: packed weights, config and tokenizer, a "
+    "Trains MODEL as it will be served, in few bits, and writes OUT: packed weights, config and tokenizer, a "
     "model that jq4 eval, generate and inspect take, and OUT/training: metrics.jsonl, run.json and a picture of the "
     "loss. The same command goes on where a killed or interrupted one stopped, to the same losses (OUT.partial holds "
     "its work)."
 )
-_VERBS = {"qat": _train_qat, "distill": _train_distill}
+_VERBS = {"qat": _train_qat, "distill": _train_distill, "qlora": _train_qlora}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="training", required=True, metavar="qat|distill")
+    verbs = parser.add_subparsers(dest="training", required=True, metavar="qat|distill|qlora")
     for name, module in _VERBS.items():
         added = verbs.add_parser(name, help=module.HELP, description=f"{module.DESCRIPTION} {DESCRIPTION}")
         module.add_arguments(added)

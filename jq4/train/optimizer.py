@@ -1,7 +1,7 @@
 """The optimizer of `jq4 train`: Adam whose steps are relative to the weights that they change, by a falling rate.
 
     m, v   = Adam's moments of the gradient                              Kingma & Ba 2015
-    w     -= rate(t) * (rms(w) * m / sqrt(v) + decay * w)                rms of the whole leaf, at least `floor`
+    w     -= rate(t) * (rms(w) * m / sqrt(v) + decay * w)                rms of the whole leaf, at least FLOOR
 
 Adam moves every weight by about its rate a step, whatever the weight is: 1e-3 is a hundredth of a weight in a small
 model, a tenth in a wide one, whose weights are smaller, and nothing to a zero point of 2. Relative to the leaf (as in
@@ -17,7 +17,7 @@ import optax
 
 from jq4.errors import JQ4Error
 
-FLOOR = 1e-4  # of a leaf's rms: what begins at zero (biases, adapters) has to be able to move
+FLOOR = 1e-3  # of a leaf's rms: biases that are zero have to be able to move
 SCHEDULES = ("cosine", "linear", "constant")
 
 Schedule = Callable[[Any], Any]  # steps done -> rate
@@ -28,12 +28,12 @@ class OptimizerOptions:
     """How fast.
 
     Attributes:
-      rate: of the first step after the warmup, relative to a leaf's rms.
+      rate: of the first step after the warmup.
       schedule: how it falls to zero until the last step, or not: one of SCHEDULES.
       warmup: steps in which it rises from zero.
       weight_decay: the share of a weight that is taken off, times the rate; of leaves with two axes or more.
       clip: the largest norm of a gradient; larger ones are shortened to it. 0 for none.
-      floor: of a leaf's rms.
+      relative: whether steps are shares of a leaf's rms; without, plain Adam's, for what begins at zero (adapters).
     """
 
     rate: float
@@ -41,12 +41,12 @@ class OptimizerOptions:
     warmup: int = 0
     weight_decay: float = 0.0
     clip: float = 1.0
-    floor: float = FLOOR
+    relative: bool = True
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise JQ4Error(f"schedule is {self.schedule!r}, wanted one of {', '.join(SCHEDULES)}")
-        for name in ("rate", "warmup", "weight_decay", "clip", "floor"):
+        for name in ("rate", "warmup", "weight_decay", "clip"):
             value = getattr(self, name)
             if not 0 <= value < float("inf") or (name == "rate" and not value):
                 raise JQ4Error(f"{name} is {value}, wanted a number {'above 0' if name == 'rate' else 'of 0 or more'}")
@@ -71,7 +71,9 @@ def rate_schedule(options: OptimizerOptions, steps: int) -> Schedule:
 def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
     """The optax transformation."""
     parts = [optax.clip_by_global_norm(options.clip)] if options.clip else []
-    parts += [optax.scale_by_adam(b1=0.9, b2=0.99), optax.scale_by_param_block_rms(options.floor)]
+    parts.append(optax.scale_by_adam(b1=0.9, b2=0.99))
+    if options.relative:
+        parts.append(optax.scale_by_param_block_rms(FLOOR))
     if options.weight_decay:
         parts.append(optax.add_decayed_weights(options.weight_decay, mask=_has_two_axes))
     return optax.chain(*parts, optax.scale_by_learning_rate(rate_schedule(options, steps)))
