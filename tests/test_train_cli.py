@@ -164,7 +164,7 @@ def test_qlora_writes_adapters_that_are_run_beside_the_base(capsys, source, tmp_
     assert np.abs(wanted - LanguageModel(model.config, alone).logits(ids)).max() > 1e-3
     jax.tree.map(np.testing.assert_array_equal, load_peft(out / "peft", model.config), model.adapters)
     assert main(["generate", str(out), "--prompt", "The quick", "--max-tokens", "2"]) == 0
-    assert main(["convert", str(out), str(tmp_path / "gguf"), "--to", "gguf", "--type", "q4_0"]) == 1
+    assert main(["convert", str(out), str(tmp_path / "out.gguf"), "--to", "gguf", "--type", "q4_0"]) == 1
     assert "holds adapters, which a checkpoint of weights would leave out" in capsys.readouterr().err
     assert main(["quantize", str(source), str(out), "--recipe", "rtn-w3g32"]) == 0
     assert main(["generate", str(out), "--prompt", "The quick"]) == 1

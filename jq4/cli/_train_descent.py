@@ -51,7 +51,10 @@ def options_of(arguments: argparse.Namespace) -> Any:
     from jq4.train.optimizer import OptimizerOptions
 
     names = ("rate", "schedule", "warmup", "weight_decay", "clip", "relative")
-    return OptimizerOptions(**{name: getattr(arguments, name) for name in names})
+    given = {name: getattr(arguments, name) for name in names}
+    if given["warmup"] is None:
+        given["warmup"] = arguments.steps // 20
+    return OptimizerOptions(**given)
 
 
 def devices_of(arguments: argparse.Namespace) -> Any:

@@ -10,7 +10,7 @@ DESCRIPTION = (
     "Learns to predict as a teacher does (KL divergence), all weights and their quantizers trained (LSQ). The teacher "
     "is the dense MODEL itself, or --teacher."
 )
-RATE = 0.01
+RATE = 0.005
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

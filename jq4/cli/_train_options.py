@@ -6,7 +6,8 @@ from jq4.calibration import DEFAULT_FIELD
 
 DEFAULT_RECIPE = "gptq-w4g32-asym"
 SCHEDULES = ("cosine", "linear", "constant")  # of jq4.train.optimizer, which is slow to import
-_NOT_IN_IDENTITY = ("verb", "json", "out", "restart", "save_every", "text", "held_out", "model", "start", "teacher")
+_FILES = ("model", "teacher", "start", "text", "held_out", "out")  # what they hold is told apart
+_NO_MATTER = ("verb", "json", "restart", "save_every", "devices", "fsdp")
 
 
 def add_model_and_text(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,7 @@ def add_descent(parser: argparse.ArgumentParser, rate: float, relative: bool = T
         help=f"Adam's{', as a share of a leaf' * relative} (default %(default)s)",
     )
     descent.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the rate (default cosine)")
-    descent.add_argument("--warmup", type=int, default=0, metavar="N", help="steps in which the rate rises (default 0)")
+    descent.add_argument("--warmup", type=int, metavar="N", help="steps in which the rate rises (default: a twentieth)")
     descent.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="default 0")
     descent.add_argument("--clip", type=float, default=1.0, metavar="X", help="a gradient's largest norm (default 1)")
     descent.add_argument("--seed", type=int, default=0, metavar="N", help="of the rows' order (default 0)")
@@ -85,4 +86,4 @@ def check(arguments: argparse.Namespace) -> None:
 
 def identity_of(arguments: argparse.Namespace) -> dict[str, object]:
     """The options that the result depends on, files apart."""
-    return {name: value for name, value in sorted(vars(arguments).items()) if name not in _NOT_IN_IDENTITY}
+    return {name: value for name, value in sorted(vars(arguments).items()) if name not in _FILES + _NO_MATTER}

@@ -7,7 +7,7 @@ from jq4.cli import _train_options
 
 HELP = "learn the text's next tokens with rounded weights (quantization-aware training)"
 DESCRIPTION = "Learns to predict the text's next tokens, all weights and their quantizers trained (LSQ)."
-RATE = 0.01
+RATE = 0.005
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
