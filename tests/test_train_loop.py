@@ -112,7 +112,7 @@ def test_four_devices_learn_what_one_does(undisturbed, fsdp):
         assert leaf.addressable_shards[0].data.size * fsdp == leaf.size
 
 
-def run_in(folder, *, stop_after=None, mesh=None, identity=0, restart=False):
+def run_in(folder, *, stop_after=None, mesh=None, identity=0, restart=False, keep_every=5):
     """(losses that the folder tells, steps it went on from)."""
     asked = 0
 
@@ -129,15 +129,17 @@ def run_in(folder, *, stop_after=None, mesh=None, identity=0, restart=False):
         state = held.state(like, lambda: jax.device_put(begin(pair(), OPTIMIZER), shardings))
         assert int(state.step) == held.resumed
         fixed, batches = params(1) if mesh is None else placed_over(mesh, params(1)), ShuffledRows(ROWS, 8, seed=3)
-        train(step, state, fixed, batches, steps=STEPS, keeper=held, keep_every=5, place=place, stop=stop)
+        train(step, state, fixed, batches, steps=STEPS, keeper=held, keep_every=keep_every, place=place, stop=stop)
     return [row["loss"] for row in read_metrics(folder / METRICS)], held.resumed
 
 
 def test_stopped_and_resumed_it_gives_the_same_losses_to_the_last_bit(tmp_path, undisturbed):
     losses, resumed = run_in(tmp_path / "run", stop_after=3)
     assert (losses, resumed) == (undisturbed[0][:3], 0)
-    losses, resumed = run_in(tmp_path / "run", stop_after=4)
-    assert (losses, resumed) == (undisturbed[0][:7], 3)
+    losses, resumed = run_in(tmp_path / "run", stop_after=2)  # at a step whose state is kept anyway
+    assert (losses, resumed) == (undisturbed[0][:5], 3)
+    losses, resumed = run_in(tmp_path / "run", stop_after=2)
+    assert (losses, resumed) == (undisturbed[0][:7], 5)
     with (tmp_path / "run" / METRICS).open("a") as file:  # as a kill leaves it: told, and not kept
         file.write('{"step": 8, "loss": 0.5}\n{"step": 9, "lo')
     assert run_in(tmp_path / "run") == (undisturbed[0], 7)

@@ -83,7 +83,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, shardings: An
         figures = {"loss": found, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, trained, moments), figures
 
-    out = {} if shardings is None else {"out_shardings": (shardings, None)}
+    out: dict[str, Any] = {} if shardings is None else {"out_shardings": (shardings, None)}
     return jax.jit(step, donate_argnums=0, **out)
 
 
@@ -111,16 +111,17 @@ def train(
     Raises:
       JQ4Error: a loss or a gradient that is not finite; no state from after it is kept.
     """
-    done = int(state.step)
+    done = kept = int(state.step)
     told = _Told(keeper)
     while done < steps and not stop():
         state, found = step(state, fixed, place(batches[done]))
         done += 1
         told.after(done, found)
-        if done % keep_every == 0 and done < steps:
+        if done % keep_every == 0 or done == steps:
             told.rest()
             keeper.keep(state, done)
-    if told.any:
+            kept = done
+    if kept < done:
         told.rest()
         keeper.keep(state, done)
     return state
@@ -135,12 +136,11 @@ class _Told:
     def __init__(self, keeper: Keeper) -> None:
         self.keeper = keeper
         self.waiting: tuple[int, dict[str, jax.Array]] | None = None
-        self.any = False
         self.since = time.perf_counter()
 
     def after(self, step: int, found: dict[str, jax.Array]) -> None:
         self.rest()
-        self.waiting, self.any = (step, found), True
+        self.waiting = (step, found)
 
     def rest(self) -> None:
         if self.waiting is None:
