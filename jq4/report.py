@@ -195,6 +195,33 @@ def drift_table(data: Mapping[str, Any]) -> Table:
     return make_table(str(data["model"]), columns, rows)
 
 
+def training_table(data: Mapping[str, Any]) -> Table:
+    """A training's loss, and what held-out rows say of its start and of its result."""
+    steps = f"{data['steps']}" + (f" ({data['resumed']} of them before)" if data["resumed"] else "")
+    rows = [
+        ["loss (nats a token)", format_figure(data["loss_first"]), format_figure(data["loss_last"])],
+        *([label, before, after] for label, before, after in _before_and_after(data)),
+        ["bits a packed weight", "", format_figure(data["bits_per_weight_packed"])],
+        ["bytes held", "", format_bytes(data["bytes"])],
+        ["steps", "", steps],
+        ["tokens a second", "", format_figure(data["tokens_per_second"])],
+        ["seconds of steps", "", f"{data['seconds_training']:.0f}"],
+    ]
+    return make_table(f"{data['training']}: {data['out']}", ("figure", "start", "trained"), rows)
+
+
+def _before_and_after(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    if "after" not in data:
+        return []
+    before, after = data["before"], data["after"]
+    names = ("kld_mean", "kld_p99", "top1_agreement", "perplexity", "reference_perplexity", "tokens")
+    return [
+        (f"held out: {EVALUATION_LABELS[name]}", _with_error(before, name), _with_error(after, name))
+        for name in names
+        if name in after
+    ]
+
+
 def mixed_table(data: Mapping[str, Any]) -> list[Table]:
     """What each leaf costs in each format, the chosen one in brackets; the frontier; what was measured of mixes."""
     chosen = data["mix"]["chosen"]

@@ -29,6 +29,7 @@ from jq4.checkpoint.zarr_slices import StoredArray
 from jq4.errors import JQ4Error
 from jq4.paths import flatten_with_paths
 from jq4.qarray import is_qarray
+from models.adapted import ADAPTERS
 from models.config import DecoderConfig
 from models.layer_runs import LAYERS, bounds, run_name, runs_of
 from models.tensor_names import Path, Place, places
@@ -51,6 +52,11 @@ def checkpoint_of_folder(folder: str | FilePath, *, verify: bool = True) -> Chec
     verify: whether every file's SHA-256 is checked first. Raises JQ4Error for what is missing, damaged or no model.
     """
     folder = FilePath(folder)
+    if (folder / ADAPTERS).exists():
+        raise JQ4Error(
+            f"{folder}: holds adapters, which a checkpoint of weights would leave out: merge them first, with "
+            f"jq4.merge_lora, or remove {folder / ADAPTERS}"
+        )
     manifest = orbax.verify(folder) if verify else orbax.read_manifest(folder)
     data = folder / manifest.data
     check_listing(data, manifest)

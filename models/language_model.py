@@ -26,6 +26,7 @@ from jq4.errors import JQ4Error
 from jq4.layouts import prepare
 from jq4.record import Record
 from jq4.shardings import shardings_of
+from models.adapted import WithAdapters, adapters_of, save_adapters
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.filling import params_of
@@ -54,9 +55,11 @@ class LanguageModel:
       config: the architecture.
       params: the tree of Decoder's params; QArray leaves are multiplied packed.
       tokenizer: only text needs one; token ids do without.
+      adapters: jq4.Adapters of the params, whose products are added to theirs; None for none.
       dtype: what is computed in. None: bfloat16 for a bfloat16 checkpoint on an accelerator, else float32.
       files: the small files that `save` writes beside the weights, by name.
-      apply: `jq4.quantized(Decoder(config).apply)`, told where the packed weights lie.
+      apply: `jq4.quantized(Decoder(config).apply)`, told where the packed weights lie; `jq4.with_lora` of it with
+        adapters, and then of {"params": (params, adapters)}.
     """
 
     config: DecoderConfig
@@ -64,14 +67,16 @@ class LanguageModel:
     tokenizer: Tokenizer | None = None
     dtype: Any = None
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
-    apply: Quantized = dataclasses.field(init=False, repr=False)
+    adapters: Any = None
+    apply: Quantized | WithAdapters = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.dtype is None:
             narrow = self.config.dtype == "bfloat16" and jax.default_backend() != "cpu"
             object.__setattr__(self, "dtype", jnp.dtype(jnp.bfloat16 if narrow else jnp.float32))
         decoder = Decoder(self.config, dtype=self.dtype, runs=runs_of(self.params))
-        object.__setattr__(self, "apply", quantized(decoder.apply, shardings=shardings_of(self.params)))
+        transform = quantized if self.adapters is None else WithAdapters
+        object.__setattr__(self, "apply", transform(decoder.apply, shardings=shardings_of(self.params)))
 
     @classmethod
     def from_folder(
@@ -96,7 +101,8 @@ class LanguageModel:
                 )
             config = DecoderConfig.from_hf(parse_json(files["config.json"], f"{folder}: config.json"))
             params = orbax.restore(folder, shardings=shardings)
-            return cls(config, params, Tokenizer.from_files(files.get, str(folder)), dtype, files)
+            tokenizer = Tokenizer.from_files(files.get, str(folder))
+            return cls(config, params, tokenizer, dtype, files, adapters_of(folder))
         if folder.is_dir():
             load_config(folder)  # its errors come before those of weights
         checkpoint = open_checkpoint(folder)
@@ -125,10 +131,16 @@ class LanguageModel:
         if self.tokenizer is not None:
             files.setdefault("tokenizer.json", self.tokenizer.inner.to_str().encode())
         orbax.save(folder, self.params, recipe=recipe, source=source, extra_files=files)
+        save_adapters(Path(folder), self.adapters)
 
     def prepared(self) -> "LanguageModel":
         """The same model with packed weights laid out for this machine's kernels, once instead of at every call."""
         return dataclasses.replace(self, params=prepare(self.params, jax.devices()[0].device_kind))
+
+    @property
+    def weights(self) -> Any:
+        """What `apply` takes as "params": the params, with the adapters where there are some."""
+        return self.params if self.adapters is None else (self.params, self.adapters)
 
     @property
     def record(self) -> Record:
@@ -139,7 +151,7 @@ class LanguageModel:
         """tokens i32[B, T], mask bool[B, T] of what is text -> f32[B, T, V]; compiled once for each shape."""
         tokens = self._checked(tokens)
         mask = None if mask is None else jnp.asarray(mask, bool)
-        return _logits(self.params, tokens, mask, apply=self.apply)
+        return _logits(self.weights, tokens, mask, apply=self.apply)
 
     def generate(
         self,
@@ -165,7 +177,7 @@ class LanguageModel:
         ends = self._end_ids() if stop_at_end else ()
         made = generate(
             self.apply,
-            self.params,
+            self.weights,
             self.config,
             self._checked(tokens),
             mask,

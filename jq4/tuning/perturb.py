@@ -36,7 +36,12 @@ def perturb(
 
 @functools.partial(jax.jit, static_argnames="logits")
 def _draw(tree: Any, rows: jax.Array, key: jax.Array, share: jax.Array, *, logits: Any) -> jax.Array:
+    return drawn_anew(logits(tree, rows), rows, key, share)
+
+
+def drawn_anew(logits: jax.Array, rows: jax.Array, key: jax.Array, share: jax.Array | float) -> jax.Array:
+    """Rows i32[..., T] with a share of their tokens drawn from the logits [..., T, V] that they were given."""
     of_token, of_place = jax.random.split(key)
-    drawn = jax.random.categorical(of_token, logits(tree, rows)[:, :-1].astype(jnp.float32))  # i32[B, T-1]
+    drawn = jax.random.categorical(of_token, logits[..., :-1, :].astype(jnp.float32))  # i32[..., T-1]
     replaced = jax.random.bernoulli(of_place, share, drawn.shape)
-    return rows.at[:, 1:].set(jnp.where(replaced, drawn.astype(rows.dtype), rows[:, 1:]))
+    return rows.at[..., 1:].set(jnp.where(replaced, drawn.astype(rows.dtype), rows[..., 1:]))

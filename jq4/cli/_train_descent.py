@@ -1,0 +1,147 @@
+"""The steps of a run of `jq4 train`, on all devices that there are."""
+
+import argparse
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jq4.cli._train_task import Task
+
+
+def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
+    """(what was trained, the packed params that it started from); KeyboardInterrupt where it was asked to stop."""
+    import jax
+
+    from jq4.cli import _terminal
+    from jq4.train.loop import make_step, train
+    from jq4.train.mesh import placed_over, rows_over, training_mesh
+    from jq4.train.optimizer import make_optimizer, rate_schedule
+    from jq4.train.rows import ShuffledRows
+
+    options = options_of(arguments)
+    optimizer, mesh = make_optimizer(options, arguments.steps), training_mesh(arguments.fsdp, devices_of(arguments))
+    check_rows_fit(arguments, mesh.size)
+    packed = task.start(folder.start, task.text.rows)
+    state, shardings = first_state(task.begin(packed), optimizer, mesh, folder)
+    rows = rows_over(mesh)
+    with _terminal.progress("training") as progress, stopping() as stop:
+        progress(folder.resumed, arguments.steps)
+        state = train(
+            make_step(task.loss, optimizer, shardings),
+            state,
+            placed_over(mesh, task.fixed(packed)),
+            ShuffledRows(task.text.rows, arguments.batch_size, arguments.accumulate, arguments.seed),
+            steps=arguments.steps,
+            keeper=Reporting(folder, arguments, rate_schedule(options, arguments.steps), task.tokens_a_step, progress),
+            keep_every=arguments.save_every,
+            place=lambda batch: jax.device_put(batch, rows),
+            stop=stop,
+        )
+    if int(state.step) < arguments.steps:
+        folder.states.wait()
+        _terminal.say(f"stopped after step {int(state.step)} of {arguments.steps}; the same command goes on from there")
+        raise KeyboardInterrupt
+    return jax.device_put(state.trained, mesh.devices.flat[0]), packed
+
+
+def options_of(arguments: argparse.Namespace) -> Any:
+    from jq4.train.optimizer import OptimizerOptions
+
+    names = ("rate", "schedule", "warmup", "weight_decay", "clip", "relative")
+    given = {name: getattr(arguments, name) for name in names}
+    if given["warmup"] is None:
+        given["warmup"] = arguments.steps // 20
+    return OptimizerOptions(**given)
+
+
+def devices_of(arguments: argparse.Namespace) -> Any:
+    import jax
+
+    from jq4.errors import JQ4Error
+
+    found = jax.devices()
+    wanted = len(found) if arguments.devices is None else arguments.devices
+    if not 1 <= wanted <= len(found):
+        raise JQ4Error(f"--devices is {wanted}, and there are {len(found)}")
+    return found[:wanted]
+
+
+def check_rows_fit(arguments: argparse.Namespace, devices: int) -> None:
+    """Raises JQ4Error where a step's rows cannot be cut alike over parts and devices."""
+    from jq4.errors import JQ4Error
+
+    wanted = arguments.accumulate * devices
+    if arguments.batch_size % wanted:
+        raise JQ4Error(
+            f"--batch-size {arguments.batch_size} in {arguments.accumulate} parts over {devices} devices: wanted as "
+            f"many rows on each, a multiple of {wanted}"
+        )
+
+
+def first_state(trained: Any, optimizer: Any, mesh: Any, folder: Any) -> tuple[Any, Any]:
+    """(the state to go on from, or that at the start; its shardings)."""
+    import jax
+
+    from jq4.train.loop import begin
+    from jq4.train.mesh import placed_over, shardings_over
+
+    trained = placed_over(mesh, trained)
+
+    def begun(trained: Any) -> Any:
+        return begin(trained, optimizer)
+
+    shapes = jax.eval_shape(begun, trained)
+    shardings = shardings_over(mesh, shapes)
+    like = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
+    )
+    return folder.state(like, lambda: jax.jit(begun, out_shardings=shardings)(trained)), shardings
+
+
+@dataclasses.dataclass
+class Reporting:
+    """Tells every step to metrics.jsonl and to the reader, and keeps states."""
+
+    folder: Any
+    arguments: argparse.Namespace
+    rate: Callable[[Any], Any]
+    tokens_a_step: int
+    progress: Callable[..., None]
+
+    def figures(self, step: int, figures: dict[str, float]) -> None:
+        more = {"rate": float(self.rate(step - 1)), "tokens_per_second": self.tokens_a_step / figures["seconds"]}
+        self.folder.figures(step, figures | more)
+        self.progress(step, self.arguments.steps, description=f"training, loss {figures['loss']:.4f}")
+        self.last = figures["loss"]
+
+    def keep(self, state: Any, step: int) -> None:
+        from jq4.cli import _terminal
+
+        self.folder.keep(state, step)
+        if not sys.stderr.isatty():
+            _terminal.say(f"step {step} of {self.arguments.steps}, loss {self.last:.4f}")
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM asked to stop after the step under way; a second Ctrl-C stops at once."""
+    asked = False
+
+    def ask(number: int, _: Any) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+
+    kept: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: signals are someone else's
+        for number in (signal.SIGINT, signal.SIGTERM):
+            kept[number] = signal.signal(number, ask)
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -1,0 +1,117 @@
+"""A run of `jq4 train`: from a task to a folder, going on where an earlier process of the same run was stopped."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from jq4.cli._train_task import Task
+
+TRAINING = "training"  # the folder beside the weights
+
+
+def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trains, writes OUT and measures; what `jq4 train --json` prints."""
+    from jq4.cli import _models, _terminal
+    from jq4.cli._train_descent import descend
+    from jq4.inventory import bytes_on_disk, inventory, totals
+    from jq4.train.metrics import read_metrics
+    from jq4.train.run_folder import METRICS, SUFFIX, clear, run_folder
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save that waits for the one before
+    watch = _terminal.Stopwatch()
+    out = Path(arguments.out)
+    partial = out.with_name(out.name + SUFFIX)
+    identity = identity_of(task, arguments)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with run_folder(partial, identity, arguments.restart) as folder:
+        trained, start = descend(task, arguments, folder)
+        model = task.served(trained, start)
+        measured = measure(task, start, model, arguments.batch_size)
+        rows = read_metrics(partial / METRICS)
+        about = {**identity, **measured, **summary_of(rows)}
+        model.save(out, recipe=task.recipe, source=task.given["model"] | {"training": provenance_of(identity)})
+        files = task.beside(out, model) | write_figures(out, about, rows, partial / METRICS)
+    clear(partial)
+    with contextlib.suppress(OSError):
+        partial.rmdir()
+    held = totals(inventory(model.params))
+    return {
+        "model": arguments.model,
+        "out": arguments.out,
+        "training": arguments.training,
+        **about,
+        **{key: held[key] for key in ("parameters", "bits_per_weight", "bits_per_weight_packed", "bytes")},
+        "bytes_on_disk": bytes_on_disk(out),
+        "resumed": folder.resumed,
+        "files": files,
+        "went_dense": _models.went_dense(model),
+        "seconds": watch.seconds,
+        "versions": _terminal.versions(),
+    }
+
+
+def identity_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the result depends on but the number of devices, which changes sums by rounding."""
+    from jq4.cli import _terminal, _train_options
+    from jq4.driver.journal import digest_of
+
+    options = _train_options.identity_of(arguments) | {"recipe": task.recipe and task.recipe.to_dict()}
+    rows = digest_of(task.text.rows)
+    versions = _terminal.versions()
+    return {**options, "sources": task.given, **task.text.about, "rows": rows, "versions": versions}
+
+
+def provenance_of(identity: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of the training."""
+    names = ("training", "steps", "batch_size", "rate", "seed", "text", "temperature", "perturbed")
+    return {name: identity[name] for name in names if name in identity}
+
+
+def measure(task: Task, start: Any, model: Any, batch_size: int) -> dict[str, Any]:
+    """The start and the result on the rows held out; nothing where there are none."""
+    from jq4.cli import _models
+
+    if task.text.held_out is None:
+        return {}
+    found = {}
+    for name, params in (("before", start), ("after", model.params)):
+        adapters = model.adapters if name == "after" else None
+        packed = _models.laid_out(dataclasses.replace(model, params=params, adapters=adapters))
+        found[name] = _models.evaluated(packed, task.reference, task.text.held_out, batch_size).as_dict()
+    return found
+
+
+def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The loss at the beginning and the end, the mean of a twentieth of the steps; and seconds of the steps."""
+    import numpy as np
+
+    losses = [row["loss"] for row in rows]
+    few = max(1, len(losses) // 20)
+    return {
+        "loss_first": float(np.mean(losses[:few])),
+        "loss_last": float(np.mean(losses[-few:])),
+        "seconds_training": float(sum(row["seconds"] for row in rows)),
+        "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
+    }
+
+
+def write_figures(out: Path, about: dict[str, Any], rows: list[dict[str, Any]], metrics: Path) -> dict[str, str]:
+    """Writes OUT/training; its files by kind."""
+    from jq4.cli import _train_picture
+
+    folder = out / TRAINING
+    folder.mkdir(exist_ok=True)
+    files = {"metrics": folder / metrics.name, "run": folder / "run.json"}
+    contents = {"metrics": metrics.read_bytes(), "run": (json.dumps(about, indent=2) + "\n").encode()}
+    picture = _train_picture.draw(rows, about)
+    if picture is not None:
+        files["picture"], contents["picture"] = folder / "loss.png", picture
+    for kind, file in files.items():
+        temporary = file.with_name(file.name + ".new")
+        temporary.write_bytes(contents[kind])
+        temporary.replace(file)
+    return {kind: str(file) for kind, file in files.items()}
