@@ -137,7 +137,7 @@ def model_of(folder: Path) -> Path:
         make_random_model(folder)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    for name in ("jq4.cli._train_descent", "jq4.driver", "jq4.train.states", "models.language_model"):
+    for name in ("jq4.cli.training.descent", "jq4.driver", "jq4.train.running.states", "models.language_model"):
         importlib.import_module(name)
 
     return folder

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import jq4
 from jq4.train import TeacherCache, digest_of_tree, divergence_from, likeliest
-from jq4.train.teacher_folder import read_manifest
+from jq4.train.distillation.teacher_folder import read_manifest
 
 RANDOM = np.random.default_rng(5)
 VOCABULARY, LENGTH, K = 40, 6, 4

@@ -13,9 +13,9 @@ from random_model import make_random_model
 
 import jq4
 from jq4.cli import main
-from jq4.cli._train_rounded import begun, rounded_forward, served
+from jq4.cli.training.rounded import begun, rounded_forward, served
 from jq4.divergence import divergence
-from jq4.train.metrics import read_metrics
+from jq4.train.running.metrics import read_metrics
 from models.decoder import Decoder
 from models.language_model import LanguageModel
 from models.peft import load_peft
@@ -117,7 +117,7 @@ def test_what_is_served_is_what_was_trained(source):
 
 
 def test_interrupted_it_goes_on_to_the_same_losses(capsys, monkeypatch, source, distilled, tmp_path):
-    from jq4.train import run_folder
+    from jq4.train.running import run_folder
 
     keep, out = run_folder.RunFolder.keep, tmp_path / "out"
 

@@ -22,7 +22,7 @@ def run(folder: Path, kill_at: int | None, delay: float) -> None:
     """The run of tests/test_train_loop.py; `delay` seconds after the figures of step `kill_at` it kills itself."""
     from test_train_loop import run_in
 
-    from jq4.train.run_folder import RunFolder
+    from jq4.train.running.run_folder import RunFolder
 
     told = RunFolder.figures
 

@@ -12,13 +12,13 @@ from jax.sharding import PartitionSpec
 
 import jq4
 from jq4.errors import CheckpointError, JQ4Error
-from jq4.train.loop import begin, make_step, train
-from jq4.train.mesh import placed_over, rows_over, shardings_over, training_mesh
-from jq4.train.metrics import Metrics, read_metrics
-from jq4.train.optimizer import OptimizerOptions, make_optimizer, rate_schedule
-from jq4.train.rows import ShuffledRows
-from jq4.train.run_folder import METRICS, run_folder
-from jq4.train.states import States
+from jq4.train.running.loop import begin, make_step, train
+from jq4.train.running.mesh import placed_over, rows_over, shardings_over, training_mesh
+from jq4.train.running.metrics import Metrics, read_metrics
+from jq4.train.running.optimizer import OptimizerOptions, make_optimizer, rate_schedule
+from jq4.train.running.rows import ShuffledRows
+from jq4.train.running.run_folder import METRICS, run_folder
+from jq4.train.running.states import States
 
 STEPS, K, N = 12, 16, 32
 ROWS = np.random.default_rng(0).integers(0, K, (13, 4), np.int32)

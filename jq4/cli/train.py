@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from jq4.cli import _train_distill, _train_qat, _train_qlora
+from jq4.cli.training import distill, qat, qlora
 
 HELP = "train with few bits: quantization-aware training, distillation, adapters"
 DESCRIPTION = (
@@ -12,7 +12,7 @@ DESCRIPTION = (
     "loss. The same command goes on where a killed or interrupted one stopped, to the same losses (OUT.partial holds "
     "its work)."
 )
-_VERBS = {"qat": _train_qat, "distill": _train_distill, "qlora": _train_qlora}
+_VERBS = {"qat": qat, "distill": distill, "qlora": qlora}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

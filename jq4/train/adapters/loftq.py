@@ -20,8 +20,8 @@ from jq4.quantize import quantize_planned, quantize_report
 from jq4.quantize_report import LeafReport
 from jq4.recipe import Recipe
 from jq4.rule import Rule
-from jq4.train.adapter import Adapter, Adapters
-from jq4.train.lora import IGNORE, axes_of, begun, of_difference, targeted
+from jq4.train.adapters.adapter import Adapter, Adapters
+from jq4.train.adapters.lora import IGNORE, axes_of, begun, of_difference, targeted
 
 TURNS = 5  # the paper's
 

@@ -6,20 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jq4.cli._train_task import Task
+from jq4.cli.training.task import Task
 
 PEFT = "peft"  # the folder beside the weights
 
 
 def open_task(arguments: argparse.Namespace) -> Task:
     """Opens model and text, and makes the task of them."""
-    from jq4.cli import _models, _train_losses, _train_options, _train_text
-    from jq4.cli._train_qlora import RECIPE
-    from jq4.cli._train_rounded import started
+    from jq4.cli import _models
     from jq4.cli.quantize import check_destination, read_recipe
+    from jq4.cli.training import losses, options, text
+    from jq4.cli.training.qlora import RECIPE
+    from jq4.cli.training.rounded import started
     from jq4.errors import JQ4Error
 
-    _train_options.check(arguments)
+    options.check(arguments)
     check_destination(Path(arguments.model), Path(arguments.out))
     model = _models.open_model(arguments.model)
     if model.adapters is not None:
@@ -29,13 +30,13 @@ def open_task(arguments: argparse.Namespace) -> Task:
         raise JQ4Error(f"{arguments.model}: is packed already: --recipe and --init residual want the dense model")
     recipe = read_recipe(arguments.recipe or RECIPE) if dense else kept_recipe(arguments.model)
     arguments.start = None
-    loss = _train_losses.next_token(adapted_forward(model, arguments))
+    loss = losses.next_token(adapted_forward(model, arguments))
     if arguments.dropout:
         loss = dropping(loss, arguments.dropout)
     return Task(
         model=model,
         reference=None,
-        text=_train_text.read(model, arguments),
+        text=text.read(model, arguments),
         recipe=recipe,
         given={"model": _models.origin(Path(arguments.model))},
         loss=lambda adapters, packed, part: loss((packed, adapters), None, part),

@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jq4.packed_leaf import PackedLeaf, is_packed
-from jq4.train.adapter import RANK, Adapter
-from jq4.train.labelled import product
+from jq4.train.adapters.adapter import RANK, Adapter
+from jq4.train.adapters.labelled import product
 from jq4.watched import Atom, Watched
 
 

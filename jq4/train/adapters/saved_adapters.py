@@ -15,7 +15,7 @@ from jq4.checkpoint.structure import nested
 from jq4.errors import CheckpointError
 from jq4.paths import flatten_with_paths
 from jq4.shardings import Shardings
-from jq4.train.adapter import Adapter, Adapters
+from jq4.train.adapters.adapter import Adapter, Adapters
 
 _AXES = ("stacked", "inputs", "outputs")
 

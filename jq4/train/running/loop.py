@@ -7,7 +7,7 @@
 What is trained is any pytree: params, params with quantizers, adapters. `fixed` is what the loss looks at beside it (a
 teacher's weights, a packed base): an argument of the program, not a constant in it. It knows nothing of models.
 
-Whatever a step does depends on the state and on its number: batches come by number (jq4.train.rows, or a grain
+Whatever a step does depends on the state and on its number: batches come by number (jq4.train.running.rows, or a grain
 MapDataset), and what is drawn at random in a loss is drawn from keys that the batch carries. So there is nothing to
 save but the state, and a run that is killed and resumed any number of times gives the losses of one that was not, to
 the last bit, on the same number of devices.
@@ -72,7 +72,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, shardings: An
     Args:
       loss: of (trained, fixed, part), a mean over the part's rows.
       optimizer: any optax transformation.
-      shardings: of the state, as `jq4.train.mesh.shardings_over` gives them; None where there is one device.
+      shardings: of the state, as `jq4.train.running.mesh.shardings_over` gives them; None where there is one device.
     """
 
     def step(state: TrainState, fixed: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:

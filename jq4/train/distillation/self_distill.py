@@ -21,11 +21,11 @@ from jq4.errors import JQ4Error
 from jq4.recipe import Recipe
 from jq4.rule import Rule
 from jq4.train.begin import move_to_codes, quantizers
+from jq4.train.distillation.inputs_of import inputs_of
+from jq4.train.distillation.losses import distillation_loss, hidden_loss
+from jq4.train.distillation.teacher_cache import TeacherCache, checked_rows, digest_of_rows
 from jq4.train.fake import fake_quantized
 from jq4.train.harden import harden
-from jq4.train.inputs_of import inputs_of
-from jq4.train.losses import distillation_loss, hidden_loss
-from jq4.train.teacher_cache import TeacherCache, checked_rows, digest_of_rows
 from jq4.tuning.descent import Progress, draw_batches
 
 _TOLD_EVERY = 25  # steps

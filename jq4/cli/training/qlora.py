@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from jq4.cli import _train_options
+from jq4.cli.training import options
 
 HELP = "learn the text's next tokens with low-rank adapters beside packed weights (QLoRA)"
 DESCRIPTION = (
@@ -16,7 +16,7 @@ RECIPE = "nf4-dq"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    _train_options.add_model_and_text(parser)
+    options.add_model_and_text(parser)
     adapters = parser.add_argument_group("adapters")
     adapters.add_argument("--recipe", metavar="NAME|FILE", help=f"packs a dense MODEL (default {RECIPE})")
     adapters.add_argument(
@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="zero",
         help="begin at nothing, or at what packing a dense MODEL lost (default zero)",
     )
-    _train_options.add_descent(parser, RATE, relative=False)
+    options.add_descent(parser, RATE, relative=False)
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `jq4 train qlora --json` prints."""
-    from jq4.cli import _train_adapted, _train_run
+    from jq4.cli.training import adapted, run
 
-    return _train_run.carry_out(_train_adapted.open_task(arguments), arguments)
+    return run.carry_out(adapted.open_task(arguments), arguments)

@@ -1,4 +1,4 @@
-"""The folder of a teacher's predictions (jq4.train.teacher_cache): what says whose they are, and how far they are.
+"""The folder of a teacher's predictions (teacher_cache.py): what says whose they are, and how far they are.
 
     teacher.json                       the manifest: the job, and the shards that are done
     predictions-00000.safetensors      tokens u16|i32[R, T, k], log_probabilities f16|f32[R, T, k], log_rest [R, T]
@@ -21,7 +21,7 @@ import numpy as np
 from jq4.checkpoint.atomic import naming, sync_folder, write_synced
 from jq4.checkpoint.safetensors_files import DTYPES, read_header, read_json, write
 from jq4.errors import CheckpointError
-from jq4.train.teacher import Likeliest
+from jq4.train.distillation.teacher import Likeliest
 
 MANIFEST, _NEW = "teacher.json", "teacher.json.partial"
 _FORMAT, _VERSION = "jq4 teacher", 1

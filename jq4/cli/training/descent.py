@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jq4.cli._train_task import Task
+from jq4.cli.training.task import Task
 
 
 def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
@@ -16,10 +16,10 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any
     import jax
 
     from jq4.cli import _terminal
-    from jq4.train.loop import make_step, train
-    from jq4.train.mesh import placed_over, rows_over, training_mesh
-    from jq4.train.optimizer import make_optimizer, rate_schedule
-    from jq4.train.rows import ShuffledRows
+    from jq4.train.running.loop import make_step, train
+    from jq4.train.running.mesh import placed_over, rows_over, training_mesh
+    from jq4.train.running.optimizer import make_optimizer, rate_schedule
+    from jq4.train.running.rows import ShuffledRows
 
     options = options_of(arguments)
     optimizer, mesh = make_optimizer(options, arguments.steps), training_mesh(arguments.fsdp, devices_of(arguments))
@@ -48,7 +48,7 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any
 
 
 def options_of(arguments: argparse.Namespace) -> Any:
-    from jq4.train.optimizer import OptimizerOptions
+    from jq4.train.running.optimizer import OptimizerOptions
 
     names = ("rate", "schedule", "warmup", "weight_decay", "clip", "relative")
     given = {name: getattr(arguments, name) for name in names}
@@ -85,8 +85,8 @@ def first_state(trained: Any, optimizer: Any, mesh: Any, folder: Any) -> tuple[A
     """(the state to go on from, or that at the start; its shardings)."""
     import jax
 
-    from jq4.train.loop import begin
-    from jq4.train.mesh import placed_over, shardings_over
+    from jq4.train.running.loop import begin
+    from jq4.train.running.mesh import placed_over, shardings_over
 
     trained = placed_over(mesh, trained)
 

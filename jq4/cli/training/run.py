@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from jq4.cli._train_task import Task
+from jq4.cli.training.task import Task
 
 TRAINING = "training"  # the folder beside the weights
 
@@ -16,10 +16,10 @@ TRAINING = "training"  # the folder beside the weights
 def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains, writes OUT and measures; what `jq4 train --json` prints."""
     from jq4.cli import _models, _terminal
-    from jq4.cli._train_descent import descend
+    from jq4.cli.training.descent import descend
     from jq4.inventory import bytes_on_disk, inventory, totals
-    from jq4.train.metrics import read_metrics
-    from jq4.train.run_folder import METRICS, SUFFIX, clear, run_folder
+    from jq4.train.running.metrics import read_metrics
+    from jq4.train.running.run_folder import METRICS, SUFFIX, clear, run_folder
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save that waits for the one before
     watch = _terminal.Stopwatch()
@@ -56,13 +56,14 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def identity_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that the result depends on but the number of devices, which changes sums by rounding."""
-    from jq4.cli import _terminal, _train_options
+    from jq4.cli import _terminal
+    from jq4.cli.training import options
     from jq4.driver.journal import digest_of
 
-    options = _train_options.identity_of(arguments) | {"recipe": task.recipe and task.recipe.to_dict()}
+    asked = options.identity_of(arguments) | {"recipe": task.recipe and task.recipe.to_dict()}
     rows = digest_of(task.text.rows)
     versions = _terminal.versions()
-    return {**options, "sources": task.given, **task.text.about, "rows": rows, "versions": versions}
+    return {**asked, "sources": task.given, **task.text.about, "rows": rows, "versions": versions}
 
 
 def provenance_of(identity: dict[str, Any]) -> dict[str, Any]:
@@ -101,15 +102,15 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write_figures(out: Path, about: dict[str, Any], rows: list[dict[str, Any]], metrics: Path) -> dict[str, str]:
     """Writes OUT/training; its files by kind."""
-    from jq4.cli import _train_picture
+    from jq4.cli.training import picture
 
     folder = out / TRAINING
     folder.mkdir(exist_ok=True)
     files = {"metrics": folder / metrics.name, "run": folder / "run.json"}
     contents = {"metrics": metrics.read_bytes(), "run": (json.dumps(about, indent=2) + "\n").encode()}
-    picture = _train_picture.draw(rows, about)
-    if picture is not None:
-        files["picture"], contents["picture"] = folder / "loss.png", picture
+    drawn = picture.draw(rows, about)
+    if drawn is not None:
+        files["picture"], contents["picture"] = folder / "loss.png", drawn
     for kind, file in files.items():
         temporary = file.with_name(file.name + ".new")
         temporary.write_bytes(contents[kind])

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from jq4.cli import _train_options
+from jq4.cli.training import options
 
 HELP = "learn the text's next tokens with rounded weights (quantization-aware training)"
 DESCRIPTION = "Learns to predict the text's next tokens, all weights and their quantizers trained (LSQ)."
@@ -11,14 +11,14 @@ RATE = 0.005
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    _train_options.add_model_and_text(parser)
-    _train_options.add_rounding(parser)
-    _train_options.add_descent(parser, RATE)
+    options.add_model_and_text(parser)
+    options.add_rounding(parser)
+    options.add_descent(parser, RATE)
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `jq4 train qat --json` prints."""
-    from jq4.cli import _train_losses, _train_rounded, _train_run
+    from jq4.cli.training import losses, rounded, run
 
-    task = _train_rounded.open_task(arguments, lambda forward, dense: _train_losses.next_token(forward))
-    return _train_run.carry_out(task, arguments)
+    task = rounded.open_task(arguments, lambda forward, dense: losses.next_token(forward))
+    return run.carry_out(task, arguments)

@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from jq4.cli import _models, _train_options
+from jq4.cli import _models
+from jq4.cli.training import options
 
 HELP = "learn a teacher's predictions, the dense model's own unless told otherwise, with rounded weights"
 DESCRIPTION = (
@@ -14,8 +15,8 @@ RATE = 0.005
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    _train_options.add_model_and_text(parser)
-    _train_options.add_rounding(parser)
+    options.add_model_and_text(parser)
+    options.add_rounding(parser)
     teaching = parser.add_argument_group("teaching")
     teaching.add_argument("--teacher", metavar="MODEL", help=f"another teacher of the same vocabulary: {_models.MODEL}")
     teaching.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of both predictions (default 1)")
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of the tokens of every other row, drawn anew by the teacher (default %(default)s; 0: text alone)",
     )
-    _train_options.add_descent(parser, RATE)
+    options.add_descent(parser, RATE)
 
 
 PERTURBED = 0.6
@@ -34,7 +35,7 @@ PERTURBED = 0.6
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `jq4 train distill --json` prints."""
-    from jq4.cli import _train_losses, _train_rounded, _train_run
+    from jq4.cli.training import losses, rounded, run
     from jq4.errors import JQ4Error
 
     if not 0 <= arguments.perturbed <= 1:
@@ -43,6 +44,6 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         raise JQ4Error(f"--temperature is {arguments.temperature}, wanted a number above 0")
 
     def loss(forward: Any, teacher: Any) -> Any:
-        return _train_losses.distilled(forward, teacher, arguments.temperature, arguments.perturbed)
+        return losses.distilled(forward, teacher, arguments.temperature, arguments.perturbed)
 
-    return _train_run.carry_out(_train_rounded.open_task(arguments, loss), arguments)
+    return run.carry_out(rounded.open_task(arguments, loss), arguments)

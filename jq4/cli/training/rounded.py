@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jq4.cli._train_task import Task
+from jq4.cli.training.task import Task
 
 Losses = Callable[[Any, Any], Any]  # (the rounded forward, the teacher's) -> loss
 
@@ -20,16 +20,17 @@ def open_task(arguments: argparse.Namespace, losses: Losses) -> Task:
     """Opens model, teacher and text, and makes the task of them."""
     import jax.numpy as jnp
 
-    from jq4.cli import _models, _train_options, _train_text
+    from jq4.cli import _models
     from jq4.cli.quantize import check_destination
+    from jq4.cli.training import options, text
 
-    _train_options.check(arguments)
+    options.check(arguments)
     check_destination(Path(arguments.model), Path(arguments.out))
     recipe = recipe_of(arguments)
     model = dense_model(arguments.model)
     teacher_path = getattr(arguments, "teacher", None)
     teacher = model if teacher_path is None else _teacher(teacher_path, model)
-    text = _train_text.read(model, arguments)
+    rows = text.read(model, arguments)
     dtype = arguments.dtype or model.dtype
     forward = rounded_forward(model, recipe, dtype, arguments.remat)
     places = {name: path for name, path in (("model", arguments.model), ("teacher", teacher_path)) if path is not None}
@@ -40,7 +41,7 @@ def open_task(arguments: argparse.Namespace, losses: Losses) -> Task:
     return Task(
         model=model,
         reference=teacher,
-        text=text,
+        text=rows,
         recipe=recipe,
         given=given,
         loss=losses(forward, _models.function_of(dataclasses.replace(teacher, dtype=jnp.dtype(dtype)))),
@@ -55,7 +56,7 @@ def open_task(arguments: argparse.Namespace, losses: Losses) -> Task:
 def recipe_of(arguments: argparse.Namespace) -> Any:
     """The rules that are trained for: of --recipe, of the start's manifest, or the default's."""
     from jq4.cli import drift, quantize
-    from jq4.cli._train_options import DEFAULT_RECIPE
+    from jq4.cli.training.options import DEFAULT_RECIPE
 
     if arguments.recipe is not None:
         recipe = quantize.read_recipe(arguments.recipe)

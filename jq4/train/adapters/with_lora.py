@@ -11,10 +11,10 @@
 
 The first argument of f is its params, and what takes their place is that tree, packed or dense, and adapters. It is the
 interpreter of `jq4.quantized` with another set of rules: a weight that has an adapter keeps it on its way through
-casts, transposes, loops and meshes (jq4.train.adapted), and a product with it is the product with the weight, by the
-rules of `jq4.quantized`, plus the adapter's (jq4.train.adapted_products). Going back, the gradient of x comes from the
-packed product's own transpose, block by block, and those of A and B from two thin products: the dense weight is made in
-neither direction. What no rule follows gets W + AB as a dense matrix, which is right, and recorded.
+casts, transposes, loops and meshes (adapted.py), and a product with it is the product with the weight, by the rules of
+`jq4.quantized`, plus the adapter's (adapted_products.py). Going back, the gradient of x comes from the packed product's
+own transpose, block by block, and those of A and B from two thin products: the dense weight is made in neither
+direction. What no rule follows gets W + AB as a dense matrix, which is right, and recorded.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ from jq4.paths import leaf_path
 from jq4.qarray import is_qarray
 from jq4.record import MERGED, UNUSED, DensifiedWarning, Record
 from jq4.shardings import Shardings
-from jq4.train import adapted_products
-from jq4.train.adapted import Adapted
-from jq4.train.adapted_products import NotFollowed
-from jq4.train.adapter import Adapter, split_pair
+from jq4.train.adapters import adapted_products
+from jq4.train.adapters.adapted import Adapted
+from jq4.train.adapters.adapted_products import NotFollowed
+from jq4.train.adapters.adapter import Adapter, split_pair
 from jq4.train.plan import aligned
 
 

@@ -5,7 +5,7 @@
     divergence            KL(p || q) t^2                         covers what the teacher may say   (Hinton et al. 2015)
     reverse_divergence    KL(q || p) t^2                         keeps to what the teacher would say
     jensen_shannon        (s KL(p || m) + (1 - s) KL(q || m)) t^2   between them, and bounded      (Agarwal et al. 2024)
-    divergence_from       KL at t = 1 from a teacher's k likeliest tokens, kept small (jq4.train.teacher)
+    divergence_from       KL at t = 1 from a teacher's k likeliest tokens, kept small (jq4.train.distillation.teacher)
     next_token            -log q(the token that follows), t = 1
     relative_error        |x - y|^2 / |y|^2, cosine_distance  1 - cos(x, y): of hidden states
 
@@ -23,7 +23,7 @@ import optax
 
 from jq4.divergence import divergence
 from jq4.errors import JQ4Error
-from jq4.train.teacher import Likeliest, divergence_from
+from jq4.train.distillation.teacher import Likeliest, divergence_from
 
 Distance = Callable[[jax.Array, jax.Array], jax.Array]  # (student's [..., K], teacher's [..., K]) -> f32[...]
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from jq4.errors import JQ4Error
-from jq4.train.labelled import product
+from jq4.train.adapters.labelled import product
 
 RANK = 0  # the rank's own axis, among a leaf's negative ones
 

@@ -5,7 +5,7 @@ import argparse
 from jq4.calibration import DEFAULT_FIELD
 
 DEFAULT_RECIPE = "gptq-w4g32-asym"
-SCHEDULES = ("cosine", "linear", "constant")  # of jq4.train.optimizer, which is slow to import
+SCHEDULES = ("cosine", "linear", "constant")  # of jq4.train.running.optimizer, which is slow to import
 _FILES = ("model", "teacher", "start", "text", "held_out", "out")  # what they hold is told apart
 _NO_MATTER = ("verb", "json", "restart", "save_every", "devices", "fsdp")
 

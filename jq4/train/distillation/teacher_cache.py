@@ -5,7 +5,7 @@
 
     step(pair, state, rows[indices], cache[indices])                            # divergence_from(cache[indices], ...)
 
-Of each position the k likeliest tokens and the mass of the rest are kept (jq4.train.teacher), in
+Of each position the k likeliest tokens and the mass of the rest are kept (jq4.train.distillation.teacher), in
 
     k * (2 + 2) + 2 bytes a token up to 65,536 tokens of vocabulary, k * (4 + 2) + 2 beyond     (float16)
 
@@ -29,8 +29,8 @@ import numpy as np
 from jq4.checkpoint.atomic import lock_folder
 from jq4.errors import CheckpointError, JQ4Error
 from jq4.paths import flatten_with_paths
-from jq4.train.teacher import Likeliest, likeliest
-from jq4.train.teacher_folder import (
+from jq4.train.distillation.teacher import Likeliest, likeliest
+from jq4.train.distillation.teacher_folder import (
     MANIFEST,
     Job,
     Manifest,

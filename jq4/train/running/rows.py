@@ -3,7 +3,7 @@
 Every row once, in a random order, before any of them again; the order of an epoch is drawn from (seed, epoch). Which
 rows step n sees is a function of n alone, so that a resumed run needs nothing but n to see what it would have seen.
 
-A batch is {"tokens": i32[A, B/A, T], "key": u32[A, B/A, 2]}: A parts (jq4.train.loop), and for each row a key of its
+A batch is {"tokens": i32[A, B/A, T], "key": u32[A, B/A, 2]}: A parts (loop.py), and for each row a key of its
 own for what is drawn at random there. The key belongs to the row's place in the run, not in the batch, so that another
 number of parts or devices draws the same.
 """

@@ -1,4 +1,4 @@
-"""What `jq4 train` descends: losses of (trained, fixed, part), means over the part's rows (see jq4.train.loop)."""
+"""What `jq4 train` descends: losses of (trained, fixed, part), means over the part's rows (jq4.train.running.loop)."""
 
 from collections.abc import Callable
 from typing import Any

@@ -5,7 +5,7 @@
                LoftQ (Li et al. 2023) that leaves the packed weights as they are. Nothing but the weights is looked at
 
 Alternating between codes and adapters changes the packed weights too, so that it is a function of its own
-(jq4.train.loftq). A's numbers depend on the key and the leaf's path, not on which other leaves have adapters.
+(jq4.train.adapters.loftq). A's numbers depend on the key and the leaf's path, not on which other leaves have adapters.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from jq4.paths import find_path, flatten_with_paths
 from jq4.qarray import is_qarray
 from jq4.quantize import role_of
 from jq4.targets import EMBEDDINGS, HEADS, NORMS, as_patterns, axis_by_name, matches
-from jq4.train.adapter import Adapter, Adapters
-from jq4.train.low_rank import low_rank
+from jq4.train.adapters.adapter import Adapter, Adapters
+from jq4.train.adapters.low_rank import low_rank
 
 ZERO, RESIDUAL = "zero", "residual"
 IGNORE = (NORMS, EMBEDDINGS, HEADS)

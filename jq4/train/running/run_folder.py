@@ -19,9 +19,9 @@ from typing import Any
 
 from jq4.checkpoint.atomic import lock_folder, sync_folder, write_synced
 from jq4.errors import JQ4Error
-from jq4.train.loop import TrainState
-from jq4.train.metrics import Metrics
-from jq4.train.states import States
+from jq4.train.running.loop import TrainState
+from jq4.train.running.metrics import Metrics
+from jq4.train.running.states import States
 
 SUFFIX = ".partial"
 RUN, START, METRICS, STATES = "run.json", "start", "metrics.jsonl", "states"
@@ -30,7 +30,7 @@ _OURS = (RUN, START, START + SUFFIX, METRICS, METRICS + ".new", STATES)
 
 
 class RunFolder:
-    """A run's folder, which this process alone holds; `keeper` of jq4.train.loop.train."""
+    """A run's folder, which this process alone holds; `keeper` of jq4.train.running.loop.train."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

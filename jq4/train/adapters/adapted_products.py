@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jq4.packed_leaf import is_packed
-from jq4.train.adapted import Adapted
-from jq4.train.adapter import RANK
-from jq4.train.labelled import product
+from jq4.train.adapters.adapted import Adapted
+from jq4.train.adapters.adapter import RANK
+from jq4.train.adapters.labelled import product
 from pallas_kernels.int4_matmul.xla import accumulator
 
 Values = list[Any]

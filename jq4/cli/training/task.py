@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jq4.cli._train_text import Text
+from jq4.cli.training.text import Text
 
 
 @dataclasses.dataclass(frozen=True)

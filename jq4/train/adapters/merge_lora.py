@@ -23,7 +23,7 @@ from jq4.quantize_report import LeafReport
 from jq4.recipe import Recipe
 from jq4.rule import Rule
 from jq4.sqnr import sqnr
-from jq4.train.adapter import Adapter, Adapters
+from jq4.train.adapters.adapter import Adapter, Adapters
 from jq4.train.plan import aligned
 
 DENSE = "dense"

@@ -1,0 +1,1 @@
+"""Low-rank adapters beside packed or dense weights: LoRA, QLoRA, LoftQ."""
