@@ -109,6 +109,7 @@ def main() -> None:
         initialize_fake_quantizers(model, (batches[0],))
     found = {"start_kld": measure(model, dense, rows)["kld_mean"]}
     found |= {"seconds": train(model, dense, batches, options), **measure(model, dense, rows)}
+    found |= {name: getattr(options, name) for name in ("rate", "learned", "loss")}
     versions = {"torch": torch.__version__, "torchao": version("torchao")}
     options.out.write_text(json.dumps(found | versions, indent=2) + "\n")
 

@@ -13,31 +13,32 @@ from typing import Any
 
 from jq4 import drawing
 
-CALIBRATED = {"gptq_kld": "GPTQ", "best_kld": "best calibrated"}
+NAMES = {"gptq": "GPTQ", "best": "the best calibrated", "torchao": "torchao QAT", "jq4": "trained (jq4)"}
+Rows = list[dict[str, Any]]
 
 
-def draw_bits(panel: Any, rows: list[dict[str, Any]]) -> None:
-    longest = {row["form"]: row for row in sorted(rows, key=lambda row: row["steps"])}.values()
-    series = {name: [(row, row[key]) for row in longest if key in row] for key, name in CALIBRATED.items()}
-    series["torchao QAT"] = [
-        (row, min(peer["kld_mean"] for peer in row["torchao"])) for row in longest if "torchao" in row
-    ]
-    series["trained (jq4)"] = [(row, row["kld_mean"]) for row in longest]
-    for (name, found), colour, marker in zip(series.items(), drawing.COLOURS, "ovxs", strict=False):
-        if found:
-            bits, klds = [row["bits_per_weight"] for row, _ in found], [kld for _, kld in found]
+def best_by_form(rows: Rows, method: str) -> Rows:
+    """The row of least divergence of each form."""
+    found = sorted((row for row in rows if row["method"].split()[0] == method), key=lambda row: -row["kld_mean"])
+    return list({row["form"]: row for row in found}.values())
+
+
+def draw_bits(panel: Any, rows: Rows) -> None:
+    for (method, name), colour, marker in zip(NAMES.items(), drawing.COLOURS, "ovxs", strict=False):
+        if found := best_by_form(rows, method):
+            bits, klds = [row["bits_per_weight"] for row in found], [row["kld_mean"] for row in found]
             panel.scatter(bits, klds, color=colour, marker=marker, label=name)
-    for row in longest:
+    for row in best_by_form(rows, "gptq"):
         panel.annotate(row["form"], (row["bits_per_weight"], row["kld_mean"]), fontsize=7, rotation=30)
     panel.set_xlabel("bits a weight, scales included")
 
 
-def draw_minutes(panel: Any, rows: list[dict[str, Any]]) -> None:
+def draw_minutes(panel: Any, rows: Rows) -> None:
     for form, colour in zip(dict.fromkeys(row["form"] for row in rows), drawing.COLOURS, strict=False):
-        of_form = sorted((row for row in rows if row["form"] == form), key=lambda row: row["steps"])
-        minutes = [0.0, *(row["seconds"] / 60 for row in of_form)]
-        klds = [of_form[0]["gptq_kld"], *(row["kld_mean"] for row in of_form)]
-        panel.plot(minutes, klds, color=colour, marker="o", label=form)
+        trained = [row for row in rows if row["form"] == form and row["method"] in ("gptq", "jq4")]
+        trained.sort(key=lambda row: row["steps"])
+        minutes = [row["seconds"] / 60 if row["steps"] else 0.0 for row in trained]
+        panel.plot(minutes, [row["kld_mean"] for row in trained], color=colour, marker="o", label=form)
     panel.set_xlabel("minutes of training, from GPTQ at 0")
 
 
@@ -49,10 +50,11 @@ def main() -> None:
     found = [json.loads(file.read_text()) for file in options.files]
     with drawing.subplots(len(found), 2, (10, 4 * len(found))) as (figure, panels):
         for (left, right), each in zip(panels, found, strict=True):
-            draw_bits(left, each["rows"])
-            draw_minutes(right, each["rows"])
+            rows = [row for run in each.get("runs", [each]) for row in run["rows"]]
+            draw_bits(left, rows)
+            draw_minutes(right, rows)
             for panel in (left, right):
-                panel.set_title(each["model"])
+                panel.set_title(each.get("runs", [each])[0]["model"])
                 panel.set_yscale("log")
                 panel.set_ylabel("KL(dense || packed), nats a token")
                 panel.legend(frameon=False, fontsize=8)
