@@ -122,7 +122,7 @@ def train(
     bench: Bench, recipe: jq4.Recipe, start: Any, batches: np.ndarray, rate: float, margin: float
 ) -> tuple[Any, float, list[float]]:
     """(params, quantizers) after the steps, the seconds that they took without compiling, and the losses."""
-    pair = (
+    pair: Any = (
         jq4.move_to_codes(bench.params, start),
         jq4.quantizers(bench.params, recipe, start=start, margin=margin),
     )
