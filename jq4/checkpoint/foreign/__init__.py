@@ -17,7 +17,7 @@ What formats share:
     row_blocks.py host_dequantize.py    weights packed, and dequantized, a block of rows at a time
     flat_groups.py mx_blocks.py         groups that cross rows; blocks of MXFP4
     integer_weights.py module_patterns.py linears.py    what writers ask of weights and of their names
-    file_patterns.py                    regular expressions that come from a file
+    file_patterns.py model_dtype.py     regular expressions that come from a file; the dtype that config.json tells
 
 Every packed weight has the axes of a Hugging Face tensor, [N, K] (experts [E, N, K]), and is grouped along K, its
 axis -1. Its arrays are numpy's: nothing here computes on a device.
