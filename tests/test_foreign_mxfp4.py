@@ -124,6 +124,11 @@ def test_dense_weights_are_quantized_as_ocp_says(kind):
     np.testing.assert_array_equal(dense(q), by_the_book(values).astype(np.float32))
 
 
+def test_a_single_number_stays_as_it_is():
+    planned = mxfp4.plan(weight_of(np.float32(3), "model.layers.0.mlp.up_proj.input_scale"), {})
+    assert planned.tensors == {"model.layers.0.mlp.up_proj.input_scale": ("F32", ())}
+
+
 def test_nearest_codes_are_those_of_ml_dtypes():
     values = np.concatenate([np.arange(-28, 29) / 4, np.random.default_rng(0).normal(size=500) * 4, [0.0, -0.0, 1e30]])
     values = values.astype(np.float32)

@@ -195,6 +195,17 @@ def test_dense_experts_are_quantized_one_by_one_and_proven(tmp_path, capsys):
     )
 
 
+def test_dense_experts_of_our_own_folder_are_turned_in_slabs_too(tmp_path, capsys, monkeypatch):
+    write_moe(tmp_path / "hf", "gpt_oss", intermediate_size=64)  # square down projections, as gpt-oss has them
+    converted(capsys, tmp_path / "hf", tmp_path / "orbax", "--to", "orbax")
+    arguments = ("--to", "gguf", "--type", "q8_0", "--verify")
+    told = converted(capsys, tmp_path / "orbax", tmp_path / "whole.gguf", *arguments)
+    monkeypatch.setattr("jq4.checkpoint.conversion.slabs.SLAB_BYTES", 20_000)
+    told_again = converted(capsys, tmp_path / "orbax", tmp_path / "cut.gguf", *arguments)
+    assert told["verified"] == told_again["verified"]
+    assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "cut.gguf").read_bytes()
+
+
 def test_types_of_a_mixture_are_those_of_llama_cpp_for_experts():
     def chosen(stem, experts):
         return chosen_type("q4_k_m", f"blk.1.{stem}.weight", (4, 256, 256), 16, False, experts).name

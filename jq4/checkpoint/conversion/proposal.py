@@ -127,8 +127,12 @@ def _reasons(refused: Mapping[str, str]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, said in refused.items():
         names.setdefault(said.removeprefix(f"{name}: "), []).append(name)
-    others = {said: f" (and {len(held) - 1} others)" if len(held) > 1 else "" for said, held in names.items()}
+    others = {said: f" (and {_others(len(held) - 1)})" if len(held) > 1 else "" for said, held in names.items()}
     return [said if held[0] in said else f"{held[0]}{others[said]}: {said}" for said, held in names.items()]
+
+
+def _others(count: int) -> str:
+    return "1 other" if count == 1 else f"{count} others"
 
 
 def left_out(proposal: Proposal, kept: Collection[str]) -> Proposal:

@@ -2,8 +2,8 @@
 
 Both sides must lie by rows. The source's reader reads some indices of axis 0 alone (LazyWeight.read_rows), and what the
 writer makes of some rows is, tensor by tensor, the rows of what it makes of all (Planned.of_rows): encoding slab
-after slab gives the same bytes in the same order. Where a layout has the rows of a weight interleaved (GPTQ's and AWQ's
-words lie along K, bitsandbytes' statistics through all of it) the weight is held as a whole, as are small ones.
+after slab gives the same bytes in the same order. Where a layout has the rows of a weight interleaved (AWQ's words,
+GPTQ's where they are written, bitsandbytes' statistics) the weight is held as a whole, as are small ones.
 
 Slabs of a matrix are of whole multiples of 32 rows, so that zero points that are packed along N begin with a word.
 """

@@ -72,7 +72,7 @@ def _weight(tensors: Mapping[str, StoredTensor], blocks: StoredTensor, dtype: An
 
 
 def plan(weight: LazyWeight, options: Mapping[str, Any]) -> Planned:
-    *outer, width = weight.shape
+    *outer, width = weight.shape or (1,)
     if not weight.packed and (not is_linear(weight, options) or width % BLOCK):
         return as_it_is(weight)
     if width % BLOCK or not outer:

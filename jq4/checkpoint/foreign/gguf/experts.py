@@ -172,7 +172,13 @@ def _transposed(weight: LazyWeight) -> LazyWeight:
 
     outer, rows, width = weight.shape
     abstract = jax.ShapeDtypeStruct((outer, width, rows), weight.abstract.dtype)
-    return dataclasses.replace(weight, abstract=abstract, read=lambda: np.swapaxes(weight.read(), -1, -2))
+    by_experts = weight.read_rows
+    return dataclasses.replace(
+        weight,
+        abstract=abstract,
+        read=lambda: np.swapaxes(weight.read(), -1, -2),
+        read_rows=None if by_experts is None else lambda experts: np.swapaxes(by_experts(experts), -1, -2),
+    )
 
 
 def _of_all_experts(
