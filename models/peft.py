@@ -40,10 +40,11 @@ _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _MODULE = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 _HEAD = "lm_head"
-_CHANGE_THE_BASE = ("pissa", "olora", "corda")
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MORE_THAN_LORA = (
     *("use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "target_parameters"),
     *("layer_replication", "alora_invocation_tokens", "trainable_token_indices"),
+    *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
 )
 
 
@@ -272,7 +273,7 @@ def _checked(file: FilePath, stated: Any) -> Mapping[str, Any]:
             raise JQ4Error(f"{file}: {key} is {stated.get(key)!r}, wanted a number above 0.")
     wrong = [key for key in _MORE_THAN_LORA if stated.get(key)]
     wrong += ["bias"] if stated.get("bias", "none") != "none" else []
-    wrong += ["init_lora_weights"] if str(stated.get("init_lora_weights")).startswith(_CHANGE_THE_BASE) else []
+    wrong += ["init_lora_weights"] if str(stated.get("init_lora_weights")).lower().startswith(_CHANGE_THE_BASE) else []
     if wrong:
         raise JQ4Error(
             f"{file}: {wrong[0]} is {stated[wrong[0]]!r}, which is more than A B beside a weight. Merge the adapter "

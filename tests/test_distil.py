@@ -117,6 +117,20 @@ def test_a_token_that_is_ruled_out_adds_nothing():
     np.testing.assert_allclose(gradient, (q - p).numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("distance", [jensen_shannon, reverse_divergence])
+def test_what_both_rule_out_is_as_if_it_were_not_there(distance):
+    """Such as the tokens that fill up a vocabulary; the bounded one is finite where only one rules out."""
+    ruled, student = (each.at[..., -2:].set(-jnp.inf) for each in (TEACHER, LOGITS))
+    value, gradient = jit(jax.value_and_grad(lambda q: distance(q, ruled).sum()))(student)
+    wanted, of_rest = jit(jax.value_and_grad(lambda q: distance(q, TEACHER[..., :-2]).sum()))(LOGITS[..., :-2])
+    np.testing.assert_allclose(value, wanted, **CLOSE)
+    np.testing.assert_allclose(gradient, jnp.pad(of_rest, ((0, 0), (0, 0), (0, 2))), **CLOSE)
+    if distance is jensen_shannon:
+        for q, p in ((LOGITS, ruled), (student, TEACHER)):
+            value, gradient = jit(jax.value_and_grad(lambda q, p: jensen_shannon(q, p).sum()))(q, p)
+            assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
 def test_hidden_distances_are_their_formulas():
     x, y = (np.asarray(each, np.float64) for each in (LOGITS, TEACHER))
     np.testing.assert_allclose(relative_error(LOGITS, TEACHER), ((x - y) ** 2).sum(-1) / (y**2).sum(-1), rtol=1e-5)
@@ -255,3 +269,25 @@ def test_a_dense_model_is_taught_to_its_packed_self(tmp_path):
         self_distill(m.function, m.tree, recipe, text[::-1], teacher=cache, steps=1)
     with pytest.raises(jq4.JQ4Error, match=r"the mask has shape \(16,\), wanted the rows' \(16, 4\)"):
         self_distill(m.function, m.tree, recipe, text, mask=text[:, 0] > 0)
+
+
+def test_narrow_params_learn_as_wide_ones_do():
+    """Steps that bfloat16 is too narrow for are not lost."""
+    m = model("tied_embedding")
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), m.tree)
+    text = np.asarray(RANDOM.integers(0, 40, (4, 4)), np.int32)
+    function = lambda tree, tokens: m.function(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree), tokens)  # noqa: E731
+    recipe, told = jq4.Recipe.preset("rtn-w2g32"), []
+    for tree in (m.tree, narrow):
+        self_distill(
+            function, tree, recipe, text, steps=200, optimizer=optax.adam(3e-4), batch_size=4,
+            progress=lambda *each: told.append(each[2]),
+        )  # fmt: skip
+    wide, narrow_loss = told[7], told[15]
+    assert narrow_loss < 1.3 * wide < 0.5 * told[0]
+
+
+def test_impossible_lessons_are_refused():
+    for given in ({"share": 1.5}, {"temperature": 0.0}):
+        with pytest.raises(jq4.JQ4Error, match=r"share is .* and temperature .*, wanted a share from 0 to 1"):
+            Lesson(**given)

@@ -312,11 +312,38 @@ def test_bfloat16_inputs_are_summed_in_float32():
 # What is refused ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_layers_are_taken_from_a_stack_by_number_too(pack):
+    dense = {"up_proj": {"kernel": jnp.asarray(RANDOM.normal(0, 0.3, (3, WIDTH, WIDTH)), jnp.float32)}}
+    tree = jq4.quantize(dense, RULE) if pack else dense
+    adapters, x = drawn(jq4.lora(tree, 2, alpha=3.0)), rows(5)
+
+    def function(tree, x):
+        kernel, number = tree["up_proj"]["kernel"], jnp.int32(x[0, 0, 0] > 0)
+        chosen = jax.lax.dynamic_index_in_dim(kernel, number, 0, keepdims=False)
+        return jnp.tanh(x @ kernel[2]) @ kernel[-2] + x @ chosen
+
+    assert_same(function, adapters, tree, x)
+
+
+def test_a_weight_that_is_rounded_to_integers_has_its_adapter_in_it():
+    tree = {"kernel": jnp.asarray(RANDOM.normal(0, 3, (WIDTH, 8)), jnp.float32)}
+    adapters, x = drawn(jq4.lora(tree, 2)), rows(5)
+    function = lambda tree, x: x @ tree["kernel"].astype(jnp.int32).astype(jnp.float32)  # noqa: E731
+    forward = jq4.with_lora(function)
+    with pytest.warns(jq4.DensifiedWarning, match="convert_element_type takes the weight and its adapter .* int32"):
+        found = forward((tree, adapters), x)
+    np.testing.assert_allclose(found, function(merged(tree, adapters), x), **CLOSE)
+
+
 def test_impossible_adapters_are_refused():
     tree = {"kernel": jnp.ones((16, 8)), "norm": {"scale": jnp.ones(8)}}
     refused = [
         (lambda: jq4.lora(tree, 9), "kernel: rank 9 of matrices 16 x 8, wanted at most 8"),
         (lambda: jq4.lora(tree, 0), "rank is 0, wanted a whole number of 1 or more"),
+        (lambda: jq4.loftq(tree, "rtn-w4g32", 0), "rank is 0, wanted a whole number of 1 or more"),
+        (lambda: jq4.lora(tree, 2, alpha=0), "alpha is 0, wanted a number above 0"),
+        (lambda: jq4.lora(tree, 2, alpha=-1.0, init="residual", reference=tree), "alpha is -1.0, wanted a number"),
         (lambda: jq4.lora(tree, 2, "scale"), "no leaf is a matrix that targets .'scale'. mean.*kernel, norm/scale"),
         (lambda: jq4.lora(tree, 2, init="loftq"), "init is 'loftq'.*jq4.loftq"),
         (lambda: jq4.lora(tree, 2, init="residual"), "init 'residual' wants the dense tree as reference"),

@@ -192,6 +192,8 @@ GOOD = {f"{QUERY}.lora_A.weight": (2, 24), f"{QUERY}.lora_B.weight": (24, 2)}
         (GOOD, {"use_dora": True}, "use_dora is True, which is more than A B beside a weight"),
         (GOOD, {"peft_type": "IA3"}, "peft_type is 'IA3', wanted 'LORA'"),
         (GOOD, {"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16'"),
+        (GOOD, {"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),
+        (GOOD, {"use_qalora": True}, "use_qalora is True"),
         (GOOD, {"bias": "all"}, "bias is 'all'"),
         (GOOD, {"r": 3}, "q_proj has rank 2, and adapter_config.json says 3"),
         ({f"{QUERY}.lora_A.weight": (2, 24)}, {}, "q_proj has lora_A alone"),

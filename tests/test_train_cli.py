@@ -1,5 +1,6 @@
 """Oracles: jq4's own functions on the written model, a run that nobody stopped, the rounded function in training."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from random_model import make_random_model
 import jq4
 from jq4.cli import main
 from jq4.cli.training.rounded import begun, rounded_forward, served
+from jq4.cli.training.run import remove_older_peft
 from jq4.divergence import divergence
 from jq4.train.running.metrics import read_metrics
 from models.decoder import Decoder
@@ -207,3 +209,42 @@ def test_help_says_what_there_is(capsys):
         assert main(["train", verb, "--help"]) == 0
         assert "--accumulate" in capsys.readouterr().out
     assert main(["train"]) == 2
+
+
+def test_adapters_of_a_teacher_teach_and_others_are_refused(capsys, source, tmp_path, monkeypatch):
+    model = LanguageModel.from_folder(source)
+    adapted = tmp_path / "adapted"
+    dataclasses.replace(model, adapters=jq4.lora(model.params, 2)).save(adapted)
+    text = ("--text", source / "text.txt", *QUICK, "--out", tmp_path / "out")
+    message = "adapted: has adapters, which would be left out: merge them first"
+    assert message in run_error(capsys, "qat", adapted, *text)
+    assert message in run_error(capsys, "qat", source, "--start", adapted, *text)
+    tasks = []
+
+    def carry_out(task, arguments):
+        tasks.append(task)
+        raise jq4.JQ4Error("that is enough")
+
+    monkeypatch.setattr("jq4.cli.training.run.carry_out", carry_out)
+    assert "enough" in run_error(capsys, "distill", source, "--teacher", adapted, *text)
+    _, adapters = tasks[0].fixed(None)
+    assert isinstance(adapters, jq4.Adapters)
+
+
+def test_peft_files_of_an_older_training_go(tmp_path):
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
+    remove_older_peft(tmp_path)
+    assert not (tmp_path / "peft").exists()
+    remove_older_peft(tmp_path)
+
+
+def test_what_adapters_cannot_have_is_refused_before_anything_is_packed(capsys, source, tmp_path):
+    text = ("--text", source / "text.txt", *QUICK, "--out", tmp_path / "out")
+    for given, message in (
+        (("--rank", 0), "rank is 0, wanted"),
+        (("--alpha", 0), "alpha is 0.0, wanted a number above 0"),
+        (("--dropout", 1), "--dropout is 1.0, wanted a share of at least 0 and below 1"),
+    ):
+        assert message in run_error(capsys, "qlora", source, *text, *given)
+    assert list(tmp_path.iterdir()) == []

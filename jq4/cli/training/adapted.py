@@ -19,8 +19,12 @@ def open_task(arguments: argparse.Namespace) -> Task:
     from jq4.cli.training.qlora import RECIPE
     from jq4.cli.training.rounded import started
     from jq4.errors import JQ4Error
+    from jq4.train.adapters.lora import check_size
 
     options.check(arguments)
+    check_size(arguments.rank, arguments.alpha)
+    if not 0 <= arguments.dropout < 1:
+        raise JQ4Error(f"--dropout is {arguments.dropout}, wanted a share of at least 0 and below 1")
     check_destination(Path(arguments.model), Path(arguments.out))
     model = _models.open_model(arguments.model)
     if model.adapters is not None:

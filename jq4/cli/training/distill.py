@@ -40,7 +40,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
     if not 0 <= arguments.perturbed <= 1:
         raise JQ4Error(f"--perturbed is {arguments.perturbed}, wanted a share of the tokens from 0 to 1")
-    if not arguments.temperature > 0:
+    if not 0 < arguments.temperature < float("inf"):
         raise JQ4Error(f"--temperature is {arguments.temperature}, wanted a number above 0")
 
     def loss(forward: Any, teacher: Any) -> Any:

@@ -46,7 +46,7 @@ def open_task(arguments: argparse.Namespace, losses: Losses) -> Task:
         given=given,
         loss=losses(forward, _models.function_of(dataclasses.replace(teacher, dtype=jnp.dtype(dtype)))),
         start=lambda folder, rows: started(arguments, recipe, model, folder, rows),
-        fixed=lambda packed: teacher.params if needs_teacher else {},
+        fixed=lambda packed: teacher.weights if needs_teacher else {},
         begin=lambda packed: begun(packed, recipe),
         served=lambda trained, packed: served(model, trained, recipe),
         batch_size=arguments.batch_size,
@@ -88,7 +88,16 @@ def dense_model(path: str) -> Any:
     packed = next((name for name, leaf in flatten_with_paths(model.params) if is_qarray(leaf)), None)
     if packed is not None:
         raise JQ4Error(f"{path}: {packed} is packed, wanted the dense model; the packed one may be the --start")
+    check_bare(path, model)
     return model
+
+
+def check_bare(path: str, model: Any) -> None:
+    """Raises JQ4Error for a model whose adapters would be left out."""
+    from jq4.errors import JQ4Error
+
+    if model.adapters is not None:
+        raise JQ4Error(f"{path}: has adapters, which would be left out: merge them first, with jq4.merge_lora")
 
 
 def _teacher(path: str, model: Any) -> Any:
@@ -182,7 +191,9 @@ def _start_of(path: str, model: Any) -> Any:
     from jq4.errors import JQ4Error
     from jq4.qarray import is_qarray
 
-    start = _models.open_model(path).params
+    opened = _models.open_model(path)
+    check_bare(path, opened)
+    start = opened.params
     shapes = [jax.tree.map(lambda leaf: leaf.shape, tree, is_leaf=is_qarray) for tree in (start, model.params)]
     if shapes[0] != shapes[1]:
         raise JQ4Error(f"{path}: has other leaves than the model: wanted what jq4 quantize made of this very model")

@@ -34,6 +34,7 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
         rows = read_metrics(partial / METRICS)
         about = {**identity, **measured, **summary_of(rows)}
         model.save(out, recipe=task.recipe, source=task.given["model"] | {"training": provenance_of(identity)})
+        remove_older_peft(out)
         files = task.beside(out, model) | write_figures(out, about, rows, partial / METRICS)
     clear(partial)
     with contextlib.suppress(OSError):
@@ -52,6 +53,17 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": watch.seconds,
         "versions": _terminal.versions(),
     }
+
+
+def remove_older_peft(out: Path) -> None:
+    """Removes the PEFT files that an earlier training left in OUT: they belong to weights that are no more."""
+    from jq4.cli.training.adapted import PEFT
+    from models.peft import CONFIG, WEIGHTS
+
+    for name in (CONFIG, WEIGHTS):
+        (out / PEFT / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (out / PEFT).rmdir()
 
 
 def identity_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -56,10 +56,10 @@ class Adapted(Watched):
 
     @classmethod
     def of(cls, base: PackedLeaf | jax.Array, adapter: Adapter, path: str) -> "Adapted":
-        whole = cls.whole(base, path)
+        whole, keys = cls.whole(base, path), adapter.dropout_keys
         return dataclasses.replace(
-            whole, a=adapter.a, b=adapter.b, keys=adapter.dropout_keys,
-            a_axes=adapter.a_axes, b_axes=adapter.b_axes, key_axes=adapter.stacked,
+            whole, a=adapter.a, b=adapter.b, keys=keys,
+            a_axes=adapter.a_axes, b_axes=adapter.b_axes, key_axes=() if keys is None else adapter.stacked,
             scaling=adapter.scaling, dropout=adapter.dropout,
         )  # fmt: skip
 

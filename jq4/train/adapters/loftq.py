@@ -21,7 +21,7 @@ from jq4.quantize_report import LeafReport
 from jq4.recipe import Recipe
 from jq4.rule import Rule
 from jq4.train.adapters.adapter import Adapter, Adapters
-from jq4.train.adapters.lora import IGNORE, axes_of, begun, of_difference, targeted
+from jq4.train.adapters.lora import IGNORE, axes_of, begun, check_size, of_difference, targeted
 
 TURNS = 5  # the paper's
 
@@ -52,6 +52,7 @@ def loftq(
     Raises:
       JQ4Error: a leaf is packed already; and what `jq4.quantize` and `jq4.lora` raise.
     """
+    check_size(rank, alpha)
     if turns < 1:
         raise JQ4Error(f"turns is {turns}, wanted 1 or more")
     meant = targeted(params, targets, ignore, axes)

@@ -64,10 +64,11 @@ def lora(
       The adapters, in float32: what `jq4.with_lora(f)` takes beside the params.
 
     Raises:
-      JQ4Error: no leaf is meant; a leaf's axes cannot be told; a rank that a leaf is too small for; a reference
-        that lacks the leaf, or is missing or given in vain.
+      JQ4Error: no leaf is meant; a leaf's axes cannot be told; a rank that a leaf is too small for; an alpha that is
+        not above 0; a reference that lacks the leaf, or is missing or given in vain.
     """
-    _check(rank, init, reference)
+    check_size(rank, alpha)
+    _check(init, reference)
     leaves = targeted(params, targets, ignore, axes)
     key = jax.random.key(0) if key is None else key
     dense = {} if reference is None else dict(flatten_with_paths(reference))
@@ -80,6 +81,14 @@ def lora(
         else:
             found[path] = of_difference(path, _in_reference(path, leaf, dense), leaf, rank, of_leaf, options)
     return Adapters(found)
+
+
+def check_size(rank: int, alpha: float | None) -> None:
+    """Raises JQ4Error for a rank, or a numerator of the scaling, that adapters cannot have."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise JQ4Error(f"rank is {rank!r}, wanted a whole number of 1 or more")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise JQ4Error(f"alpha is {alpha!r}, wanted a number above 0; without one A B is scaled by 1")
 
 
 def targeted(
@@ -152,9 +161,7 @@ def of_difference(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _check(rank: int, init: str, reference: Any) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise JQ4Error(f"rank is {rank!r}, wanted a whole number of 1 or more")
+def _check(init: str, reference: Any) -> None:
     if init not in (ZERO, RESIDUAL):
         loftq = ". LoftQ changes the packed weights as well: jq4.loftq(params, recipe, rank)" if init == "loftq" else ""
         raise JQ4Error(f"init is {init!r}, wanted {ZERO!r} or {RESIDUAL!r}{loftq}")

@@ -69,7 +69,7 @@ class AdaptingInterpreter(PackedInterpreter):
             return super().equation(eqn, self._merged(values, eqn))
         outputs = move(self, eqn, values)
         if outputs is None or not any(isinstance(output, Adapted) for output in outputs):
-            return super().equation(eqn, self._merged(values, eqn, f"{name} takes a part of an axis, or splits it"))
+            return super().equation(eqn, self._merged(values, eqn, _not_moved(eqn)))
         return outputs
 
     def _product(self, eqn: Any, values: Values, share: Callable[[Any, Values], jax.Array]) -> Values:
@@ -150,10 +150,23 @@ class AdaptingInterpreter(PackedInterpreter):
         return super().eval_custom_vjp(eqn, self._merged(values, eqn, _OWN_DERIVATIVE))
 
 
+def _not_moved(eqn: Any) -> str:
+    name = eqn.primitive.name
+    if name == "convert_element_type":
+        return f"it rounds to {eqn.params['new_dtype']}"
+    return f"{name} takes a part of an axis, or splits it"
+
+
 _OWN_DERIVATIVE = "a function with a derivative of the user's own, through whose rule alone gradients come"
 
 
 # Rules for what moves a weight's axes, and brings its adapter along -----------------------------------------------
+
+
+def _cast(interpreter: AdaptingInterpreter, eqn: Any, values: Values) -> Values | None:
+    """To another float: A and B stay in theirs. As integers W + AB is no sum of two."""
+    floats = jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
+    return watch_rules.same_axes(interpreter, eqn, values) if floats else None
 
 
 def _scaled(interpreter: AdaptingInterpreter, eqn: Any, values: Values) -> Values | None:
@@ -219,6 +232,7 @@ def _split(interpreter: AdaptingInterpreter, eqn: Any, values: Values) -> Values
 _WITHOUT = ("dot_general", "ragged_dot_general", "ragged_dot", "conv_general_dilated", "gather")
 MOVES: dict[str, Callable[[Any, Any, Values], Values | None]] = {
     **{name: rule for name, rule in watch_rules.RULES.items() if name not in _WITHOUT},
+    "convert_element_type": _cast,
     "mul": _scaled,
     "div": _scaled,
     "neg": _negated,

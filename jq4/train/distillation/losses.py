@@ -42,7 +42,9 @@ def jensen_shannon(logits: jax.Array, teacher: jax.Array, share: float = 0.5, te
     if not 0 < share < 1:
         raise JQ4Error(f"jensen_shannon: share is {share}, wanted between 0 and 1; at its ends it is 0 everywhere")
     log_p, log_q = _both(logits, teacher, temperature)
-    log_m = jnp.logaddexp(log_p + jnp.log(share), log_q + jnp.log1p(-share))
+    possible = (log_p > -jnp.inf) | (log_q > -jnp.inf)
+    of_p, of_q = (jnp.where(possible, each, 0.0) for each in (log_p, log_q))
+    log_m = jnp.logaddexp(of_p + jnp.log(share), of_q + jnp.log1p(-share))
     return temperature**2 * (share * _kl(log_p, log_m) + (1 - share) * _kl(log_q, log_m))
 
 
@@ -133,4 +135,7 @@ def _both(logits: jax.Array, teacher: jax.Array, temperature: float) -> tuple[ja
 
 
 def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    """KL(p || q) over the last axis; what p rules out adds nothing, whether or not q does."""
+    possible = log_p > -jnp.inf
+    apart = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
+    return jnp.sum(jnp.where(possible, jnp.exp(log_p) * apart, 0.0), axis=-1)

@@ -4,7 +4,8 @@
 
 The function is trained as it will be served (jq4.fake_quantized), from a calibrated solution's scales and codes where
 `start` gives one, to predict what the dense model predicts; and then packed (jq4.harden). Params and quantizers are
-trained by one optimizer. It is what anybody would write with the parts of jq4.train, whose order is all there is to it;
+trained by one optimizer, as float32 masters: narrower params would lose its steps. The function is given them in their
+own dtypes. It is what anybody would write with the parts of jq4.train, whose order is all there is to it;
 `jq4 train` and who needs checkpoints, meshes or other losses writes that loop.
 """
 
@@ -47,6 +48,13 @@ class Lesson:
     hidden: tuple[str, ...] = ()
     hidden_weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1 or not 0 < self.temperature < float("inf"):
+            raise JQ4Error(
+                f"share is {self.share} and temperature {self.temperature}, wanted a share from 0 to 1, and a "
+                "temperature above 0"
+            )
+
 
 def self_distill(
     logits: Callable[[Any, jax.Array], jax.Array],
@@ -88,7 +96,8 @@ def self_distill(
     optimizer = optimizer or optax.adam(optax.cosine_decay_schedule(1e-3, steps), b2=0.99)
     step = _stepper(logits, recipe, axes, lesson, optimizer)
     weights = params if start is None else move_to_codes(params, start)
-    pair: Any = (weights, quantizers(params, recipe, axes=axes, start=start))
+    masters = jax.tree.map(_master, weights)
+    pair: Any = (masters, quantizers(params, recipe, axes=axes, start=start))
     state: Any = optimizer.init(pair)
     for done, indices in enumerate(draw_batches(np.arange(len(rows)), steps, batch_size, seed), 1):
         kept = None if teacher is None else teacher[indices]
@@ -97,7 +106,7 @@ def self_distill(
         pair, state, value = step(pair, state, params, batch)
         if done % _TOLD_EVERY == 0 or done == steps:
             _tell(done, steps, float(value), progress)
-    return harden(pair[0], pair[1], recipe, axes)
+    return harden(_as_given(pair[0], params), pair[1], recipe, axes)
 
 
 def _stepper(
@@ -112,7 +121,7 @@ def _stepper(
     dense_forward = inputs_of(logits, lesson.hidden)
 
     def loss(pair: Any, dense: Any, tokens: jax.Array, mask: Any, kept: Any) -> jax.Array:
-        found, inputs = forward(pair, tokens)
+        found, inputs = forward((_as_given(pair[0], dense), pair[1]), tokens)
         wanted, wanted_inputs = dense_forward(dense, tokens)
         predicted = wanted if kept is None else kept
         value = distillation_loss(found, tokens, predicted, mask, share=lesson.share, temperature=lesson.temperature)
@@ -128,6 +137,17 @@ def _stepper(
             return optax.apply_updates(pair, updates), state, value
 
     return step
+
+
+def _master(leaf: Any) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
+    return leaf.astype(jnp.float32) if narrow else leaf
+
+
+def _as_given(masters: Any, params: Any) -> Any:
+    """The masters in the dtypes of the params; gradients go straight through."""
+    return jax.tree.map(lambda master, leaf: master.astype(leaf.dtype), masters, params)
 
 
 def _tell(done: int, steps: int, value: float, progress: Progress | None) -> None:
