@@ -27,7 +27,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jq4.checkpoint.atomic import write_synced
+from jq4.checkpoint.atomic import replace_file
 from jq4.checkpoint.safetensors_files import StoredTensor, read_header, read_json, write
 from jq4.errors import JQ4Error
 from jq4.train import Adapter, Adapters
@@ -92,7 +92,7 @@ def save_peft(folder: str | FilePath, config: DecoderConfig, adapters: Adapters,
     described = {name: ("F32", one.shape, lambda one=one: one) for name, one in tensors.items()}
     write(folder / WEIGHTS, described)
     stated = _config_of(config, modules, rslora, base_model)
-    write_synced(folder / CONFIG, (json.dumps(stated, indent=2, sort_keys=True) + "\n").encode())
+    replace_file(folder / CONFIG, (json.dumps(stated, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _modules(config: DecoderConfig, by_path: Mapping[str, Adapter]) -> Iterator[tuple[str, list[Part]]]:

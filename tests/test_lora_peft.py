@@ -219,3 +219,11 @@ def test_a_leaf_without_a_module_is_refused(tmp_path):
     with pytest.raises(JQ4Error, match="embed/embedding: is no linear layer that a llama model has a module for"):
         save_peft(tmp_path, config, adapters)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_written_over(tmp_path):
+    config = DecoderConfig.from_hf(LLAMA)
+    adapters = load_peft(folder_of(tmp_path, GOOD), config)
+    save_peft(tmp_path, config, adapters, base_model="another")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "another"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]

@@ -117,6 +117,20 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def unfinished(path: Path) -> Path:
+    """Where `replace_file` writes first, beside the file; a killed one may leave it."""
+    return path.with_name(path.name + ".new")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Makes a file, or replaces it: killed at any moment, it is as it was or as it shall be. The disk has it then."""
+    temporary = unfinished(path)
+    temporary.unlink(missing_ok=True)
+    write_synced(temporary, content)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Gives an OSError that names no file, such as that of a write to a full disk, the name of this one."""

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.atomic import lock_folder, sync_folder, write_synced
+from jq4.checkpoint.atomic import lock_folder, replace_file, unfinished
 from jq4.errors import CheckpointError, JQ4Error
 
-_JOURNAL, _UNFINISHED = "journal.json", "journal.json.new"
+_JOURNAL = "journal.json"
 _FOLDERS = ("blocks", "dense", "streams")
 SUFFIX = ".partial"
 
@@ -49,11 +49,8 @@ class Journal:
         self.write()
 
     def write(self) -> None:
-        temporary = self.folder / _UNFINISHED
-        temporary.unlink(missing_ok=True)
-        write_synced(temporary, json.dumps({"identity": self._identity, "blocks": self._blocks}).encode())
-        temporary.replace(self.folder / _JOURNAL)
-        sync_folder(self.folder)
+        content = {"identity": self._identity, "blocks": self._blocks}
+        replace_file(self.folder / _JOURNAL, json.dumps(content).encode())
 
 
 @contextlib.contextmanager
@@ -114,7 +111,7 @@ def _read(folder: Path, identity: Mapping[str, Any]) -> list[list[dict[str, Any]
 
 
 def _check_ours(folder: Path) -> None:
-    found = {path.name for path in folder.iterdir()} - {_UNFINISHED}
+    found = {path.name for path in folder.iterdir()} - {unfinished(folder / _JOURNAL).name}
     ours = {_JOURNAL, *_FOLDERS} if _JOURNAL in found else set()
     if strangers := sorted(found - ours):
         without = "" if ours else " and no journal"

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jq4.checkpoint.atomic import naming, sync_folder, write_synced
+from jq4.checkpoint.atomic import naming, replace_file
 from jq4.errors import JQ4Error
 from jq4.paths import flatten_with_paths
 from jq4.qarray import QArray, is_qarray
@@ -62,11 +62,7 @@ class BlockStore:
         for spec in _specs_of(described):
             with naming(self._file(spec["array"])), self._file(spec["array"]).open("wb") as file:
                 file.truncate(self._num_blocks * _nbytes(spec))
-        temporary = self._folder / f"{_TREE}.new"
-        temporary.unlink(missing_ok=True)
-        write_synced(temporary, json.dumps(described).encode())
-        temporary.replace(self._folder / _TREE)
-        sync_folder(self._folder)
+        replace_file(self._folder / _TREE, json.dumps(described).encode())
 
     def _check_same(self, index: int, described: dict[str, Any]) -> None:
         assert self._leaves is not None

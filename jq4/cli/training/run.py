@@ -114,6 +114,7 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write_figures(out: Path, about: dict[str, Any], rows: list[dict[str, Any]], metrics: Path) -> dict[str, str]:
     """Writes OUT/training; its files by kind."""
+    from jq4.checkpoint.atomic import replace_file
     from jq4.cli.training import picture
 
     folder = out / TRAINING
@@ -124,7 +125,5 @@ def write_figures(out: Path, about: dict[str, Any], rows: list[dict[str, Any]], 
     if drawn is not None:
         files["picture"], contents["picture"] = folder / "loss.png", drawn
     for kind, file in files.items():
-        temporary = file.with_name(file.name + ".new")
-        temporary.write_bytes(contents[kind])
-        temporary.replace(file)
+        replace_file(file, contents[kind])
     return {kind: str(file) for kind, file in files.items()}

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from jq4.checkpoint.atomic import naming, sync_folder, write_synced
+from jq4.checkpoint.atomic import naming, replace_file, sync_folder, unfinished
 from jq4.checkpoint.safetensors_files import DTYPES, read_header, read_json, write
 from jq4.errors import CheckpointError
 from jq4.train.distillation.teacher import Likeliest
 
-MANIFEST, _NEW = "teacher.json", "teacher.json.partial"
+MANIFEST = "teacher.json"
+_NEW = unfinished(Path(MANIFEST)).name
 _FORMAT, _VERSION = "jq4 teacher", 1
 _STORED = {"float16": "F16", "float32": "F32"}
 _TWO_BYTES = 2**16  # the largest vocabulary whose tokens are stored in two bytes
@@ -142,12 +143,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replaces teacher.json."""
-    temporary = folder / _NEW
-    temporary.unlink(missing_ok=True)
     content = {"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(manifest)}
-    write_synced(temporary, json.dumps(content, indent=1).encode())
-    temporary.replace(folder / MANIFEST)
-    sync_folder(folder)
+    replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
 
 def write_shard(folder: Path, number: int, job: Job, predictions: Likeliest) -> Shard:

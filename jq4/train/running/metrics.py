@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jq4.checkpoint.atomic import sync_folder
+from jq4.checkpoint.atomic import replace_file
 
 
 class Metrics:
@@ -18,12 +18,7 @@ class Metrics:
 
     def __init__(self, file: Path, done: int = 0) -> None:
         kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= done]
-        temporary = file.with_name(file.name + ".new")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-        sync_folder(file.parent)
+        replace_file(file, "".join(f"{line}\n" for line in kept).encode())
         self._stream = file.open("a", encoding="utf-8")
 
     def add(self, row: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jq4.checkpoint.atomic import lock_folder, sync_folder, write_synced
+from jq4.checkpoint.atomic import lock_folder, replace_file, unfinished
 from jq4.errors import JQ4Error
 from jq4.train.running.loop import TrainState
 from jq4.train.running.metrics import Metrics
@@ -25,7 +25,7 @@ from jq4.train.running.states import States
 
 SUFFIX = ".partial"
 RUN, START, METRICS, STATES = "run.json", "start", "metrics.jsonl", "states"
-_UNFINISHED = RUN + ".new"
+_UNFINISHED = unfinished(Path(RUN)).name
 _OURS = (RUN, START, START + SUFFIX, METRICS, METRICS + ".new", STATES)
 
 
@@ -71,9 +71,7 @@ def run_folder(folder: Path, identity: Mapping[str, Any], restart: bool) -> Iter
         _check_ours(folder)
         if restart or not _goes_on(folder, identity):
             clear(folder)
-            write_synced(folder / _UNFINISHED, json.dumps(identity, indent=2).encode())
-            (folder / _UNFINISHED).replace(folder / RUN)
-            sync_folder(folder)
+            replace_file(folder / RUN, json.dumps(identity, indent=2).encode())
         held = RunFolder(folder)
         try:
             yield held
