@@ -27,7 +27,7 @@ from jq4.outputs import Outputs, is_array
 from jq4.packed_leaf import PackedLeaf, is_packed
 from jq4.partition import partition_of
 from jq4.paths import leaf_path
-from jq4.qarray import QArray, is_qarray
+from jq4.qarray import QArray, holds_qarrays, is_qarray
 from jq4.qarray_ops import NoPackedForm
 from jq4.record import DENSE, DensifiedWarning, Record, recording
 from jq4.shardings import Shardings, check_used, chooser, is_chooser
@@ -126,7 +126,7 @@ class Quantized:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.record.clear()
-        if not any(map(is_qarray, jax.tree.leaves((args, kwargs), is_leaf=is_qarray))):
+        if not holds_qarrays((args, kwargs)):
             return self.function(*args, **kwargs)
         outputs, results = self.run(
             PackedInterpreter(self.record, self.strict), self.values(args, kwargs), args, kwargs
@@ -227,9 +227,7 @@ def _paths_within(args: Any, kwargs: Any) -> tuple[list[str], list[str]]:
 def _name_packed(args: Any, kwargs: Any, leaves: list[Any]) -> list[Any]:
     """The leaves, each QArray wrapped with its path in its argument (and the argument's name, if several have some)."""
     arguments = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
-    holders = [
-        name for name, value in arguments.items() if any(map(is_qarray, jax.tree.leaves(value, is_leaf=is_qarray)))
-    ]
+    holders = [name for name, value in arguments.items() if holds_qarrays(value)]
     keyed, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_qarray)
     named = []
     for (keys, _), leaf in zip(keyed, leaves, strict=True):

@@ -131,6 +131,11 @@ def is_qarray(value: Any) -> bool:
     return isinstance(value, QArray)
 
 
+def holds_qarrays(tree: Any) -> bool:
+    """Whether some leaf of a tree is a QArray."""
+    return any(map(is_qarray, jax.tree.leaves(tree, is_leaf=is_qarray)))
+
+
 def leaf_nbytes(leaf: Any) -> int:
     """Bytes of one array on the device; int4 and uint4 take half a byte an element."""
     bits = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2}.get(jnp.dtype(leaf.dtype).name)

@@ -19,6 +19,7 @@ def open_task(arguments: argparse.Namespace) -> Task:
     from jq4.cli.training.qlora import RECIPE
     from jq4.cli.training.rounded import started
     from jq4.errors import JQ4Error
+    from jq4.qarray import holds_qarrays
     from jq4.train.adapters.lora import check_size
 
     options.check(arguments)
@@ -29,7 +30,7 @@ def open_task(arguments: argparse.Namespace) -> Task:
     model = _models.open_model(arguments.model)
     if model.adapters is not None:
         raise JQ4Error(f"{arguments.model}: has adapters already: merge them first, with jq4.merge_lora")
-    dense = not is_packed(model.params)
+    dense = not holds_qarrays(model.params)
     if not dense and (arguments.recipe is not None or arguments.init != "zero"):
         raise JQ4Error(f"{arguments.model}: is packed already: --recipe and --init residual want the dense model")
     recipe = read_recipe(arguments.recipe or RECIPE) if dense else kept_recipe(arguments.model)
@@ -60,13 +61,6 @@ def write_peft(out: Path, model: Any) -> dict[str, str]:
 
     save_peft(out / PEFT, model.config, model.adapters)
     return {"adapters": str(out / ADAPTERS), "peft": str(out / PEFT)}
-
-
-def is_packed(params: Any) -> bool:
-    from jq4.paths import flatten_with_paths
-    from jq4.qarray import is_qarray
-
-    return any(is_qarray(leaf) for _, leaf in flatten_with_paths(params))
 
 
 def kept_recipe(path: str) -> Any:

@@ -32,7 +32,7 @@ from jq4.errors import JQ4Error
 from jq4.interpret import Interpreter, Values, merge_placed
 from jq4.outputs import Outputs, is_array
 from jq4.paths import leaf_path
-from jq4.qarray import is_qarray
+from jq4.qarray import holds_qarrays
 from jq4.targets import as_patterns, matches
 from jq4.train.fake import FakeQuantized
 from jq4.train.quantizer import split_pair
@@ -206,7 +206,7 @@ def inputs_of(function: Callable[..., Any], names: str | Sequence[str]) -> Input
 
 
 def _check_dense(tree: Any) -> None:
-    if split_pair(tree)[1] is not None or any(map(is_qarray, jax.tree.leaves(tree, is_leaf=is_qarray))):
+    if split_pair(tree)[1] is not None or holds_qarrays(tree):
         raise JQ4Error(
             "inputs_of(f, names) takes dense params. Call jq4.quantized(jq4.train.inputs_of(f, names)) on packed ones, "
             "for a pair with quantizers jq4.fake_quantized(jq4.train.inputs_of(f, names), recipe)"
