@@ -31,7 +31,7 @@ import numpy as np
 import jq4
 from benchmarks.best import TINYSTORIES
 from benchmarks.provenance import publish
-from jq4.evaluate import evaluate
+from benchmarks.served import Served
 from jq4.train import Lesson, TeacherCache, generated_rows, self_distill
 from jq4.tuning.descent import split_rows
 from models.config import DecoderConfig
@@ -75,20 +75,12 @@ class Bench:
         return jq4.quantize(self.params, recipe, stats)
 
     @functools.cached_property
-    def programs(self) -> tuple[Any, Any]:
-        """The model, dense and served; compiled once for all that is measured."""
-        return jax.jit(self.model.apply), jax.jit(jq4.quantized(self.model.apply, strict=True))
+    def served(self) -> Served:
+        return Served(self.model, self.params)
 
     def measure(self, packed: Any) -> dict[str, float]:
         """Of a packed tree, served, against the dense model."""
-        dense, served = self.programs
-        found = evaluate(
-            lambda tokens: served(packed, tokens),
-            self.judges,
-            reference=lambda tokens: dense(self.params, tokens),
-            batch_size=14,
-        )
-        return {name: float(getattr(found, name)) for name in FIGURES}
+        return self.served.figures(packed, self.judges, FIGURES)
 
     def generated(self, count: int) -> np.ndarray:
         def write(tokens: jax.Array, more: int, temperature: float, seed: int) -> jax.Array:

@@ -29,6 +29,7 @@ fake-quantized and dense by turns, and gives the ratio of the medians.
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import statistics
@@ -48,10 +49,10 @@ from rich.console import Console
 import jq4
 from benchmarks.best import ROOT, open_rows
 from benchmarks.provenance import publish
+from benchmarks.served import Served
 from jq4.chain import TreeSource
 from jq4.divergence import divergence
 from jq4.driver import quantize_blocks
-from jq4.evaluate import evaluate
 from jq4.qarray import is_qarray
 from jq4.tuning.descent import draw_batches, split_rows
 from jq4.tuning.perturb import perturb
@@ -102,14 +103,11 @@ class Bench:
 
     def measure(self, packed: Any) -> dict[str, float]:
         """Of a packed tree, served, against the dense model."""
-        dense, served = jax.jit(self.model.apply), jax.jit(jq4.quantized(self.model.apply, strict=True))
-        found = evaluate(
-            lambda tokens: served(packed, tokens),
-            self.evaluation,
-            reference=lambda tokens: dense(self.params, tokens),
-            batch_size=14,
-        )
-        return {name: float(getattr(found, name)) for name in FIGURES}
+        return self.served.figures(packed, self.evaluation, FIGURES)
+
+    @functools.cached_property
+    def served(self) -> Served:
+        return Served(self.model, self.params)
 
     def batches(self, steps: int, size: int) -> np.ndarray:
         """i32[steps, size, T]: text in one half of each batch, made rows in the other."""
