@@ -1,9 +1,11 @@
-"""The Hopper kernel through the production compiler, without a GPU: does it compile, is it right, how fast could it be?
+"""The Hopper kernels through the production compiler, without a GPU: do they compile, are they right, how fast could
+they be?
 
     JQ4_CUDA_PLUGIN=DIR python -m benchmarks.gpu_compile --rows 1 16 64 512 --json FILE
+    JQ4_CUDA_PLUGIN=DIR python -m benchmarks.gpu_compile --rows 64 --experts 8 --bits 8
     JQ4_CUDA_PLUGIN=DIR python -m benchmarks.gpu_compile --matrix
 
-The first compiles the kernel for an H200 and counts the machine code of its inner loop (benchmarks/gpu_lab/sass.py
+The first ones compile a kernel for an H200 and counts the machine code of its inner loop (benchmarks/gpu_lab/sass.py
 needs ptxas and nvdisasm): a thread's instructions a weight, tensor core instructions, registers, spills, shared memory.
 The time is modelled (pallas_kernels/int4_matmul/gpu_blocks.py, with the counted instructions beside the assumed ones);
 no GPU ran anything.
@@ -36,18 +38,18 @@ from benchmarks.gpu_lab.device import run_kernel
 from benchmarks.gpu_lab.host_code import launch_of
 from benchmarks.gpu_lab.ptx import parse
 from benchmarks.provenance import publish
-from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan, GpuProblem, modelled_seconds
+from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan, modelled_seconds
 from pallas_kernels.int4_matmul.gpu_chips import LANES, gpu_named
 from pallas_kernels.int4_matmul.shapes import SHAPES
 
-COLUMNS = ("rows", "k", "n", "group_size", "label", "us", "hbm_us", "issue_us", "per_weight")
-COLUMNS += ("hgmma", "registers", "spilled_bytes", "shared_kib", "warnings")
+COLUMNS = ("rows", "experts", "k", "n", "bits", "group_size", "dtype", "label")
+COLUMNS += ("us", "hbm_us", "issue_us", "per_weight", "hgmma", "registers", "spilled_bytes", "shared_kib", "warnings")
 
 
 def emulated(case: Case, row: dict[str, Any], seed: int = 0) -> float:
     """The relative error of what the compiled program computes, run on the CPU."""
     launch = launch_of(row["host"])
-    given = operands(case, row["plan"]["splits"], seed)
+    given = operands(case, row["plan"], seed)
     run_kernel(parse(row["ptx"]), launch, given.arrays, seed)
     return float(np.linalg.norm(given.result - given.wanted) / np.linalg.norm(given.wanted))
 
@@ -57,15 +59,13 @@ def counted(case: Case, row: dict[str, Any]) -> dict[str, Any]:
     gpu = gpu_named(aot.DEVICE_KINDS[DEVICE])
     assert gpu is not None
     counts, plan = sass.counts_of(row["ptx"]), GpuPlan(**row["plan"])
-    problem = GpuProblem(case.rows, case.k, case.n, case.groups, case.group)
     per_weight = counts.instructions / (plan.strips * 64 * plan.tile_k / 128)
-    nbytes = case.weights * (0.5 + 2 / case.group) + 2 * case.rows * (case.k + case.n)
-    row_blocks = -(-case.rows // plan.tile_m)
+    row_blocks = case.problem.row_blocks(plan.tile_m)
     return {
         "label": f"{plan.form} {plan.tile_m}x{plan.warpgroups}x{plan.strips}x64x{plan.tile_k} "
         f"stages {plan.stages} splits {plan.splits}",
-        "us": round(1e6 * modelled_seconds(problem, plan, gpu), 1),
-        "hbm_us": round(1e6 * nbytes / gpu.bandwidth, 1),
+        "us": round(1e6 * modelled_seconds(case.problem, plan, gpu), 1),
+        "hbm_us": round(1e6 * case.nbytes / gpu.bandwidth, 1),
         "issue_us": round(1e6 * per_weight * case.weights * row_blocks / (LANES * gpu.clock * gpu.cores), 1),
         "per_weight": round(per_weight, 2),
         "hgmma": sum(count for name, count in counts.loop.items() if sass.TENSOR.match(name)),
@@ -79,7 +79,8 @@ def rows_of(cases: list[Case]) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="gpu-lab-") as folder:
         for case, row in zip(cases, compiled(cases, Path(folder)), strict=True):
             told = {"rows": case.rows, "k": case.k, "n": case.n, "group_size": case.group_size}
-            told |= {"asymmetric": case.asymmetric, "dtype": case.dtype}
+            told |= {"asymmetric": case.asymmetric, "dtype": "int8" if case.integers else case.dtype}
+            told |= {"bits": case.bits, "experts": case.experts}
             yield told | ({"error": row["error"]} if "error" in row else counted(case, row))
 
 
@@ -101,7 +102,62 @@ def small_cases() -> list[Case]:
     halves = [
         Case(9, 256, 128, group, True, "float16", scales) for group in (32, 128) for scales in ("float16", "float32")
     ]
-    return [*chosen, *planned, *halves]
+    return [*chosen, *planned, *halves, *grouped_cases(), *wide_cases(), *integer_cases(), *transposed_cases()]
+
+
+def grouped_cases() -> list[Case]:
+    """Experts: tiles of several experts, experts without rows, rows without one, splits, forms."""
+    split = {"form": "sums", "tile_m": 8, "tile_k": 128, "splits": 2}
+    deep = {"form": "weights", "tile_m": 16, "warpgroups": 2, "tile_k": 128, "strips": 1, "stages": 3}
+    return [
+        *(Case(m, 256, 64, g, z, experts=4) for m, g, z in itertools.product((3, 40), (32, 128, 0), (False, True))),
+        Case(30, 300, 320, 64, True, experts=5),
+        Case(24, 512, 128, 128, True, plan=split, experts=3),
+        Case(50, 256, 192, 64, plan=deep, experts=3),
+        Case(20, 256, 128, 64, True, experts=3, bits=8),
+        Case(20, 256, 128, 64, True, experts=3, integers=True),
+        Case(9, 256, 64, 128, True, "float16", "float32", experts=2),
+    ]
+
+
+def wide_cases() -> list[Case]:
+    """Codes of 8 bits."""
+    split = {"form": "sums", "tile_m": 16, "tile_k": 128, "strips": 1, "splits": 2}
+    weights = {"form": "weights", "tile_m": 128, "warpgroups": 2, "tile_k": 64, "stages": 3}
+    return [
+        *(
+            Case(m, 300, 128, g, z, dtype, bits=8)
+            for m, g, z, dtype in itertools.product((1, 20), (32, 128, 0), (False, True), ("bfloat16", "float16"))
+        ),
+        *(Case(20, 640, 192, 128, z, plan=p, bits=8) for p, z in itertools.product((split, weights), (False, True))),
+    ]
+
+
+def transposed_cases() -> list[Case]:
+    """Products by the transpose: x is dy."""
+    split = {"form": "transposed", "tile_m": 16, "tile_k": 128, "warpgroups": 2, "stages": 3, "splits": 2}
+    return [
+        *(
+            Case(m, 300, n, g, z, transposed=True)
+            for m, n, g, z in itertools.product((1, 20), (64, 320), (32, 64, 128, 0), (False, True))
+        ),
+        Case(130, 256, 192, 256, True, transposed=True),
+        Case(20, 200, 128, 64, True, bits=8, transposed=True),
+        Case(20, 200, 128, 64, True, "float16", "float32", transposed=True),
+        Case(20, 256, 640, 128, True, plan=split, transposed=True),
+    ]
+
+
+def integer_cases() -> list[Case]:
+    """Rows of int8, by codes of 4 bits, and of 8 without zero points."""
+    kinds = [(4, False), (4, True), (8, False)]
+    return [
+        *(
+            Case(m, 300, 128, g, z, bits=bits, integers=True)
+            for m, g, (bits, z) in itertools.product((1, 20, 130), (64, 128, 0), kinds)
+        ),
+        Case(20, 640, 192, 128, True, plan={"form": "sums", "tile_m": 16, "splits": 2}, integers=True),
+    ]
 
 
 def run_matrix(console: Console) -> dict[str, Any]:
@@ -141,7 +197,18 @@ def main() -> int:
     else:
         sizes = [SHAPES[name] for name in options.named]
         cases = [
-            Case(rows, k, n, group, options.asymmetric, options.dtype)
+            Case(
+                rows,
+                k,
+                n,
+                group,
+                options.asymmetric,
+                experts=options.experts,
+                bits=options.bits,
+                dtype="bfloat16" if options.dtype == "int8" else options.dtype,
+                integers=options.dtype == "int8",
+                transposed=options.transposed,
+            )
             for k, n in sizes
             for group in options.group_size
             for rows in options.rows
@@ -160,7 +227,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, nargs="+", default=[128], help="0: one scale for each column")
     parser.add_argument("--named", nargs="+", choices=sorted(SHAPES), default=["llama-3-70b/gate_proj"])
     parser.add_argument("--asymmetric", action="store_true", help="with zero points")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "int8"], default="bfloat16", help="of x")
+    parser.add_argument("--bits", type=int, choices=[4, 8], default=4)
+    parser.add_argument("--transposed", action="store_true", help="the product by the transpose, of dy")
+    parser.add_argument("--experts", type=int, default=0, help="rows sorted by so many experts; 0: one weight")
     parser.add_argument("--matrix", action="store_true", help="emulate small products of every form instead")
     parser.add_argument("--json", help="where to write the figures")
     return parser.parse_args()

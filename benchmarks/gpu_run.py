@@ -7,7 +7,8 @@ Needs no network, and of jq4's dependencies all; torch and gemlite are compared 
     ceilings      bytes read and bf16 products a second, by XLA on this device
     correctness   forms, formats and tails against float64; free memory is NaN, operands are fresh. If anything is
                   wrong, the rest is not run
-    speed         1 to 4096 rows on the products of Llama 3 8B and 70B
+    speed         1 to 4096 rows on the products of Llama 3 8B and 70B: by codes of 4 and 8 bits, of rounded rows, by
+                  the transpose; and rows of experts, of Mixtral's and Qwen3's sizes
     decoding      tokens a second of an 8B-shaped decoder with random weights, packed and bf16
 
 Without a Hopper GPU XLA's forms serve in the kernel's stead (`device` and `kernel` in the figures say so), which tests
@@ -18,6 +19,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,6 +39,17 @@ NAMED = (
     *("llama-3-8b/qkv_proj", "llama-3-8b/o_proj", "llama-3-8b/gate_up", "llama-3-8b/down_proj"),
     *("llama-3-70b/gate_proj", "llama-3-70b/down_proj"),
 )
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "w4a16": {},
+    "w8a16": {"bits": 8},
+    "w4a8": {"integers": True},
+    "w8a8": {"bits": 8, "integers": True},
+    "gradient": {"transposed": True},
+    "experts": {},
+}
+EXPERTS = {"mixtral-8x7b": (8, 4096, 14336), "qwen3-30b-a3b": (128, 2048, 768)}  # experts, K, N of up_proj
 
 
 def correctness_cases() -> list[Case]:
@@ -71,13 +84,24 @@ def timed(case: Case, rivals: list[str], repeats: int) -> dict[str, Any]:
     return row
 
 
+def speed_cases(options: argparse.Namespace) -> Iterator[tuple[str, str, Case]]:
+    """(kind, product, case) of everything that is timed."""
+    for kind, group, count in itertools.product(options.kind, options.group_size, options.rows):
+        if kind == "experts":
+            sizes = {name: (k, n, experts) for name, (experts, k, n) in EXPERTS.items() if count > 1}
+        else:
+            sizes = {name: (*SHAPES[name], 0) for name in options.named}
+        for name, (k, n, experts) in sizes.items():
+            yield kind, name, Case(count, k, n, group, experts=experts, **KINDS[kind])
+
+
 def with_rates(row: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
     """A row with our share of the measured ceilings and our gain on XLA's bf16."""
     us, weights = row.get("mosaic_gpu"), row["k"] * row["n"]
     if us is None:
         return row
-    nbytes = weights * (0.5 + 2 / (row["group_size"] or row["k"])) + 2 * row["rows"] * (row["k"] + row["n"])
-    row["bytes_share"] = round(nbytes / us * 1e6 / limits["read_bytes_per_second"], 3)
+    case = Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
+    row["bytes_share"] = round(case.nbytes / us * 1e6 / limits["read_bytes_per_second"], 3)
     row["flops_share"] = round(2 * row["rows"] * weights / us * 1e6 / limits["bf16_flops"], 3)
     if "xla-bf16" in row:
         row["speedup"] = round(row["xla-bf16"] / us, 2)
@@ -85,12 +109,13 @@ def with_rates(row: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], file: str) -> None:
-    """Speed-ups over XLA's bf16 by rows of x, a panel for each product."""
+    """Speed-ups over XLA's bf16 by rows of x, a panel for each dense product by codes of 4 bits."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    rows = [row for row in rows if row["kind"] == "w4a16"]
     sizes = list(dict.fromkeys((row["k"], row["n"]) for row in rows))
     figure, panels = plt.subplots(1, len(sizes), figsize=(4 * len(sizes), 3.6), squeeze=False, sharey=True)
     for panel, (k, n) in zip(panels[0], sizes, strict=True):
@@ -118,9 +143,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if found["correctness"]["wrong"]:
         return found
     found["rows"] = []
-    for name, group, count in itertools.product(options.named, options.group_size, options.rows):
-        row = timed(Case(count, *SHAPES[name], group), options.rival, options.repeats)
-        found["rows"].append(with_rates({"product": name, **row}, found["ceilings"]))
+    for kind, name, case in speed_cases(options):
+        row = {"product": name, "kind": kind, **timed(case, options.rival, options.repeats)}
+        found["rows"].append(with_rates(row, found["ceilings"]))
         console.print(found["rows"][-1])
     if options.tokens:
         config = decoding.config_of(decoding.TINY if options.tiny else decoding.LLAMA_3_8B)
@@ -137,7 +162,7 @@ def main(words: list[str] | None = None) -> int:
     found = run(options, console)
     if options.json:
         publish(options.json, "gpu_run", found)
-    if options.plot and found.get("rows"):
+    if options.plot and any(row["kind"] == "w4a16" for row in found.get("rows", ())):
         plot(found["rows"], options.plot)
     return 1 if found["correctness"]["wrong"] else 0
 
@@ -147,6 +172,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--named", nargs="+", choices=sorted(SHAPES), default=list(NAMED))
     parser.add_argument("--group-size", type=int, nargs="+", default=[128], help="0: one scale for each column")
+    parser.add_argument("--kind", nargs="+", choices=list(KINDS), default=list(KINDS), help="of products")
     parser.add_argument("--rival", nargs="+", choices=list(RIVALS), default=list(RIVALS))
     parser.add_argument("--cases", type=int, help="of correctness, at most so many")
     parser.add_argument("--repeats", type=int, default=30)

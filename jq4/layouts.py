@@ -5,7 +5,7 @@
     tpu       i32[*B, ceil(K/8), N]   [*B, G, 1, N]               rows of scales that a kernel can address one by one
               int8[*B, K, N]          the same                    of 8-bit integers, code - 128
     gpu       int4[*B, N, K]          [*B, N, G]                  K contiguous, as the tensor cores read it
-    hopper    i32[*B, N/64, 8*Kp]     [*B, G, N]                  the order in which wgmma takes its left operand
+    hopper    i32[*B, N/64, 2*b*Kp]   [*B, G, N]                  the order in which wgmma takes its left operand
 
 Words hold eight codes, row 8r + j in bits 4j to 4j + 3 of word r, which is how a TPU holds int4: from a stack of layers
 its compiler reads 32-bit words in place, and copies the layer where they are int4. What no TPU kernel takes (groups of
@@ -15,9 +15,9 @@ points stay u8, counted in unsigned codes. `axis` of a prepared QArray tells whi
 for [..., K, N], -1 for [..., N, K]. The order in memory is the layout's, so that transposing a prepared weight moves
 nothing.
 
-The hopper layout (pallas_kernels/int4_matmul/gpu_fragments.py; Kp is K filled up to a multiple of 128) is made only
-where `prepare` is told so, as its kernel has not run on a GPU; a weight that it does not take (64 must divide N, one
-scale for each column and group) gets the gpu layout.
+The hopper layout (pallas_kernels/int4_matmul/gpu_fragments.py; b bits, 4 or 8; Kp is K filled up to a multiple of 128)
+is made only where `prepare` is told so, as its kernel has not run on a GPU; a weight that it does not take (64 must
+divide N, one scale for each column and group) gets the gpu layout.
 
 A CPU reads neutral bytes as fast as any other order (benchmarks/cpu_matmul.py: even and odd codes are multiplied by
 the even and odd columns of x), so "cpu" leaves them alone. What a backend has no layout for stays neutral: other bits,
@@ -90,9 +90,9 @@ def prepare(tree: Any, device_kind: str, *, layout: str | None = None) -> Any:
         if not is_qarray(leaf) or leaf.layout == layout:
             return leaf
         neutral = to_neutral(leaf)
-        if layout == NEUTRAL or not _has_layout(neutral, path, own):
-            return neutral
-        return _in_fragments(neutral) if layout == HOPPER and _has_fragments(neutral) else _relaid(neutral, own)
+        if layout == HOPPER and _has_layout(neutral, path, HOPPER) and _has_fragments(neutral):
+            return _in_fragments(neutral)
+        return _relaid(neutral, own) if own != NEUTRAL and _has_layout(neutral, path, own) else neutral
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_qarray)
 
@@ -106,14 +106,14 @@ def logical_shape(q: QArray) -> tuple[int, ...]:
     """The shape of the dense weight of a prepared QArray."""
     *batch, rows, columns = q.codes.shape
     if q.layout == HOPPER:
-        rows, columns = STRIP * rows, columns // 8 - q.padding
+        rows, columns = STRIP * rows, columns // (2 * q.bits) - q.padding
     if _in_words(q):
         rows = 8 * rows - q.padding
     stored_axis = -2 if q.layout == TPU else -1
     return (*batch, rows, columns) if q.axis == stored_axis else (*batch, columns, rows)
 
 
-_FORMATS = {TPU: ("int4", "int8", "nf4", "fp4")}  # others: int4
+_FORMATS = {TPU: ("int4", "int8", "nf4", "fp4"), HOPPER: ("int4", "int8")}  # others: int4
 
 
 def _has_layout(q: QArray, path: Any, layout: str) -> bool:
@@ -143,12 +143,12 @@ def _fits_words(q: QArray) -> bool:
 
 
 def _has_fragments(q: QArray) -> bool:
-    """Whether a weight with int4 codes has the hopper layout as well."""
+    """Whether the kernel of the hopper layout takes a weight."""
     columns = q.shape[-3 - q.axis]
     return (
         columns % STRIP == 0
         and all(part is None or part.shape[-3 - q.axis] == columns for part in (q.scale, q.zero_point, q.offset))
-        and layout_refusal(PackedSpec(q.shape[q.axis], group_size=q.group_size)) is None
+        and layout_refusal(PackedSpec(q.shape[q.axis], q.bits, group_size=q.group_size)) is None
     )
 
 
@@ -162,7 +162,7 @@ def _in_fragments(q: QArray) -> QArray:
         codes = codes.swapaxes(-1, -2)
         parts = {name: None if part is None else part.swapaxes(-1, -2) for name, part in parts.items()}
     padding = padded_length(length) - length
-    return dataclasses.replace(q, codes=to_fragments(codes), padding=padding, layout=HOPPER, **parts)
+    return dataclasses.replace(q, codes=to_fragments(codes, q.bits), padding=padding, layout=HOPPER, **parts)
 
 
 def _in_words(q: QArray) -> bool:
@@ -173,7 +173,7 @@ def _in_words(q: QArray) -> bool:
 def _neutral(q: QArray) -> QArray:
     stored_axis = -1 if q.layout == GPU else -2
     if q.layout == HOPPER:
-        codes = of_fragments(q.codes, q.shape[q.axis])
+        codes = of_fragments(q.codes, q.shape[q.axis], q.bits)
     else:
         codes = words_to_int4(q.codes, q.shape[q.axis]) if _in_words(q) else q.codes
         codes = (codes.astype("int16") + q.number_format.center).astype("uint8")

@@ -33,7 +33,7 @@ from jq4.qarray_ops import NoPackedForm as NoPackedForm
 from jq4.record import note_relay
 from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
 from pallas_kernels.int4_matmul import PackedSpec, int4_matmul
-from pallas_kernels.int4_matmul.registry import choose
+from pallas_kernels.int4_matmul.registry import choose, refusal
 
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
@@ -170,8 +170,7 @@ def ragged_dot(
     if 0 in wanted.shape:
         return jnp.zeros(wanted.shape, wanted.dtype)
     q = _with_whole_batch(q)
-    if q.layout == "hopper":
-        note_relay(q, "experts unpacked from the hopper layout at every call: prepare them for the device's own layout")
+    _note_unpacked(q, implementation)
     x, step = _ragged_inputs(x, q, group_sizes)
     accumulator = _accumulator(wanted.dtype, step is not None)
 
@@ -196,8 +195,7 @@ def packed_matmul(
     q = _with_whole_batch(q)
     if q.layout == NEUTRAL and q.format == "int4" and jax.default_backend() != "cpu":
         note_relay(q, f"unpacked from neutral bytes at every call on {jax.default_backend()}: jq4.prepare does it once")
-    elif q.layout == "hopper" and choose(implementation, "gpu", spec_of(q)) != "mosaic_gpu":
-        note_relay(q, "unpacked from the hopper layout at every call: its kernel is for Hopper GPUs")
+    _note_unpacked(q, implementation)
     return int4_matmul(
         x, q.codes, q.scale, q.zero_point, q.offset,
         spec=spec_of(q), preferred_element_type=dtype, precision=precision, implementation=implementation,
@@ -215,6 +213,12 @@ def spec_of(q: QArray) -> PackedSpec:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def _note_unpacked(q: QArray, implementation: Any) -> None:
+    if q.layout == "hopper" and choose(implementation, "gpu", spec_of(q)) != "mosaic_gpu":
+        reason = refusal("mosaic_gpu", "gpu", spec_of(q)) or f"{implementation} was asked for"
+        note_relay(q, f"unpacked from the hopper layout at every call: {reason}")
 
 
 def _with_whole_batch(q: QArray) -> QArray:

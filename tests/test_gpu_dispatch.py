@@ -19,21 +19,23 @@ PROGRAM = """
 import json, sys, jax, jax.numpy as jnp, jq4
 from benchmarks import aot
 from jq4.layouts import prepare
+from jq4.matmul import ragged_dot
 
-mesh = jax.sharding.AbstractMesh(
-    (1,), ("chip",), (jax.sharding.AxisType.Auto,), abstract_device=jax.sharding.AbstractDevice(sys.argv[1], 132, "gpu")
-)
 placed = jax.sharding.SingleDeviceSharding(aot.compile_device("h200"))
 
 
-def weight():
+def weight(bits=4):
     scale, zero = jnp.zeros((8, 512), jnp.bfloat16), jnp.zeros((8, 512), jnp.uint8)
-    q = jq4.QArray(jnp.zeros((512, 512), jnp.uint8), scale, zero, group_size=128, dtype="bfloat16")
+    codes = jnp.zeros((128 * bits, 512), jnp.uint8)
+    q = jq4.QArray(codes, scale, zero, group_size=128, dtype="bfloat16", format=f"int{bits}")
     return prepare(q, "NVIDIA H200", layout="hopper")
 
 
-def compiled(function, *args):
+def compiled(kind, function, *args):
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), args)
+    described, auto = jax.sharding.AbstractDevice(kind, 132, "gpu"), (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("chip",), auto, abstract_device=described)
+    jax.clear_caches()
     with jax.sharding.use_abstract_mesh(mesh):
         program = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compile()
     kernel = 'custom_call_target="mosaic_gpu' in program.as_text()
@@ -44,27 +46,34 @@ def loss(x, q):
     return jnp.sum(jq4.matmul(x, q).astype(jnp.float32))
 
 
+def ragged(x, q):
+    return ragged_dot(x, q, jnp.full(4, 3, jnp.int32))
+
 
 q = jax.eval_shape(weight)
-wide = jax.tree.map(lambda part: jax.ShapeDtypeStruct((4, *part.shape), part.dtype), q)
+stack = jax.tree.map(lambda part: jax.ShapeDtypeStruct((4, *part.shape), part.dtype), q)
 rows = lambda m, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((m, 1024), dtype)
-found = {
-    "few": compiled(jq4.matmul, rows(3), q),
-    "float16": compiled(lambda x, q: jq4.matmul(x, jq4.qarray_ops.astype(q, "float16")), rows(16, jnp.float16), q),
-    "float32": compiled(lambda x, q: jq4.matmul(x, jq4.qarray_ops.astype(q, "float32")), rows(16, jnp.float32), q),
-    "many": compiled(jq4.matmul, rows(4096), q),
-    "batch": compiled(jq4.matmul, jax.ShapeDtypeStruct((4, 16, 1024), jnp.bfloat16), wide),
-    "gradient": compiled(jax.grad(loss), rows(16), q),
+programs = {
+    "few": (jq4.matmul, rows(3), q),
+    "float16": (lambda x, q: jq4.matmul(x, jq4.qarray_ops.astype(q, "float16")), rows(16, jnp.float16), q),
+    "float32": (lambda x, q: jq4.matmul(x, jq4.qarray_ops.astype(q, "float32")), rows(16, jnp.float32), q),
+    "eight bits": (jq4.matmul, rows(3), jax.eval_shape(lambda: weight(8))),
+    "many": (jq4.matmul, rows(4096), q),
+    "batch": (jq4.matmul, jax.ShapeDtypeStruct((4, 16, 1024), jnp.bfloat16), stack),
+    "experts": (ragged, rows(12), stack),
+    "gradient": (jax.grad(loss), rows(16), q),
+    "gradient of many": (jax.grad(loss), rows(4096), q),
 }
-print(json.dumps(found))
+kind, *names = sys.argv[1:]
+print(json.dumps({name: compiled(kind, *programs[name]) for name in names or programs}))
 """
 
 
-def found_for(kind):
+def found_for(kind, *names):
     if reason := missing("h200"):
         pytest.skip(reason)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, kind],
+        [sys.executable, "-c", PROGRAM, kind, *names],
         env=environment("h200"), cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -75,10 +84,14 @@ def test_the_kernel_serves_a_hopper_gpu_up_to_many_rows():
     found = found_for("NVIDIA H200")
     served = {name: one["kernel"] for name, one in found.items()}
     assert served == {
-        "few": True, "float16": True, "float32": True, "many": False, "batch": True, "gradient": False
+        "few": True, "float16": True, "float32": True, "eight bits": True, "many": False, "batch": True,
+        "experts": True, "gradient": True, "gradient of many": False,
     }  # fmt: skip
-    assert found["few"]["temp"] < 2 * 1024 * 512  # nothing dense
+    for name in ("few", "eight bits", "gradient"):
+        assert found[name]["temp"] < 2 * 1024 * 512, name  # nothing dense
 
 
-def test_other_gpus_get_xla_and_nothing_aborts():
-    assert not any(one["kernel"] for one in found_for("NVIDIA B200").values())
+@pytest.mark.parametrize("kind", ["NVIDIA B200", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S"])
+def test_other_gpus_get_xla_and_nothing_aborts(kind):
+    found = found_for(kind, "few", "experts", "gradient")
+    assert not any(one["kernel"] for one in found.values())

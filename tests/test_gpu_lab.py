@@ -27,6 +27,12 @@ CHOSEN = [
     Case(20, 640, 192, 128, True, plan={"form": "sums", "tile_m": 16, "splits": 2}),
     Case(130, 256, 128, 64, plan={"form": "weights", "tile_m": 128, "warpgroups": 2, "tile_k": 64}),
     Case(16, 512, 192, 128, plan={"form": "sums", "tile_m": 16, "tile_k": 256, "warpgroups": 3, "strips": 1}),
+    Case(40, 300, 128, 64, True, experts=4),
+    Case(24, 512, 128, 128, plan={"form": "sums", "tile_m": 8, "splits": 2}, experts=3),
+    Case(20, 300, 128, 128, True, bits=8),
+    Case(20, 300, 128, 128, True, integers=True),
+    Case(20, 256, 128, 0, bits=8, integers=True),
+    Case(20, 200, 192, 64, True, transposed=True),
 ]
 
 
@@ -52,7 +58,7 @@ def test_the_emulator_notices_a_program_that_does_not_wait(rows):
     waiting = "mbarrier.try_wait.parity.shared.b64 P1,"
     hasty = row["ptx"].replace(waiting, "setp.eq.b32 P1, 0, 0; //")
     assert hasty.count("setp.eq.b32 P1, 0, 0; //") == row["ptx"].count(waiting) > 1
-    given = operands(case, 1)
+    given = operands(case, row["plan"])
     try:
         run_kernel(parse(hasty), launch_of(row["host"]), given.arrays)
     except WrongProgramError:
@@ -66,7 +72,7 @@ def test_the_emulator_notices_that_registers_are_never_given_back(rows):
     greedy, count = re.subn(r"(setmaxnreg\.inc\S*\s+)224;", r"\g<1>232;", row["ptx"])
     assert row["plan"]["warpgroups"] == 2 and count > 0
     with pytest.raises(WrongProgramError, match=r"nothing can go on: .*setmaxnreg\.inc"):
-        run_kernel(parse(greedy), launch_of(row["host"]), operands(case, 2).arrays)
+        run_kernel(parse(greedy), launch_of(row["host"]), operands(case, row["plan"]).arrays)
 
 
 @pytest.mark.aot

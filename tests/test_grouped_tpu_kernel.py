@@ -17,8 +17,9 @@ from jq4.formats import FORMATS
 from jq4.matmul import ragged_dot
 from jq4.qarray import QArray
 from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
-from pallas_kernels.grouped_int4_matmul.tpu import grouped_int4_matmul_tpu, work_items
+from pallas_kernels.grouped_int4_matmul.tpu import grouped_int4_matmul_tpu
 from pallas_kernels.grouped_int4_matmul.tpu_transposed import grouped_int4_matmul_tpu_transposed
+from pallas_kernels.grouped_int4_matmul.work_items import place_of_rows, work_items
 from pallas_kernels.grouped_int4_matmul.xla import grouped_input_cotangent, grouped_xla
 from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError
 from pallas_kernels.int4_matmul.tiles import Packed, squeezed_scales
@@ -109,9 +110,12 @@ def test_items_cover_every_row_once_and_no_empty_expert():
             place = items.tile[item] * bm + np.arange(items.first[item], items.end[item])
             assert len(place) and np.all(owner[place] == -1)
             owner[place] = items.expert[item]
-        assert np.array_equal(owner[: sizes.sum()], np.repeat(np.arange(7), sizes)) and np.all(
-            owner[sizes.sum() :] == -1
-        )
+        total = sizes.sum()
+        assert np.array_equal(owner[:total], np.repeat(np.arange(7), sizes)) and np.all(owner[total:] == -1)
+        written = np.concatenate([items.tile[i] * bm + np.arange(bm) for i in range(items.used[0])] or [np.zeros(0)])
+        place = np.asarray(place_of_rows(jnp.asarray(sizes), rows, bm))[:total]
+        assert np.array_equal(written[place], np.arange(total)) and np.all(np.diff(place) > 0)
+        assert np.array_equal(items.expert[place // bm], owner[:total])
 
 
 def test_the_public_function_and_its_gradient_take_it_by_name():

@@ -5,10 +5,19 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.grouped_int4_matmul.work_items import place_of_rows, work_items
+from pallas_kernels.int4_matmul.gpu_blocks import GpuProblem
+from pallas_kernels.int4_matmul.gpu_fragments import in_order_of_bytes, padded_length, to_fragments
+from pallas_kernels.int4_matmul.mosaic_gpu import COLUMN_MULTIPLE, ROW_MULTIPLE
+from pallas_kernels.int4_matmul.mosaic_gpu_transposed import LEAST_COLUMNS
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Fields of JSON: x[rows, k] by codes [k, n]; group_size 0 is one scale a column; plan None is the chosen one."""
+    """Fields of JSON: x[rows, k] by codes [k, n], or by those of several experts, of whom some have no rows.
+
+    group_size 0 is one scale a column, experts 0 one weight, plan None the chosen plan.
+    """
 
     rows: int
     k: int
@@ -18,6 +27,10 @@ class Case:
     dtype: str = "bfloat16"
     scale_dtype: str = "bfloat16"
     plan: dict[str, Any] | None = None
+    experts: int = 0
+    bits: int = 4
+    integers: bool = False  # x is whole numbers, multiplied as int8
+    transposed: bool = False  # x is dy[rows, n], by the codes' transpose
 
     @property
     def group(self) -> int:
@@ -28,47 +41,112 @@ class Case:
         return -(-self.k // self.group)
 
     @property
+    def problem(self) -> GpuProblem:
+        k, n = (self.n, padded_length(self.k)) if self.transposed else (self.k, self.n)
+        return GpuProblem(
+            self.rows, k, n, self.groups, self.group, np.dtype(self.scale_dtype).itemsize,
+            bits=self.bits, integers=self.integers, experts=self.experts, transposed=self.transposed,
+        )  # fmt: skip
+
+    @property
     def weights(self) -> int:
+        """Of one matrix."""
         return self.k * self.n
+
+    @property
+    def nbytes(self) -> int:
+        """Read and written at least; of experts, as many as there are rows for."""
+        packed = self.weights * (self.bits / 8 + np.dtype(self.scale_dtype).itemsize / self.group)
+        return round(self.problem.matrices * packed) + 2 * self.rows * (self.k + self.n)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading axes of the weight."""
+        return (self.experts,) if self.experts else ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """The kernel's arguments in order, its result last (poisoned), and what it is to be."""
+    """The kernel's arguments in order, its result last (poisoned), what a part of it is to be, and which rows."""
 
     arrays: list[np.ndarray]
     wanted: np.ndarray
-    rows: int
+    place: np.ndarray
 
     @property
     def result(self) -> np.ndarray:
         """f64[rows, n]: the splits of K added."""
         got = self.arrays[-1].astype(np.float64)
-        return (got.sum(0) if got.ndim == 3 else got)[: self.rows]
+        return (got.sum(0) if got.ndim == 3 else got)[self.place, : self.wanted.shape[1]]
 
 
-def operands(case: Case, splits: int, seed: int = 0) -> Operands:
-    """Random operands of a case, padded as mosaic_gpu.py pads them."""
-    import jax.numpy as jnp
-
-    from pallas_kernels.int4_matmul.gpu_fragments import to_fragments
-    from pallas_kernels.int4_matmul.mosaic_gpu import COLUMN_MULTIPLE, ROW_MULTIPLE
-
+def operands(case: Case, plan: dict[str, Any], seed: int = 0) -> Operands:
+    """Random operands of a case, as the kernel is given them."""
     random = np.random.default_rng(seed)
-    dtype, scales = jnp.dtype(case.dtype), jnp.dtype(case.scale_dtype)
-    codes = random.integers(0, 16, (case.k, case.n)).astype(np.uint8)
-    x = random.normal(size=(case.rows, case.k)).astype(dtype)
-    scale = random.uniform(0.5, 1.5, (case.groups, case.n)) * random.choice([-1, 1], (case.groups, case.n))
-    scale = scale.astype(scales)
-    zero = random.integers(0, 16, (case.groups, case.n)).astype(np.uint8)
-    levels = codes - (_spread(zero, case) if case.asymmetric else 8.0)
-    wanted = x.astype(np.float64) @ (levels * _spread(scale, case))
-    padded = np.pad(x, ((0, -case.rows % ROW_MULTIPLE), (0, -case.k % COLUMN_MULTIPLE)))
-    shape = ((splits,) if splits > 1 else ()) + (len(padded), case.n)
-    out = np.full(shape, np.nan, np.float32 if splits > 1 else dtype)
-    words = np.asarray(to_fragments(jnp.asarray(codes)))
-    return Operands([padded, words, scale, *([zero] if case.asymmetric else []), out], wanted, case.rows)
+    weight, dense = _weight(case, random)
+    x = _rows(case, random)
+    sizes, splits, tile_m = group_sizes(case, random), plan["splits"], plan["tile_m"]
+    items, place = _items(sizes, case.rows, tile_m)
+    padded = _padded(x, case)
+    width = padded_length(case.k) if case.transposed else case.n
+    shape = (splits,) * (splits > 1) + (len(items[0]) * tile_m if items else len(padded), width)
+    out = np.full(shape, np.nan, np.float32 if splits > 1 else np.dtype(case.dtype))
+    wanted = wanted_product(x[: len(place)], dense.T if case.transposed else dense, sizes)
+    return Operands([*items, padded, *weight, out], wanted, place)
 
 
-def _spread(values: np.ndarray, case: Case) -> np.ndarray:
-    return np.repeat(values.astype(np.float64), case.group, 0)[: case.k]
+def _weight(case: Case, random: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
+    """(words, scales and zero points; f64[*lead, k, n])."""
+    levels, of_groups = 2**case.bits, (*case.lead, case.groups, case.n)
+    codes = random.integers(0, levels, (*case.lead, case.k, case.n)).astype(np.uint8)
+    scale = random.uniform(0.5, 1.5, of_groups) * random.choice([-1, 1], of_groups)
+    scale = scale.astype(np.dtype(case.scale_dtype))
+    zero = random.integers(0, levels, of_groups).astype(np.uint8)
+    words = np.asarray(to_fragments(codes, case.bits))
+    centered = codes - (spread_over_groups(zero, case) if case.asymmetric else levels / 2)
+    return [words, scale, *[zero] * case.asymmetric], centered * spread_over_groups(scale, case)
+
+
+def _rows(case: Case, random: np.random.Generator) -> np.ndarray:
+    """x, or dy of a product by the transpose."""
+    if case.integers:
+        return random.integers(-127, 128, (case.rows, case.k)).astype(np.int8)
+    return random.normal(size=(case.rows, case.n if case.transposed else case.k)).astype(np.dtype(case.dtype))
+
+
+def _padded(x: np.ndarray, case: Case) -> np.ndarray:
+    """As mosaic_gpu.py pads and orders them."""
+    missing = max(0, LEAST_COLUMNS - case.n) if case.transposed else -case.k % COLUMN_MULTIPLE
+    padded = np.pad(x, ((0, -case.rows % ROW_MULTIPLE), (0, missing)))
+    return np.array(in_order_of_bytes(padded)) if case.integers else padded
+
+
+def group_sizes(case: Case, random: np.random.Generator) -> np.ndarray | None:
+    """i32[experts]: rows of each, most of the rows in all; of every three experts the second has none."""
+    if not case.experts:
+        return None
+    share = random.uniform(0.1, 1.0, case.experts) * (np.arange(case.experts) % 3 != 1)
+    return np.floor(share / share.sum() * case.rows).astype(np.int32)
+
+
+def _items(sizes: np.ndarray | None, rows: int, tile_m: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The kernel's arguments that tell the work items, and where in its result the rows that have an expert are."""
+    if sizes is None:
+        return [], np.arange(rows)
+    items = work_items(sizes, rows, tile_m)
+    place = np.asarray(place_of_rows(sizes, rows, tile_m))[: sizes.sum()]
+    return [np.array(part) for part in (items.tile, items.expert, items.used)], place
+
+
+def wanted_product(x: np.ndarray, weight: np.ndarray, sizes: np.ndarray | None) -> np.ndarray:
+    """f64: rows by their weight, rows of experts in turn."""
+    x = x.astype(np.float64)
+    if sizes is None:
+        return x @ weight
+    parts = np.split(x, np.cumsum(sizes)[:-1])
+    return np.concatenate([part @ own for part, own in zip(parts, weight, strict=True)])
+
+
+def spread_over_groups(values: np.ndarray, case: Case) -> np.ndarray:
+    """f64[*lead, k, n] of values [*lead, groups, n]."""
+    return np.repeat(values.astype(np.float64), case.group, -2)[..., : case.k, :]

@@ -55,16 +55,14 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
     """Compiles one case and reads what is left in `folder`."""
     import jax
 
-    from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan, GpuProblem, choose_plan
+    from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan, choose_plan
     from pallas_kernels.int4_matmul.gpu_chips import gpu_named
 
     device = aot.compile_device(DEVICE)
     kind = aot.DEVICE_KINDS[DEVICE]
     gpu = gpu_named(kind)
     assert gpu is not None
-    scale_bytes = jax.numpy.dtype(case.scale_dtype).itemsize
-    problem = GpuProblem(case.rows, case.k, case.n, case.groups, case.group, scale_bytes)
-    plan = GpuPlan(**case.plan) if case.plan else choose_plan(problem, gpu)
+    plan = GpuPlan(**case.plan) if case.plan else choose_plan(case.problem, gpu)
     for old in folder.iterdir():
         old.unlink()
     same = _kernel_of(case, plan)
@@ -87,7 +85,8 @@ def _kernel_of(case: Case, plan: Any) -> Any:
     """What two cases with the same kernel have in common."""
     from pallas_kernels.int4_matmul.mosaic_gpu import COLUMN_MULTIPLE, ROW_MULTIPLE
 
-    rows, depth = -(-case.rows // ROW_MULTIPLE), -(-case.k // COLUMN_MULTIPLE)
+    rows = case.rows if case.experts else -(-case.rows // ROW_MULTIPLE)
+    depth = -(-case.k // COLUMN_MULTIPLE)
     return dataclasses.replace(case, rows=rows, k=depth, plan=None, group_size=case.group), case.groups, plan
 
 
@@ -100,28 +99,38 @@ def _traced_for(kind: str, cores: int) -> Any:
 
 
 def _arguments(case: Case) -> list[Any]:
-    """x, words, scale and zero points, as shapes."""
+    """x, rows of each expert, words, scale and zero points, as shapes."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.int4_matmul.gpu_fragments import STRIP, padded_length
 
-    by_group = (case.groups, case.n)
+    by_group = (*case.lead, case.groups, case.n)
     shapes = [
-        jax.ShapeDtypeStruct((case.rows, case.k), jnp.dtype(case.dtype)),
-        jax.ShapeDtypeStruct((case.n // STRIP, 8 * padded_length(case.k)), jnp.int32),
+        jax.ShapeDtypeStruct((case.rows, case.n if case.transposed else case.k), jnp.dtype(case.dtype)),
+        *[jax.ShapeDtypeStruct(case.lead, jnp.int32)] * bool(case.experts),
+        jax.ShapeDtypeStruct((*case.lead, case.n // STRIP, 2 * case.bits * padded_length(case.k)), jnp.int32),
         jax.ShapeDtypeStruct(by_group, jnp.dtype(case.scale_dtype)),
     ]
     return [*shapes, jax.ShapeDtypeStruct(by_group, jnp.uint8)] if case.asymmetric else shapes
 
 
 def _product(case: Case, plan: Any, gpu: Any, x: Any, w: Any) -> Any:
+    from pallas_kernels.grouped_int4_matmul.mosaic_gpu import grouped_int4_matmul_mosaic_gpu
     from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu
+    from pallas_kernels.int4_matmul.mosaic_gpu_transposed import int4_matmul_mosaic_gpu_transposed
     from pallas_kernels.int4_matmul.spec import HOPPER, PackedSpec
     from pallas_kernels.int4_matmul.tiles import Packed
 
-    spec = PackedSpec(case.k, group_size=case.group, layout=HOPPER)
-    return int4_matmul_mosaic_gpu(x, Packed(*w), spec, dtype=x.dtype, gpu=gpu, plan=plan)
+    spec = PackedSpec(case.k, case.bits, group_size=case.group, layout=HOPPER)
+    asked = {"dtype": x.dtype, "gpu": gpu, "plan": plan}
+    if case.transposed:
+        return int4_matmul_mosaic_gpu_transposed(x, Packed(*w), spec, **asked)
+    asked["integers"] = case.integers
+    if case.experts:
+        sizes, *w = w
+        return grouped_int4_matmul_mosaic_gpu(x, Packed(*w), sizes, spec, **asked)
+    return int4_matmul_mosaic_gpu(x, Packed(*w), spec, **asked)
 
 
 def _text(folder: Path, suffix: str) -> str:

@@ -4,15 +4,17 @@ Each is a function (case, repeats) -> seconds of one product, or raises Unavaila
 """
 
 import importlib
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from benchmarks.gpu_lab.cases import Case
-from benchmarks.gpu_lab.running import HOPPER_KIND, copies_for, ours, random_weight, seconds_of
+from benchmarks.gpu_lab.cases import Case, group_sizes
+from benchmarks.gpu_lab.running import HOPPER_KIND, copies_for, product_of, random_rows, random_weight, seconds_of
 from jq4.layouts import prepare
 
 
@@ -30,18 +32,28 @@ def by_xla_int4(case: Case, repeats: int) -> float:
 
 def by_xla_bf16(case: Case, repeats: int) -> float:
     random = np.random.default_rng(0)
+    size = (*case.lead, case.k, case.n)
     weights = [
-        jnp.asarray(random.normal(size=(case.k, case.n)).astype(np.float32), case.dtype)
-        for _ in range(copies_for(2 * case.weights))
+        jnp.asarray(random.normal(size=size).astype(np.float32), case.dtype)
+        for _ in range(copies_for(2 * math.prod(size)))
     ]
-    return seconds_of(lambda x, w: x @ w, _rows(case), weights, repeats)
+    sizes = group_sizes(case, random)
+
+    def product(x: Any, w: Any) -> Any:
+        if sizes is not None:
+            return lax.ragged_dot(x, w, jnp.asarray(sizes))
+        return x @ (w.T if case.transposed else w)
+
+    return seconds_of(product, random_rows(case, random), weights, repeats)
 
 
 def _packed(case: Case, repeats: int, layout: str | None) -> float:
     random = np.random.default_rng(0)
     first = prepare(random_weight(case, random).packed, HOPPER_KIND, layout=layout)
-    copies = copies_for(case.weights // 2)
-    return seconds_of(ours, _rows(case), [first, *(_copy(first) for _ in range(copies - 1))], repeats)
+    weights = [first, *(_copy(first) for _ in range(copies_for(first.nbytes) - 1))]
+    sizes, own = group_sizes(case, random), product_of(case)
+    given = [] if sizes is None else [jnp.asarray(sizes)]
+    return seconds_of(lambda x, q: own(x, q, *given), random_rows(case, random), weights, repeats)
 
 
 def _copy(weight: Any) -> Any:
@@ -50,11 +62,13 @@ def _copy(weight: Any) -> Any:
     return jax.tree.map(lambda part: part.copy(), weight)
 
 
-def _rows(case: Case) -> Any:
-    return jnp.asarray(np.random.default_rng(1).normal(size=(case.rows, case.k)), case.dtype)
+def _refuse_other_than_plain(name: str, case: Case) -> None:
+    if case.experts or case.transposed or case.integers or case.bits != 4:
+        raise UnavailableError(f"{name} is compared with at 4 bits, floating rows and one weight")
 
 
 def by_torch_bf16(case: Case, repeats: int) -> float:
+    _refuse_other_than_plain("torch", case)
     torch = _torch()
     x = torch.randn(case.rows, case.k, dtype=torch.bfloat16, device="cuda")
     weights = [
@@ -65,6 +79,7 @@ def by_torch_bf16(case: Case, repeats: int) -> float:
 
 def by_tinygemm(case: Case, repeats: int) -> float:
     """torch's _weight_int4pack_mm: groups of 32 to 256, bf16, with zero points."""
+    _refuse_other_than_plain("tinygemm", case)
     torch = _torch()
     if case.group_size not in (32, 64, 128, 256) or case.k % 1024 or case.n % 8:
         raise UnavailableError(f"tinygemm has no groups of {case.group_size}, or not for {case.k} x {case.n}")
@@ -84,6 +99,7 @@ def by_tinygemm(case: Case, repeats: int) -> float:
 
 
 def by_gemlite(case: Case, repeats: int) -> float:
+    _refuse_other_than_plain("gemlite", case)
     torch = _torch()
     try:
         gemlite = importlib.import_module("gemlite")

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jq4
-from benchmarks.gpu_lab.cases import Case
+from benchmarks.gpu_lab.cases import Case, group_sizes, spread_over_groups, wanted_product
 from jq4.layouts import prepare
-from jq4.matmul import packed_matmul
+from jq4.matmul import packed_matmul, spec_of
+from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
 
 CACHE_BYTES = 256 * 2**20  # what the weights of one program are larger than
 MOST_COPIES = 64
@@ -38,31 +39,56 @@ class Weight:
 
 
 def random_weight(case: Case, random: np.random.Generator) -> Weight:
-    codes = random.integers(0, 16, (case.k, case.n)).astype(np.uint8)
-    scale = random.uniform(0.5, 1.5, (case.groups, case.n)) * random.choice([-1, 1], (case.groups, case.n)) / 64
+    levels, of_groups = 2**case.bits, (*case.lead, case.groups, case.n)
+    codes = random.integers(0, levels, (*case.lead, case.k, case.n)).astype(np.uint8)
+    scale = random.uniform(0.5, 1.5, of_groups) * random.choice([-1, 1], of_groups) / 64
     scale = jnp.asarray(scale, case.scale_dtype)
-    zero = jnp.asarray(random.integers(0, 16, (case.groups, case.n)), jnp.uint8) if case.asymmetric else None
-    even = np.concatenate([codes, np.zeros((case.k % 2, case.n), np.uint8)])
+    zero = jnp.asarray(random.integers(0, levels, of_groups), jnp.uint8) if case.asymmetric else None
+    even = np.concatenate([codes, np.zeros((*case.lead, case.k % 2, case.n), np.uint8)], -2)
+    held = codes if case.bits == 8 else even[..., ::2, :] | even[..., 1::2, :] << 4
     packed = jq4.QArray(
-        jnp.asarray(even[::2] | even[1::2] << 4), scale, zero,
-        group_size=case.group, padding=case.k % 2, dtype=case.dtype,
+        jnp.asarray(held), scale, zero, format=f"int{case.bits}",
+        group_size=case.group, padding=case.k % 2 if case.bits == 4 else 0, dtype=case.dtype,
     )  # fmt: skip
-    spread = [
-        np.repeat(np.asarray(part, np.float64), case.group, 0)[: case.k] for part in (scale, zero) if part is not None
-    ]
-    return Weight(packed, (codes - (spread[1] if case.asymmetric else 8.0)) * spread[0])
+    middle = spread_over_groups(np.asarray(zero), case) if case.asymmetric else levels / 2
+    return Weight(packed, (codes - middle) * spread_over_groups(np.asarray(scale), case))
 
 
 def error_of(case: Case, seed: int) -> float:
     """The relative error of our product of fresh random operands, NaN where something was not written."""
     random = np.random.default_rng(seed)
     weight = random_weight(case, random)
-    x = jnp.asarray(random.normal(size=(case.rows, case.k)), case.dtype)
-    prepared = prepare(weight.packed, HOPPER_KIND, layout="hopper")
+    x = random_rows(case, random)
+    prepared, sizes = prepare(weight.packed, HOPPER_KIND, layout="hopper"), group_sizes(case, random)
     poison_memory()
-    got = np.asarray(ours(x, prepared), np.float64)
-    wanted = np.asarray(x, np.float64) @ weight.dense
-    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    got = np.asarray(product_of(case)(x, prepared, *([] if sizes is None else [jnp.asarray(sizes)])), np.float64)
+    with_expert = case.rows if sizes is None else int(sizes.sum())
+    wanted = wanted_product(np.asarray(x)[:with_expert], weight.dense.T if case.transposed else weight.dense, sizes)
+    error = float(np.linalg.norm(got[:with_expert] - wanted) / np.linalg.norm(wanted))
+    return error if not got[with_expert:].any() else math.inf  # rows without an expert are zeros
+
+
+def random_rows(case: Case, random: np.random.Generator) -> jax.Array:
+    """x; or dy, of a product by the transpose."""
+    size = (case.rows, case.n if case.transposed else case.k)
+    return jnp.asarray(random.integers(-127, 128, size) if case.integers else random.normal(size=size), case.dtype)
+
+
+def product_of(case: Case) -> Callable[..., jax.Array]:
+    """(x, q), or (x, q, rows of each expert): the product of a case."""
+    if case.experts:
+        return jax.jit(lambda x, q, sizes: ragged_product(x, q, sizes, case.integers))
+    if case.transposed:
+        return jax.jit(lambda dy, q: jax.vjp(lambda x: ours(x, q), jnp.zeros((case.rows, case.k), dy.dtype))[1](dy)[0])
+    if case.integers:
+        return jax.jit(lambda x, q: packed_matmul(x, q, x.dtype, integers=True))
+    return ours
+
+
+def ragged_product(x: jax.Array, q: Any, sizes: jax.Array, integers: bool) -> jax.Array:
+    return grouped_int4_matmul(
+        x, q.codes, q.scale, q.zero_point, group_sizes=sizes, spec=spec_of(q), integers=integers
+    )  # fmt: skip
 
 
 def poison_memory(nbytes: int = 2**28) -> None:
@@ -80,7 +106,7 @@ def copies_for(nbytes: int) -> int:
     return max(2, min(MOST_COPIES, -(-CACHE_BYTES // nbytes)))
 
 
-def seconds_of(product: Callable[[Any, Any], Any], x: Any, weights: Sequence[Any], repeats: int) -> float:
+def seconds_of(product: Callable[..., Any], x: Any, weights: Sequence[Any], repeats: int) -> float:
     """The median time of one product."""
     program = jax.jit(lambda x, weights: [product(x, weight) for weight in weights])
 

@@ -1,4 +1,5 @@
-"""Which thread holds which element of wgmma's operands: PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"."""
+"""Which thread holds which element of wgmma's operands: PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16",
+and k32 for int8."""
 
 from typing import Any
 
@@ -8,8 +9,8 @@ import numpy as np
 from benchmarks.gpu_lab.memory import THREADS
 
 
-def half_type(kind: str) -> Any:
-    return {"bf16": ml_dtypes.bfloat16, "f16": np.float16}[kind]
+def element_type(kind: str) -> Any:
+    return {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8}[kind]
 
 
 _THREAD = np.arange(THREADS)
@@ -18,14 +19,14 @@ _COLUMN = 2 * (_THREAD % 4)
 
 
 def left_fragments(registers: np.ndarray, kind: str) -> np.ndarray:
-    """f32[64, 16] of four registers u32[128, 4]."""
-    pairs = (
-        np.ascontiguousarray(registers).view(np.uint16).reshape(THREADS, 4, 2).view(half_type(kind)).astype(np.float32)
-    )
-    matrix = np.empty((64, 16), np.float32)
+    """f64[64, 16], or [64, 32] of int8, of four registers u32[128, 4]."""
+    held = np.ascontiguousarray(registers).view(element_type(kind)).reshape(THREADS, 4, -1)
+    width = held.shape[-1]  # elements of a register
+    matrix = np.empty((64, 8 * width))
     for register in range(4):
-        for half in range(2):
-            matrix[_ROW + 8 * (register % 2), _COLUMN + half + 8 * (register // 2)] = pairs[:, register, half]
+        for i in range(width):
+            column = _COLUMN * width // 2 + i + 4 * width * (register // 2)
+            matrix[_ROW + 8 * (register % 2), column] = held[:, register, i].astype(np.float64)
     return matrix
 
 
@@ -36,7 +37,7 @@ def _places(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sums_of(registers: np.ndarray) -> np.ndarray:
-    matrix = np.empty((64, 2 * registers.shape[1]), np.float32)
+    matrix = np.empty((64, 2 * registers.shape[1]), registers.dtype)
     matrix[_places(registers.shape[1])] = registers
     return matrix
 

@@ -11,7 +11,9 @@ from benchmarks.gpu_lab.alu import OPERATIONS, WIDTHS, bits_type
 from benchmarks.gpu_lab.host_code import TensorMap
 from benchmarks.gpu_lab.memory import SHARED_BASE, THREADS, Copy, MBarrier, WrongProgramError, swizzled
 from benchmarks.gpu_lab.ptx import Instruction
-from benchmarks.gpu_lab.tensor_cores import half_type, left_fragments, registers_of, sums_of
+from benchmarks.gpu_lab.tensor_cores import element_type, left_fragments, registers_of, sums_of
+
+_SPANS = {1: 128, 2: 64, 3: 32}  # bytes of a swizzled row, by a descriptor's mode
 
 
 class Warpgroup:
@@ -219,11 +221,17 @@ class Warpgroup:
 
     def do_wgmma(self, instruction: Instruction, words: Sequence[str], active: np.ndarray) -> None:
         if words[0] == "mma_async":
-            sums, factors, descriptor, use_sums, *_, transposed = instruction.operands
-            assert transposed == "0" and self.value(use_sums, "pred").all(), instruction
-            left = np.stack([self.value(name, "b32").copy() for name in _listed(factors)], -1)
-            where = int(self.value(descriptor, "b64")[0])
-            self.products[-1].append(functools.partial(self._multiply, _listed(sums), left, where, words[-1]))
+            sums, factors, descriptor, use_sums, *scales_and_transposed = instruction.operands
+            assert self.value(use_sums, "pred").all(), instruction
+            where, kind = int(self.value(descriptor, "b64")[0]), words[-1]
+            if factors.startswith("{"):
+                assert scales_and_transposed in ([], ["1", "1", "0"]), instruction
+                registers = np.stack([self.value(name, "b32").copy() for name in _listed(factors)], -1)
+                left = functools.partial(left_fragments, registers, kind)
+            else:
+                assert scales_and_transposed == ["1", "1", "1", "0"], instruction  # the left operand as it lies: [k, m]
+                left = functools.partial(self._left, int(self.value(factors, "b64")[0]), kind)
+            self.products[-1].append(functools.partial(self._multiply, _listed(sums), left, where, kind))
         elif words[0] == "commit_group":
             self.products.append([])
         elif words[0] == "wait_group":
@@ -232,25 +240,34 @@ class Warpgroup:
                 for product in self.products.pop(0):
                     product()
 
-    def _multiply(self, sums: list[str], left: np.ndarray, descriptor: int, kind: str) -> None:
-        """sums[64, n] += left[64, 16] right[n, 16]^T, right in shared memory."""
+    def _multiply(self, sums: list[str], left: Callable[[], np.ndarray], descriptor: int, kind: str) -> None:
+        """sums[64, n] += left[64, 16 or 32] right[n, 16 or 32]^T, right in shared memory; f32, or int32 of int8."""
         columns = len(sums) * 2
-        a = left_fragments(left, kind)
-        b = self._right(descriptor, columns, kind)
-        held = np.stack([self.registers[name].view(np.float32) for name in sums], -1)
-        total = sums_of(held) + a @ b.T
+        a = left()
+        b = self._right(descriptor, columns, a.shape[1], kind)
+        number = np.int32 if kind == "s8" else np.float32
+        held = np.stack([self.registers[name].view(number) for name in sums], -1)
+        total = (sums_of(held) + a @ b.T).astype(number)
         for i, name in enumerate(sums):
             self.registers[name] = np.ascontiguousarray(registers_of(total)[:, i]).view(np.uint32)
 
-    def _right(self, descriptor: int, columns: int, kind: str) -> np.ndarray:
-        """f32[columns, 16] that a descriptor of a K-major operand in rows of 128 swizzled bytes points to."""
+    def _right(self, descriptor: int, columns: int, depth: int, kind: str) -> np.ndarray:
+        """f64[columns, depth] that a descriptor of a K-major operand points to."""
+        return self._matrix(descriptor, columns, depth, kind)
+
+    def _left(self, descriptor: int, kind: str) -> np.ndarray:
+        """f64[64, 16] that a descriptor of an M-major operand of 16-bit elements points to: 64 of them fill a row."""
+        return self._matrix(descriptor, 16, 64, kind).T
+
+    def _matrix(self, descriptor: int, rows: int, width: int, kind: str) -> np.ndarray:
+        """f64[rows, width] in rows of swizzled bytes, eight after another, then the next eight a stride away."""
         start, stride, mode = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4, descriptor >> 62
-        if mode != 1 or descriptor >> 49 & 7:
-            raise NotImplementedError(f"wgmma's descriptor {descriptor:#x}: only swizzles of 128 bytes are emulated")
-        row, k = np.meshgrid(np.arange(columns), np.arange(16), indexing="ij")
-        address = swizzled(start + row // 8 * stride + row % 8 * 128 + 2 * k, 128)
-        halves = self.block.shared[address].astype(np.uint16) | self.block.shared[address + 1].astype(np.uint16) << 8
-        return halves.view(half_type(kind)).astype(np.float32)
+        if mode not in _SPANS or descriptor >> 49 & 7:
+            raise NotImplementedError(f"wgmma's descriptor {descriptor:#x}: only swizzled operands are emulated")
+        span, size = _SPANS[mode], np.dtype(element_type(kind)).itemsize
+        row, byte = np.meshgrid(np.arange(rows), np.arange(width * size), indexing="ij")
+        address = swizzled(start + row // 8 * stride + row % 8 * span + byte, span)
+        return self.block.shared[address].view(element_type(kind)).astype(np.float64)
 
 
 def _listed(operand: str) -> list[str]:

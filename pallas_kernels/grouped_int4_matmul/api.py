@@ -4,23 +4,25 @@
     xla             all platforms   xla.py: a form for each platform
     tpu             tpu             tpu.py: a Pallas kernel, for the tpu layout; tpu_transposed.py for its gradient
     tpu_interpret   cpu             the same by Pallas' interpreter, for tests
+    mosaic_gpu      gpu             mosaic_gpu.py: a Pallas kernel, for the hopper layout on a Hopper GPU
 
-None takes the kernel on a TPU where it takes the weight, and XLA's form for the platform elsewhere. Under `jax.vmap`
-the kernel runs once for each element, as its grid depends on the rows of each.
+None takes the platform's kernel where it takes the weight, and XLA's form for the platform elsewhere. Under `jax.vmap`
+a kernel runs once for each element, as its grid depends on the rows of each.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.grouped_int4_matmul import tpu
+from pallas_kernels.grouped_int4_matmul import mosaic_gpu, tpu
 from pallas_kernels.grouped_int4_matmul.reference import grouped_int4_matmul_reference
 from pallas_kernels.grouped_int4_matmul.tpu_transposed import grouped_int4_matmul_tpu_transposed
 from pallas_kernels.grouped_int4_matmul.xla import grouped_input_cotangent, grouped_xla, rows_of_expert
-from pallas_kernels.int4_matmul import gradients, tiles, xla
+from pallas_kernels.int4_matmul import gradients, tiles
 from pallas_kernels.int4_matmul.api import by_lowering_platform, no_cotangent, resolved_precision
 from pallas_kernels.int4_matmul.registry import UnsupportedError, in_rows
 from pallas_kernels.int4_matmul.spec import PackedSpec
@@ -29,7 +31,21 @@ from pallas_kernels.int4_matmul.tpu import asks_for_float32
 from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.partitioned import alone_or_partitioned
 
-IMPLEMENTATIONS = ("xla", "reference", "tpu", "tpu_interpret")
+
+class Kernel(NamedTuple):
+    """Where a kernel runs, and why it does not take a weight (None: it does)."""
+
+    platform: str
+    refusal: Callable[[PackedSpec], str | None]
+
+
+KERNELS = {
+    "tpu": Kernel("tpu", tpu.refusal),
+    "tpu_interpret": Kernel("cpu", tpu.refusal),
+    "mosaic_gpu": Kernel("gpu", mosaic_gpu.refusal),
+}
+PREFERRED = ("tpu", "mosaic_gpu")
+IMPLEMENTATIONS = ("xla", "reference", *KERNELS)
 
 
 def grouped_int4_matmul(
@@ -62,14 +78,13 @@ def grouped_int4_matmul(
       UnsupportedError: no such implementation, or it does not take the weight.
       ValueError: shapes that do not fit the spec.
     """
-    w, spec = in_rows(Packed(codes, scale, zero_point, offset), spec)
-    codes = w.codes
+    w = Packed(codes, scale, zero_point, offset)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise UnsupportedError(
             f"unknown implementation {implementation!r} of grouped_int4_matmul: "
             f"wanted one of {', '.join(IMPLEMENTATIONS)}"
         )
-    if implementation in ("tpu", "tpu_interpret") and (reason := tpu.refusal(spec)):
+    if implementation in KERNELS and (reason := KERNELS[implementation].refusal(spec)):
         raise UnsupportedError(f"{implementation} of grouped_int4_matmul does not take {spec}: {reason}")
     _check(x, w, group_sizes, spec)
     dtype = jnp.dtype(preferred_element_type or x.dtype)
@@ -80,8 +95,7 @@ def grouped_int4_matmul(
 
 def _check(x: jax.Array, w: Packed, group_sizes: jax.Array, spec: PackedSpec) -> None:
     codes = w.codes
-    stored = -(-spec.length // 8) if spec.layout == "tpu" and codes.dtype == jnp.int32 else spec.packed_length
-    if codes.ndim != 3 or x.ndim != 2 or x.shape[1] != spec.length or codes.shape[spec.k_axis] != stored:
+    if codes.ndim != 3 or x.ndim != 2 or x.shape[1] != spec.length or not tiles.holds_all_of_k(codes, spec):
         raise ValueError(f"x {x.shape} and codes {codes.shape} are not [M, K] and packed [E, K, N] of {spec}")
     if group_sizes.shape != codes.shape[:1]:
         raise ValueError(f"group_sizes has shape {group_sizes.shape}, wanted ({codes.shape[0]},), one for each expert")
@@ -99,45 +113,62 @@ def _check(x: jax.Array, w: Packed, group_sizes: jax.Array, spec: PackedSpec) ->
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
 def _jitted(x, w: Packed, group_sizes, spec: PackedSpec, implementation, dtype, precision, integers) -> jax.Array:
     if implementation == "reference":
+        w, spec = in_rows(w, spec)
         return grouped_int4_matmul_reference(x, *w, group_sizes, spec=spec, precision=precision).astype(dtype)
     x, w, group_sizes = vary_alike((x, w, group_sizes))
-    return _product(x, w, group_sizes, spec, implementation, precision, integers).astype(dtype)
+    return _product(x, w, group_sizes, spec, implementation, precision, dtype, integers)
 
 
-def _value(x, w: Packed, group_sizes, spec: PackedSpec, implementation, precision, integers) -> Any:
+def _value(x, w: Packed, group_sizes, spec: PackedSpec, implementation, precision, dtype, integers) -> Any:
     def by_xla(platform: str):
-        run = functools.partial(grouped_xla, spec=spec, platform=platform, precision=precision)
-        return lambda x, w, sizes: run(x, tiles.squeezed_scales(w, spec), sizes).astype(xla.accumulator(x.dtype))
+        def run(x, w, sizes):
+            rows, inner = in_rows(w, spec)
+            rows = tiles.squeezed_scales(rows, inner)
+            return grouped_xla(x, rows, sizes, inner, platform=platform, precision=precision).astype(dtype)
 
-    @jax.custom_batching.sequential_vmap
-    def by_kernel(x, w, sizes):
-        interpret = implementation == "tpu_interpret"
+        return run
+
+    def by_tpu(x, w, sizes, interpret: bool = False):
         run = functools.partial(tpu.grouped_int4_matmul_tpu, precision=precision, interpret=interpret)
-        return run(x, w, sizes, spec, integers=integers).astype(xla.accumulator(x.dtype))
+        return run(x, w, sizes, spec, integers=integers).astype(dtype)
 
-    return by_lowering_platform(_forms(by_kernel, by_xla, spec, implementation), x, w, group_sizes)
+    def by_mosaic_gpu(x, w, sizes):
+        run = functools.partial(mosaic_gpu.grouped_int4_matmul_mosaic_gpu, precision=precision, dtype=dtype)
+        return run(x, w, sizes, spec, integers=integers).astype(dtype)
+
+    kernels = {"tpu": by_tpu, "tpu_interpret": functools.partial(by_tpu, interpret=True), "mosaic_gpu": by_mosaic_gpu}
+    return by_lowering_platform(_forms(kernels, by_xla, spec, implementation), x, w, group_sizes)
 
 
-def _forms(by_kernel: Any, by_xla: Any, spec: PackedSpec, implementation: str | None) -> dict[str, Any]:
-    """The form for each platform."""
-    if implementation in ("tpu", "tpu_interpret"):
-        return {"tpu" if implementation == "tpu" else "cpu": by_kernel}
+def _forms(
+    kernels: dict[str, Callable[..., Any]], by_xla: Callable[[str], Any], spec: PackedSpec, implementation: str | None
+) -> dict[str, Any]:
+    """The form for each platform: of the kernels given the one that is asked for or preferred, and XLA's."""
+
+    def of_kernel(name: str) -> Any:
+        return jax.custom_batching.sequential_vmap(lambda x, w, sizes: kernels[name](x, w, sizes))
+
+    if implementation in kernels:
+        return {KERNELS[implementation].platform: of_kernel(implementation)}
     forms = {platform: by_xla(platform) for platform in ("cpu", "tpu", "gpu")}
-    if implementation is None and tpu.refusal(spec) is None:
-        forms["tpu"] = alone_or_partitioned(by_kernel, forms["tpu"])
+    for name in PREFERRED if implementation is None else ():
+        platform, refusal = KERNELS[name]
+        if name in kernels and refusal(spec) is None:
+            forms[platform] = alone_or_partitioned(of_kernel(name), forms[platform])
     return forms
 
 
-_product: Any = jax.custom_vjp(_value, nondiff_argnums=(3, 4, 5, 6))
+_product: Any = jax.custom_vjp(_value, nondiff_argnums=(3, 4, 5, 6, 7))
 
 
-def _forward(x, w, group_sizes, spec, implementation, precision, integers):
-    return _product(x, w, group_sizes, spec, implementation, precision, integers), (x, w, group_sizes)
+def _forward(x, w, group_sizes, spec, implementation, precision, dtype, integers):
+    return _product(x, w, group_sizes, spec, implementation, precision, dtype, integers), (x, w, group_sizes)
 
 
-def _backward(spec, implementation, precision, integers, residuals, dy):
-    del integers
-    x, own, group_sizes = residuals
+def _backward(spec, implementation, precision, dtype, integers, residuals, dy):
+    del dtype, integers
+    x, held, group_sizes = residuals
+    own, spec = in_rows(held, spec)
     w = tiles.flat_scales(own, spec)
 
     def to_input(platform: str):
@@ -146,13 +177,12 @@ def _backward(spec, implementation, precision, integers, residuals, dy):
         )
         return lambda dy, own, sizes: run(dy, tiles.squeezed_scales(own, spec), sizes).astype(x.dtype)
 
-    @jax.custom_batching.sequential_vmap
-    def by_kernel(dy, own, sizes):
-        run = functools.partial(grouped_int4_matmul_tpu_transposed, interpret=implementation == "tpu_interpret")
-        return run(dy, own, sizes, spec).astype(x.dtype)
+    def by_tpu(dy, own, sizes, interpret: bool = False):
+        return grouped_int4_matmul_tpu_transposed(dy, own, sizes, spec, interpret=interpret).astype(x.dtype)
 
+    kernels = {"tpu": by_tpu, "tpu_interpret": functools.partial(by_tpu, interpret=True)}
     exact = "xla" if asks_for_float32(x.dtype, precision) else implementation
-    dx = by_lowering_platform(_forms(by_kernel, to_input, spec, exact), dy, own, group_sizes)
+    dx = by_lowering_platform(_forms(kernels, to_input, spec, exact), dy, own, group_sizes)
 
     def to_scale(pair):
         expert, weight = pair
@@ -162,9 +192,9 @@ def _backward(spec, implementation, precision, integers, residuals, dy):
         return gradients.offset_cotangent(rows_of_expert(x, group_sizes, expert), dy, spec)
 
     experts = jnp.arange(w.codes.shape[0])
-    dscale = gradients.like(lax.map(to_scale, (experts, w)), own.scale)
-    doffset = None if w.offset is None else gradients.like(lax.map(to_offset, experts), own.offset)
-    dw = Packed(no_cotangent(own.codes), dscale, no_cotangent(own.zero_point), doffset)
+    dscale = gradients.like(lax.map(to_scale, (experts, w)), held.scale)
+    doffset = None if w.offset is None else gradients.like(lax.map(to_offset, experts), held.offset)
+    dw = Packed(no_cotangent(held.codes), dscale, no_cotangent(held.zero_point), doffset)
     return dx, dw, no_cotangent(group_sizes)
 
 

@@ -1,7 +1,7 @@
 """Ragged groups of rows by packed experts on a TPU, by one Pallas kernel; how many rows each expert has is data.
 
-x[M, K] is sorted by expert and cut into tiles of bm rows. A work item is a tile and an expert that has rows in it; in
-the order of the rows there are at most ceil(M / bm) + E - 1 of them, whatever the groups are, so the grid is static:
+x[M, K] is sorted by expert and cut into tiles of bm rows; the grid goes over work items (work_items.py), a tile and an
+expert that has rows in it:
 
     grid      (N / bn, items, K / bk), K innermost
     prefetch  of each item its tile, its expert, and the expert's first and last row in the tile; how many items
@@ -9,16 +9,16 @@ the order of the rows there are at most ceil(M / bm) + E - 1 of them, whatever t
               repeat the last one's blocks, which moves nothing, and compute nothing.
     out       a tile's rows are written by each of its experts in turn, while the block stays in VMEM
 
-This is how megablox (Gale et al. 2022, MegaBlocks; JAX's megablox for TPUs) walks over groups. What it multiplies an
-item by is a block of the dense kernel (int4_matmul/tpu_forms.py, blocks by tpu_blocks.py): codes, scales and zero
-points of the item's expert, unpacked in VMEM; nothing of a dense weight is ever in HBM. A tile with rows of several
-experts is multiplied once for each of them, whole: bm is no larger than the experts' average share asks for.
+JAX's megablox for TPUs does so with dense experts. What an item is multiplied by here is a block of the dense kernel
+(int4_matmul/tpu_forms.py, blocks by tpu_blocks.py): codes, scales and zero points of the item's expert, unpacked in
+VMEM; nothing of a dense weight is ever in HBM. A tile with rows of several experts is multiplied once for each of them,
+whole: bm is no larger than the experts' average share asks for.
 """
 
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.grouped_int4_matmul.work_items import Items, rows_of, work_items
 from pallas_kernels.grouped_int4_matmul.xla import grouped_xla
 from pallas_kernels.int4_matmul import tiles, tpu_forms, tpu_tables
 from pallas_kernels.int4_matmul.spec import PackedSpec
@@ -40,16 +41,6 @@ from pallas_kernels.int4_matmul.tpu_plan import EXACT, Plan, Problem
 from pallas_kernels.manual_axes import shape_varying_as
 
 SMALLEST_TILE, LARGEST_TILE = 16, 256  # rows
-
-
-class Items(NamedTuple):
-    """The work items: their tile, expert and rows [first, end) of the tile, i32[items] each; those in use i32[1]."""
-
-    tile: jax.Array
-    expert: jax.Array
-    first: jax.Array
-    end: jax.Array
-    used: jax.Array
 
 
 def grouped_int4_matmul_tpu(
@@ -118,22 +109,6 @@ def tile_rows_of(rows: int, experts: int) -> int:
     return size
 
 
-def work_items(group_sizes: jax.Array, rows: int, bm: int) -> Items:
-    """The items of i32[E] rows for each expert, `rows` in all, in tiles of bm."""
-    experts = group_sizes.shape[0]
-    ends = jnp.minimum(jnp.cumsum(group_sizes, dtype=jnp.int32), rows)
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-    in_tiles = jnp.where(ends > starts, (ends - 1) // bm - starts // bm + 1, 0)  # i32[E]: how many an expert is in
-    item_ends = jnp.cumsum(in_tiles, dtype=jnp.int32)
-    count = item_ends[-1]
-    number = jnp.minimum(jnp.arange(-(-rows // bm) + experts - 1, dtype=jnp.int32), jnp.maximum(count - 1, 0))
-    expert = jnp.minimum(jnp.searchsorted(item_ends, number, side="right").astype(jnp.int32), experts - 1)
-    tile = starts[expert] // bm + number - (item_ends[expert] - in_tiles[expert])
-    first = jnp.clip(starts[expert] - tile * bm, 0, bm)
-    end = jnp.clip(ends[expert] - tile * bm, 0, bm)
-    return Items(tile, expert, first, end, count[None])
-
-
 def _call(
     x: jax.Array, w: Packed, table: Any, items: Items, bm: int, plan: Plan, spec: PackedSpec, interpret: bool
 ) -> jax.Array:
@@ -192,11 +167,6 @@ def reads_in_place(items: Items, names: Iterable[str], w: Packed, loops: bool) -
     """Which operands XLA may slice out of a stack of layers while the kernel reads them (int4_matmul/tpu.py): words."""
     words = w.codes.dtype == jnp.int32 and not loops
     return [False] * len(items) + [name == "codes" and words for name in names]
-
-
-def rows_of(items: Items, bm: int) -> jax.Array:
-    """i32[]: how many rows have an expert."""
-    return jnp.where(items.used[0] > 0, items.tile[-1] * bm + items.end[-1], 0)
 
 
 def by_blocks(part: jax.Array, n: int, missing: int) -> jax.Array:

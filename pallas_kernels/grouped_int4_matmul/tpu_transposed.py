@@ -22,10 +22,9 @@ from pallas_kernels.grouped_int4_matmul.tpu import (
     SMALLEST_TILE,
     by_blocks,
     reads_in_place,
-    rows_of,
     tile_rows_of,
-    work_items,
 )
+from pallas_kernels.grouped_int4_matmul.work_items import rows_of, work_items
 from pallas_kernels.int4_matmul import tpu_forms, tpu_tables
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed

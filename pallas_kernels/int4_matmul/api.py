@@ -15,9 +15,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.int4_matmul import gradients, tiles, xla
-from pallas_kernels.int4_matmul.gpu_fragments import padded_length
 from pallas_kernels.int4_matmul.registry import BACKENDS, Implementation, by_platform, in_rows
-from pallas_kernels.int4_matmul.spec import HOPPER, PackedSpec
+from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu import asks_for_float32
 from pallas_kernels.manual_axes import vary_alike
@@ -102,12 +101,12 @@ def _backward(spec, implementation, precision, dtype, integers, residuals, dy):
     del dtype, integers
     x, own = residuals
     chosen = by_platform(implementation, spec)
-    w, spec = in_rows(own, spec)
+    w, rows_spec = in_rows(own, spec)
 
     def by_xla(platform: str):
         compute = xla.accumulator(x.dtype) if platform == "cpu" else x.dtype
-        one = functools.partial(gradients.of_input, spec=spec, dtype=compute, precision=precision)
-        return lambda dy, w: _batched(one, platform)(dy, w).astype(x.dtype)
+        one = functools.partial(gradients.of_input, spec=rows_spec, dtype=compute, precision=precision)
+        return lambda dy, own: _batched(one, platform)(dy, in_rows(own, spec)[0]).astype(x.dtype)
 
     def to_input(platform: str):
         backend = BACKENDS[chosen[platform]] if platform in chosen else None
@@ -117,13 +116,13 @@ def _backward(spec, implementation, precision, dtype, integers, residuals, dy):
         alone = _batched(one, platform)
         return alone if backend.partitions or implementation else alone_or_partitioned(alone, by_xla(platform))
 
-    dx = by_lowering_platform({platform: to_input(platform) for platform in ("cpu", "tpu", "gpu")}, dy, w)
-    flat = tiles.flat_scales(w, spec)
+    dx = by_lowering_platform({platform: to_input(platform) for platform in ("cpu", "tpu", "gpu")}, dy, own)
+    flat = tiles.flat_scales(w, rows_spec)
     batched = functools.partial(_batched, platform="cpu")
-    dscale = batched(lambda both, w: gradients.scale_cotangent(both[0], both[1], w, spec))((x, dy), flat)
+    dscale = batched(lambda both, w: gradients.scale_cotangent(both[0], both[1], w, rows_spec))((x, dy), flat)
     doffset = None
     if w.offset is not None:
-        doffset = batched(lambda both, w: gradients.offset_cotangent(both[0], both[1], spec))((x, dy), flat)
+        doffset = batched(lambda both, w: gradients.offset_cotangent(both[0], both[1], rows_spec))((x, dy), flat)
         doffset = gradients.like(doffset, own.offset)
     return dx, Packed(no_cotangent(own.codes), gradients.like(dscale, own.scale), no_cotangent(own.zero_point), doffset)
 
@@ -176,10 +175,7 @@ def resolved_precision(precision: Any) -> Any:
 
 
 def _check(x: jax.Array, w: Packed, spec: PackedSpec) -> None:
-    words = spec.layout == "tpu" and w.codes.dtype == jnp.int32
-    have, want = w.codes.shape[spec.k_axis], -(-spec.length // 8) if words else spec.packed_length
-    if spec.layout == HOPPER:
-        have, want = w.codes.shape[-1], 8 * padded_length(spec.length)
+    have, want = tiles.lengths_along_k(w.codes, spec)
     if have != want:
         raise ValueError(f"codes of shape {w.codes.shape} hold {have} along K, wanted {want} for {spec}")
     if x.shape[-1] != spec.length:

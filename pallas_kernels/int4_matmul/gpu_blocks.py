@@ -12,6 +12,7 @@ ones.
     groups of 64 and more       "sums" up to SUMS_ROWS rows of x, above "weights": the sums of a block of 128 rows would
                                 be scaled by as many instructions as unpack its weights
     groups of 32                "weights": a chain of two wgmma would be waited for
+    x of int8                   "sums" whatever the rows, of blocks of at most 128, as scaled weights are no integers
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
 
 @dataclasses.dataclass(frozen=True)
 class GpuProblem:
-    """One product: x[m, k] by codes [k, n] in `groups` groups of `group_size`."""
+    """One product: x[m, k] by codes [k, n] in `groups` groups of `group_size`, or by those of `experts`, ragged."""
 
     m: int
     k: int
@@ -35,6 +36,28 @@ class GpuProblem:
     group_size: int
     scale_bytes: int = 2
     out_bytes: int = 2
+    bits: int = 4
+    integers: bool = False  # x is int8
+    transposed: bool = False  # by codes [n, k], grouped along n, which are stored as those of a product by [k, n] are
+    experts: int = 0
+
+    @property
+    def x_bytes(self) -> int:
+        return 1 if self.integers else 2
+
+    @property
+    def matrices(self) -> int:
+        """How many are read, at most."""
+        return min(self.m, self.experts) or 1
+
+    @property
+    def rows_of_weight(self) -> int:
+        """Rows of x that a weight is multiplied by, on average where there are experts."""
+        return -(-self.m // max(1, self.experts))
+
+    def row_blocks(self, tile_m: int) -> int:
+        """Blocks along the rows of x; of experts, as many as there may be."""
+        return min(self.m, -(-self.m // tile_m) + max(0, self.experts - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +65,7 @@ class GpuPlan:
     """How a product is cut.
 
     Attributes:
-      form: "sums", "weights" or "column" of mosaic_gpu_kernel.py.
+      form: "sums", "weights" or "column" of mosaic_gpu_forms.py, or "transposed".
       tile_m: rows of x of a block, a multiple of 8, at most 256.
       warpgroups: that multiply, at most MOST_WARPGROUPS.
       tile_k: rows of codes of a step, a multiple of 64.
@@ -65,8 +88,11 @@ class GpuPlan:
 
 
 SUMS_ROWS = 64
-INSTRUCTIONS = {"column": (2.25, 1.9), "sums": (2.4, 2.1), "weights": (2.9, 2.5)}  # of a thread, a weight, by strips
-INSTRUCTIONS_OF_A_SUM = 64 / 128 / 64  # more of them for each row of x beyond 16: one a sum and group of 128
+# Of a thread, a weight, by strips of a warpgroup; of codes of 4 and 8 bits and, where x is int8, of either.
+INSTRUCTIONS = {"column": (2.25, 1.9), "sums": (2.4, 2.1), "weights": (2.9, 2.5)}
+INSTRUCTIONS_OF_WIDE = {"column": (2.8, 2.3), "sums": (3.1, 2.7), "weights": (3.7, 3.1)}
+INSTRUCTIONS_OF_INTEGERS = {"column": (1.3, 1.0), "sums": (1.6, 1.2)}
+INSTRUCTIONS_OF_TRANSPOSED = {4: 4.0, 8: 4.6}  # by bits
 LEAST_ROWS_OF_TENSOR_CORE = 16  # fewer take as long
 TENSOR_SHARE = 0.7
 FILLING = 1.5e-6  # seconds before a block's first product
@@ -82,6 +108,7 @@ _FEW_ROWS = ((2, 2), (2, 1))  # of 192 columns, zero points are not whole 128 by
 WARPGROUPS: dict[int, tuple[tuple[int, int], ...]] = {
     **dict.fromkeys((8, 16, 32, 64), _FEW_ROWS), 128: ((2, 2), (2, 1)), 256: ((2, 1),)
 }  # fmt: skip
+TRANSPOSED, DEPTH_OF_TRANSPOSED = (2, 1), 128  # an even number of tiles: their places in shared memory take turns
 DEPTHS: dict[int, tuple[int, ...]] = {
     8: (256, 128),
     16: (256, 128),
@@ -93,9 +120,13 @@ DEPTHS: dict[int, tuple[int, ...]] = {
 
 
 def form_of(problem: GpuProblem) -> str:
+    if problem.transposed:
+        return "transposed"
     if problem.groups == 1:
         return "column"
-    return "sums" if problem.group_size >= TILE_K and problem.m <= SUMS_ROWS else "weights"
+    if problem.integers:
+        return "sums"
+    return "sums" if problem.group_size >= TILE_K and problem.rows_of_weight <= SUMS_ROWS else "weights"
 
 
 @functools.cache
@@ -106,46 +137,65 @@ def choose_plan(problem: GpuProblem, gpu: Gpu) -> GpuPlan:
 
 def modelled_seconds(problem: GpuProblem, plan: GpuPlan, gpu: Gpu) -> float:
     steps = math.ceil(math.ceil(problem.k / plan.tile_k) / plan.splits)
-    blocks = math.ceil(problem.m / plan.tile_m) * math.ceil(problem.n / plan.columns) * plan.splits
+    row_blocks = problem.row_blocks(plan.tile_m)
+    blocks = row_blocks * math.ceil(problem.n / plan.columns) * plan.splits
     weights = plan.columns * plan.tile_k
-    instructions = INSTRUCTIONS[plan.form][plan.strips - 1]
-    if plan.form == "sums":
-        instructions += INSTRUCTIONS_OF_A_SUM * (plan.tile_m - 16)
+    instructions = _instructions(problem, plan)
     rows = max(plan.tile_m, LEAST_ROWS_OF_TENSOR_CORE)
     busy = min(blocks, gpu.cores)
-    x_bytes = 2 * plan.tile_m * plan.tile_k
-    w_bytes = weights * (0.5 + problem.scale_bytes / min(problem.group_size, problem.k))
+    x_bytes = problem.x_bytes * plan.tile_m * plan.tile_k
+    w_bytes = weights * (problem.bits / 8 + problem.scale_bytes / min(problem.group_size, problem.k))
     step = max(
         instructions * weights / (LANES * gpu.clock),
-        rows * weights / (MACS * TENSOR_SHARE * gpu.clock),
-        busy * w_bytes / gpu.bandwidth / max(1, math.ceil(problem.m / plan.tile_m) / 2),
+        rows * weights * problem.x_bytes / (2 * MACS * TENSOR_SHARE * gpu.clock),
+        busy * w_bytes / gpu.bandwidth / max(1, row_blocks / problem.matrices / 2),
         busy * (w_bytes + x_bytes) / gpu.cache_bandwidth,
     )
-    added = plan.splits * max(problem.m, ROWS[0]) * problem.n  # rows of a tile are written whole
+    rows_out = row_blocks * plan.tile_m if problem.experts else max(problem.m, ROWS[0])  # at least a tile's eight
+    added = plan.splits * rows_out * problem.n
     adding = ADDING + 8 * added / gpu.bandwidth if plan.splits > 1 else 0.0
     return math.ceil(blocks / gpu.cores) * (steps * step + FILLING) + adding
 
 
+def _instructions(problem: GpuProblem, plan: GpuPlan) -> float:
+    """Of a thread, a weight; of each sum of more than 16 rows one more a group, or two where it must become a float."""
+    if problem.transposed:
+        return INSTRUCTIONS_OF_TRANSPOSED[problem.bits]
+    of_floats = INSTRUCTIONS_OF_WIDE if problem.bits == 8 else INSTRUCTIONS
+    table = INSTRUCTIONS_OF_INTEGERS if problem.integers else of_floats
+    of_a_sum = (2 if problem.integers else 1) / min(problem.group_size, plan.tile_k)
+    return table[plan.form][plan.strips - 1] + (of_a_sum * (plan.tile_m - 16) if plan.form == "sums" else 0.0)
+
+
 def shared_bytes(problem: GpuProblem, plan: GpuPlan) -> int:
     """Shared memory that a plan takes: the rings, the staged result, and barriers."""
-    x = 2 * plan.tile_m * plan.tile_k
-    codes = plan.columns * plan.tile_k // 2
+    x = problem.x_bytes * plan.tile_m * plan.tile_k
+    codes = plan.columns * plan.tile_k * problem.bits // 8
     per_row = 0 if plan.form == "column" else problem.scale_bytes + 1
     scales = max(1, plan.tile_k // problem.group_size) * plan.columns * per_row
     staged = plan.columns * plan.tile_m * (4 if plan.splits > 1 else problem.out_bytes)
-    return plan.stages * (x + codes + scales) + staged + 2048
+    dense = 2 * 2 * STRIP * plan.columns if plan.form == "transposed" else 0
+    return plan.stages * (x + codes + scales) + staged + dense + 2048
 
 
 def _spills(problem: GpuProblem, plan: GpuPlan) -> bool:
-    """Found by compiling: two strips' totals and sums of 64 rows, with two groups' scales and zero points at a time."""
-    return plan.form == "sums" and plan.strips == 2 and plan.tile_m == 64 and problem.group_size < plan.tile_k
+    """Found by compiling: two strips' totals and sums of 64 rows, with two groups' scales and zero points at a time.
+
+    And what needs no compiler: totals and sums of more rows in all than a thread has registers for.
+    """
+    rows = plan.strips * plan.tile_m
+    many = plan.strips == 2 and plan.tile_m == 64 and problem.group_size < plan.tile_k
+    return plan.form == "sums" and (many or rows > 128)
 
 
 def _plans(problem: GpuProblem, gpu: Gpu) -> Iterator[GpuPlan]:
-    limit = next((rows for rows in ROWS if rows >= problem.m), ROWS[-1])
+    limit = next((rows for rows in ROWS if rows >= problem.rows_of_weight), ROWS[-1])
     wanted = [rows for rows in ROWS if rows == limit or 128 <= rows <= limit]
     for tile_m, splits in itertools.product(wanted, SPLITS):
-        for tile_k, (warpgroups, strips) in itertools.product(DEPTHS[tile_m], WARPGROUPS[tile_m]):
+        shapes, depths = WARPGROUPS[tile_m], DEPTHS[tile_m]
+        if problem.transposed:
+            shapes, depths = (TRANSPOSED,), (DEPTH_OF_TRANSPOSED,)
+        for tile_k, (warpgroups, strips) in itertools.product(depths, shapes):
             plan = GpuPlan(form_of(problem), tile_m, warpgroups, tile_k, MOST_STAGES, splits, strips)
             if (splits > 1 and 2 * splits * tile_k > problem.k) or _spills(problem, plan):
                 continue

@@ -1,7 +1,7 @@
 """The GPUs that the kernels know, and which of them a trace is for.
 
-The kernel is for compute capability 9.0 alone: its compiler ends the whole process where it meets wgmma for another
-(Blackwell), so what a trace is for must be known before lowering. Figures are the datasheets'.
+The kernels are for compute capability 9.0 alone, the only one with wgmma: their compiler ends the whole process where
+it meets that for another, so what a trace is for must be known before lowering. Figures are the datasheets'.
 """
 
 import dataclasses
@@ -45,9 +45,29 @@ HOPPER = (
 )
 
 
+OTHERS = {  # compute capabilities whose weights are multiplied by XLA's forms, and the first word of their GPUs' names
+    "8.0": ("A100", "A800", "A30"),
+    "8.6": ("A10", "A40"),
+    "8.9": ("L4", "L40", "L40S"),
+    "10.0": ("B200", "GB200"),
+    "10.3": ("B300", "GB300"),
+}
+
+
 def gpu_named(kind: str) -> Gpu | None:
     """The Hopper GPU of a device kind; None for others."""
     return next((gpu for gpu in HOPPER if kind == gpu.kind or kind.startswith((f"{gpu.kind} ", f"{gpu.kind}-"))), None)
+
+
+def refusal_of_device(kind: str) -> str | None:
+    """Why the kernels are not for a device kind, or None."""
+    if gpu_named(kind) is not None:
+        return None
+    words = kind.replace("-", " ").split()
+    found = next((one for one, names in OTHERS.items() if words[:1] == ["NVIDIA"] and set(words[1:2]) & set(names)), "")
+    return f"runs on Hopper GPUs (compute capability 9.0), and this is traced for {kind!r}" + (
+        f" ({found}, which has no wgmma)" if found else ""
+    )
 
 
 def traced_kind() -> str:

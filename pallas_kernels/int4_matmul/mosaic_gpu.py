@@ -4,9 +4,13 @@ Weights are read once, as they lie, and become floats in registers (mosaic_gpu_r
 of a transposed product: few rows of x are the narrow side of wgmma, 8 at the least (mosaic_gpu_kernel.py). The kernel
 follows Marlin (Frantar et al., 2024), which does so with the mma of Ampere, and Machete (vLLM, 2024), with wgmma.
 
-What is known of it: it compiles for sm_90a without spills, and its machine code, emulated instruction by instruction on
-a CPU (benchmarks/gpu_lab), computes the product. It has not run on a GPU. So nothing takes it that does not ask for it:
-`jq4.prepare(tree, "NVIDIA H200")` makes the layout that XLA's forms read, and only `layout="hopper"` makes this one.
+What is known of it, and of its kin for experts and for gradients: they compile for sm_90a without spills, and their
+PTX, emulated instruction by instruction on a CPU (benchmarks/gpu_lab), computes the products. None has run on a GPU.
+So nothing takes them that does not ask for them: `jq4.prepare(tree, "NVIDIA H200")` makes the layout that XLA's forms
+read, and only `layout="hopper"` makes this one.
+
+Codes of 8 bits are read likewise. Where x holds whole numbers (activations rounded to int8) its products are int8's, at
+twice the tensor cores' speed (mosaic_gpu_integers.py).
 
 Where M is large the codes are unpacked to memory once and multiplied by XLA: the product is then bound by the tensor
 cores, which XLA's own kernels keep busier than this one can be expected to.
@@ -22,8 +26,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan, GpuProblem, choose_plan
-from pallas_kernels.int4_matmul.gpu_chips import HOPPER, Gpu, gpu_named, traced_kind
-from pallas_kernels.int4_matmul.gpu_fragments import rows_of
+from pallas_kernels.int4_matmul.gpu_chips import HOPPER, Gpu, gpu_named, refusal_of_device, traced_kind
+from pallas_kernels.int4_matmul.gpu_fragments import TILE_K, in_order_of_bytes, rows_of
 from pallas_kernels.int4_matmul.spec import HOPPER as LAYOUT
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
@@ -33,6 +37,7 @@ from pallas_kernels.int4_matmul.xla import int4_matmul_xla
 GROUPS = (32, 64, 128)  # and multiples of the last
 MOST_ROWS = 1536  # above, writing the dense weight costs less than XLA's better use of the tensor cores saves: modelled
 ROW_MULTIPLE = 8  # of x and of the result, in the tiles of shared memory
+MOST_ROWS_OF_SUM = (2**31 - 1) // (127 * 128)  # products of int8 that an int32 sum is exact for
 COLUMN_MULTIPLE = 128  # of x, two tiles at least: of one, its place would not be told to the copy engine
 
 
@@ -42,18 +47,25 @@ def refusal(spec: PackedSpec) -> str | None:
         return f"mosaic_gpu reads the hopper layout, not the {spec.layout} one (jq4.prepare(..., layout='hopper'))"
     if reason := layout_refusal(spec):
         return reason
-    if gpu_named(traced_kind()) is None:
-        return f"mosaic_gpu runs on Hopper GPUs (compute capability 9.0), and this is traced for {traced_kind()!r}"
-    return None
+    reason = refusal_of_device(traced_kind())
+    return reason and f"mosaic_gpu {reason}"
 
 
 def layout_refusal(spec: PackedSpec) -> str | None:
     """Why a weight has no hopper layout, or None."""
-    if spec.bits != 4 or spec.levels is not None:
-        return f"mosaic_gpu reads 4-bit integers, not {spec.bits}-bit {'codebooks' if spec.levels else 'integers'}"
+    if spec.bits not in (4, 8) or spec.levels is not None:
+        kind = "codebooks" if spec.levels else "integers"
+        return f"mosaic_gpu reads integers of 4 and 8 bits, not {spec.bits}-bit {kind}"
     if spec.num_groups > 1 and spec.group_size not in GROUPS and spec.group_size % GROUPS[-1]:
         return f"mosaic_gpu reads groups of {GROUPS} rows and multiples of the last, not of {spec.group_size}"
     return None
+
+
+def takes_int8(spec: PackedSpec, zero_points: bool) -> bool:
+    """Whether a weight can be multiplied by an x of int8: its levels fit int8, its groups are chains of wgmma."""
+    if spec.bits == 8 and zero_points:
+        return False
+    return spec.length <= MOST_ROWS_OF_SUM if spec.num_groups == 1 else spec.group_size % TILE_K == 0
 
 
 def int4_matmul_mosaic_gpu(
@@ -64,6 +76,7 @@ def int4_matmul_mosaic_gpu(
     platform: str = "gpu",
     precision: Any = None,
     dtype: Any = None,
+    integers: bool = False,
     gpu: Gpu | None = None,
     plan: GpuPlan | None = None,
 ) -> jax.Array:
@@ -71,56 +84,82 @@ def int4_matmul_mosaic_gpu(
 
     Args:
       x: float[M, K].
-      w: codes i32[N / 64, 8 * ceil128(K)], scale [G, N], zero_point u8[G, N], offset [G, N].
+      w: codes i32[N / 64, 2 * bits * ceil128(K)], scale [G, N], zero_point u8[G, N], offset [G, N].
       spec: layout "hopper".
       platform: always "gpu".
       precision: of a float32 x.
       dtype: of the result.
+      integers: x holds whole numbers of at most 127: they may be multiplied as int8.
       gpu: None is the one of the trace.
       plan: None is chosen for the GPU and the sizes.
     """
-    terms = _terms(x, precision)  # bf16 or f16 [T, M, K]
+    terms = terms_of(x, precision, integers)  # [T, M, K]
     count, m, k = terms.shape
     if count * m > MOST_ROWS and plan is None:
         return int4_matmul_xla(x, *rows_of(w, spec), platform=platform, precision=precision)
-    rows = terms.reshape(count * m, k)
-    n = spec.columns(w.codes.shape)
-    dtype = jnp.dtype(jnp.float32 if count > 1 or dtype not in (jnp.bfloat16, jnp.float16) else dtype)
+    dtype = result_dtype(dtype, count)
+    rows = in_integers(terms.reshape(count * m, k), w, spec) if integers else terms.reshape(count * m, k)
+    plan = plan or plan_of(rows, w, spec, dtype, gpu)
+    out = product(rows, w, spec, plan, dtype)[: m * count]
+    out = out if count == 1 else jnp.sum(out.reshape(count, m, -1), 0)
+    if w.offset is None:
+        return out
+    offset = w.offset.astype(jnp.float32)
+    return out.astype(jnp.float32) + jnp.matmul(sums_of_groups(x, spec), offset, precision=lax.Precision.HIGHEST)
+
+
+def plan_of(rows: jax.Array, w: Packed, spec: PackedSpec, dtype: Any, gpu: Gpu | None) -> GpuPlan:
+    """The chosen plan, on `gpu` or that of the trace; codes with a leading axis are experts'."""
     problem = GpuProblem(
-        count * m, k, n, spec.num_groups, spec.group_size, jnp.dtype(w.scale.dtype).itemsize, dtype.itemsize
-    )
-    plan = plan or choose_plan(problem, gpu or gpu_named(traced_kind()) or HOPPER[0])
-    out = _call(rows, w, spec, plan, dtype)
-    out = out if count == 1 else jnp.sum(out.reshape(count, m, n), 0)
-    return out if w.offset is None else out.astype(jnp.float32) + _of_offsets(x, w.offset, spec)
+        *rows.shape, spec.columns(w.codes.shape), spec.num_groups, spec.group_size,
+        scale_bytes=jnp.dtype(w.scale.dtype).itemsize, out_bytes=dtype.itemsize, bits=spec.bits,
+        integers=rows.dtype == jnp.int8, experts=w.codes.shape[0] if w.codes.ndim == 3 else 0,
+    )  # fmt: skip
+    return choose_plan(problem, gpu or gpu_named(traced_kind()) or HOPPER[0])
 
 
-def _call(rows: jax.Array, w: Packed, spec: PackedSpec, plan: GpuPlan, dtype: Any) -> jax.Array:
+def product(
+    rows: jax.Array, w: Packed, spec: PackedSpec, plan: GpuPlan, dtype: Any, items: tuple[jax.Array, ...] = ()
+) -> jax.Array:
+    """The kernel's result: dtype[ceil8(M), N], or [items * tile_m, N] of work items (see mosaic_gpu_kernel.call)."""
     from pallas_kernels.int4_matmul import mosaic_gpu_kernel as kernel  # a second's import, for Hopper alone
 
     (m, k), n = rows.shape, spec.columns(w.codes.shape)
     rows = jnp.pad(rows, ((0, -m % ROW_MULTIPLE), (0, -k % COLUMN_MULTIPLE)))
-    scale, zero_point = (None if part is None else jnp.broadcast_to(part, (part.shape[0], n)) for part in w[1:3])
+    rows = in_order_of_bytes(rows) if rows.dtype == jnp.int8 else rows
+    scale, zero_point = (None if part is None else jnp.broadcast_to(part, (*part.shape[:-1], n)) for part in w[1:3])
     shape = kernel.Shape(
         m=rows.shape[0], k=rows.shape[1], n=n, group_size=spec.group_size, groups=spec.num_groups,
-        dtype=rows.dtype, out_dtype=dtype, zero_points=zero_point is not None,
+        dtype=rows.dtype, out_dtype=dtype, zero_points=zero_point is not None, bits=spec.bits,
+        items=len(items[0]) if items else 0,
     )  # fmt: skip
     call = functools.partial(kernel.call, shape=shape, plan=plan)
-    out = jax.custom_batching.sequential_vmap(call)(rows, w.codes, scale, zero_point)
-    return (out if plan.splits == 1 else jnp.sum(out, 0).astype(dtype))[:m]
+    out = jax.custom_batching.sequential_vmap(call)(items, rows, w.codes, scale, zero_point)
+    return out if plan.splits == 1 else jnp.sum(out, 0).astype(dtype)
 
 
-def _terms(x: jax.Array, precision: Any) -> jax.Array:
-    """[T, M, K] that sum to x: itself where it is of 16 bits."""
+def result_dtype(dtype: Any, terms: int) -> Any:
+    """What the kernel writes where its caller will round to `dtype`: f32 but for one term and a dtype of 16 bits."""
+    return jnp.dtype(jnp.float32 if terms > 1 or dtype not in (jnp.bfloat16, jnp.float16) else dtype)
+
+
+def in_integers(x: jax.Array, w: Packed, spec: PackedSpec) -> jax.Array:
+    """Whole numbers as int8 where the kernel takes that, else as they are."""
+    return x.astype(jnp.int8) if takes_int8(spec, w.zero_point is not None) else x
+
+
+def terms_of(x: jax.Array, precision: Any, integers: bool = False) -> jax.Array:
+    """bf16 or f16[T, M, K] that sum to x: itself where it is of 16 bits, and one where it holds whole numbers."""
+    if integers:
+        return x.astype(jnp.bfloat16)[None]
     if x.dtype in (jnp.bfloat16, jnp.float16):
         return x[None]
     default = precision is None or precision == lax.Precision.DEFAULT
     return bf16_terms(x.astype(jnp.float32), lax.Precision.HIGH if default else lax.Precision.HIGHEST)
 
 
-def _of_offsets(x: jax.Array, offset: jax.Array, spec: PackedSpec) -> jax.Array:
-    """f32[M, N]: what offsets add, the sums of x over each group times them."""
+def sums_of_groups(x: jax.Array, spec: PackedSpec) -> jax.Array:
+    """f32[M, G]: x summed over each group, what offsets are multiplied by."""
     missing = 0 if spec.num_groups == 1 else spec.num_groups * spec.group_size - spec.length
     padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, missing)))
-    sums = jnp.sum(padded.reshape(x.shape[0], spec.num_groups, -1), -1)
-    return jnp.matmul(sums, offset.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    return jnp.sum(padded.reshape(x.shape[0], spec.num_groups, -1), -1)

@@ -1,13 +1,14 @@
-"""A step of a warpgroup: tiles of codes to floats in registers, products, sums.
+"""A step of a warpgroup: tiles of codes to floats (or int8) in registers, products, sums.
 
-    sums[64, tile_m] += W^T[64, 64] (registers)  x^T[64, tile_m] (shared memory)          wgmma, in f32
+    sums[64, tile_m] += W^T[64, 64] (registers)  x^T[64, tile_m] (shared memory)          wgmma, in f32 (or int32)
 
     "sums"      one chain of wgmma a group and step; its result is scaled, in f32, and added up
     "weights"   weights are scaled in registers (rounded to x's dtype), one chain over all of K
     "column"    one scale a column: one chain over all of K, scaled at the end
 
-With several strips their chains are asked for in turn, so that one is multiplied while the next is unpacked.
-`FORMS` has for each form its step, how the pipeline around it is run, and what accumulators that takes.
+Where x is int8 there are "sums" and "column". With several strips their chains are asked for in turn, so that one is
+multiplied while the next is unpacked. `FORMS` has for each form its step, how the pipeline around it is run, and what
+accumulators that takes.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
-from pallas_kernels.int4_matmul.mosaic_gpu_registers import WORDS_LAYOUT, floats_of
+from pallas_kernels.int4_matmul.mosaic_gpu_integers import factor_of, integers_of, zero_bytes_of
+from pallas_kernels.int4_matmul.mosaic_gpu_registers import floats_of, words_layout, zero_points_of
 from pallas_kernels.int4_matmul.mosaic_gpu_seams import load
 
 
@@ -38,6 +40,17 @@ class Shape:
     dtype: Any
     out_dtype: Any
     zero_points: bool
+    bits: int = 4
+    items: int = 0  # work items, of a product with experts
+
+    @property
+    def integers(self) -> bool:
+        return self.dtype == jnp.int8
+
+    @property
+    def factor(self) -> float:
+        """What products are multiplied by beside their scales."""
+        return factor_of(self.bits, self.zero_points) if self.integers else 1.0
 
 
 class Rows(NamedTuple):
@@ -50,39 +63,55 @@ class Rows(NamedTuple):
 def sums_step(shape: Shape, plan: GpuPlan, x: Any, codes: Sequence[Any], rows_of: Sequence[Rows], sums: Any) -> Any:
     """f32[64, tile_m] a strip, and one step's products: a chain for each group of the step, scaled and added."""
     group, sums = min(shape.group_size, plan.tile_k), list(sums)
-    convert = floats_of(shape.dtype, 0, int(shape.zero_points))
+    convert = _operand_of(shape, 0, int(shape.zero_points))
     for i in range(len(rows_of[0].scale)):
 
         def chains(*partial: Any, i: int = i) -> list[jax.Array]:
             for tile in range(i * group // TILE_K, (i + 1) * group // TILE_K):
                 for strip, rows in enumerate(rows_of):
-                    zeros = [] if rows.zero_point is None else [rows.zero_point[i].astype(jnp.int32)]
-                    _multiply(convert, x, codes[strip], tile, zeros, partial[strip])
+                    zeros = [] if rows.zero_point is None else [_zero_of(shape, rows.zero_point[i])]
+                    _multiply(shape, convert, x, codes[strip], tile, zeros, partial[strip])
             return [one[...] for one in partial]
 
-        products = pl.run_scoped(chains, *_accumulators(plan))
+        products = pl.run_scoped(chains, *_accumulators(shape, plan))
         for strip, (rows, product) in enumerate(zip(rows_of, products, strict=True)):
-            scale = lax.broadcast_in_dim(rows.scale[i].astype(jnp.float32), product.shape, [0])
-            sums[strip] = sums[strip] + product * scale
+            sums[strip] = sums[strip] + scaled(shape, product, rows.scale[i])
     return tuple(sums)
 
 
 def chain_step(shape: Shape, plan: GpuPlan, x: Any, codes: Sequence[Any], rows_of: Sequence[Rows], totals: Any) -> Any:
     """One step of one chain a strip: weights scaled in registers, or levels where one scale serves a column."""
-    scaled, tiles = plan.form == "weights", plan.tile_k // TILE_K
+    scales_weights, tiles = plan.form == "weights", plan.tile_k // TILE_K
     per_tile = max(1, len(rows_of[0].scale) // tiles)
-    convert = floats_of(shape.dtype, per_tile if scaled else 0, per_tile if shape.zero_points else 0)
+    convert = _operand_of(shape, per_tile if scales_weights else 0, per_tile if shape.zero_points else 0)
     for tile in range(tiles):
         for strip, rows in enumerate(rows_of):
-            scales = [one.astype(shape.dtype) for one in _of_tile(rows.scale, tile, tiles)] if scaled else []
-            zeros = [one.astype(jnp.int32) for one in _of_tile(rows.zero_point or [], tile, tiles)]
-            _multiply(convert, x, codes[strip], tile, [*scales, *zeros], totals[strip])
+            scales = [one.astype(shape.dtype) for one in _of_tile(rows.scale, tile, tiles)] if scales_weights else []
+            zeros = [_zero_of(shape, one) for one in _of_tile(rows.zero_point or [], tile, tiles)]
+            _multiply(shape, convert, x, codes[strip], tile, [*scales, *zeros], totals[strip])
     plgpu.wgmma_wait(0)
     return totals
 
 
-def _multiply(convert: Any, x: Any, codes: Any, tile: int, parts: list[Any], total: Any) -> None:
-    weights = convert(load(codes.at[tile], WORDS_LAYOUT), *parts)
+def scaled(shape: Shape, product: jax.Array, scale: jax.Array) -> jax.Array:
+    """f32[64, tile_m]: what a chain of levels gave, times its columns' scales."""
+    row = scale.astype(jnp.float32)
+    row = row if shape.factor == 1.0 else row * jnp.float32(shape.factor)
+    return product.astype(jnp.float32) * lax.broadcast_in_dim(row, product.shape, [0])
+
+
+def _operand_of(shape: Shape, scales: int, zero_points: int) -> Callable[..., jax.Array]:
+    if shape.integers:
+        return integers_of(shape.bits, zero_points)
+    return floats_of(shape.dtype, shape.bits, scales, zero_points)
+
+
+def _zero_of(shape: Shape, row: jax.Array) -> jax.Array:
+    return zero_bytes_of(row) if shape.integers else zero_points_of(row, shape.dtype, shape.bits)
+
+
+def _multiply(shape: Shape, convert: Any, x: Any, codes: Any, tile: int, parts: list[Any], total: Any) -> None:
+    weights = convert(load(codes.at[tile], words_layout(shape.bits)), *parts)
     plgpu.wgmma(total, weights, x.at[:, pl.ds(tile * TILE_K, TILE_K)].T)
 
 
@@ -92,8 +121,9 @@ def _of_tile(rows: list[Any], tile: int, tiles: int) -> list[Any]:
     return rows[first : first + max(1, len(rows) // tiles)]
 
 
-def _accumulators(plan: GpuPlan) -> list[Any]:
-    return [plgpu.WGMMAAccumulatorRef((STRIP, plan.tile_m), jnp.float32)] * plan.strips
+def _accumulators(shape: Shape, plan: GpuPlan) -> list[Any]:
+    dtype = jnp.int32 if shape.integers else jnp.float32
+    return [plgpu.WGMMAAccumulatorRef((STRIP, plan.tile_m), dtype)] * plan.strips
 
 
 def _sums_in_registers(plan: GpuPlan, pipeline: Any, totals: Sequence[Any]) -> list[jax.Array]:
@@ -113,11 +143,11 @@ class Form(NamedTuple):
 
     step: Callable[..., Any]
     run: Callable[..., list[jax.Array]]
-    accumulators: Callable[[GpuPlan], list[Any]]
+    accumulators: Callable[[Shape, GpuPlan], list[Any]]
 
 
 FORMS = {
-    "sums": Form(sums_step, _sums_in_registers, lambda plan: []),
+    "sums": Form(sums_step, _sums_in_registers, lambda shape, plan: []),
     "weights": Form(chain_step, _sums_of_chains, _accumulators),
     "column": Form(chain_step, _sums_of_chains, _accumulators),
 }

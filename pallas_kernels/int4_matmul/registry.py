@@ -9,7 +9,7 @@
 
 A backend is a function (x[M, K], Packed, spec, *, platform, precision, dtype) -> [M, N] in f32, or in the `dtype`
 that its caller will round to in any case, and a function that says why it cannot take a spec, or None. It may have a
-transpose of its own, (dy[M, N], Packed, spec, *, dtype) -> dtype[M, K], of factors rounded to bf16 (else gradients.py).
+transpose of its own, (dy[M, N], Packed, spec, *, dtype) -> dtype[M, K], of factors of 16 bits (else gradients.py).
 `choose` goes through names in order; an implementation of None stands for PREFERRED, which ends with "xla", and "xla"
 takes everything.
 """
@@ -24,6 +24,7 @@ import jax
 from pallas_kernels.int4_matmul.gpu_fragments import rows_of
 from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu
 from pallas_kernels.int4_matmul.mosaic_gpu import refusal as mosaic_gpu_refusal
+from pallas_kernels.int4_matmul.mosaic_gpu_transposed import int4_matmul_mosaic_gpu_transposed
 from pallas_kernels.int4_matmul.reference import int4_matmul_reference
 from pallas_kernels.int4_matmul.spec import HOPPER, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
@@ -92,7 +93,14 @@ BACKENDS: dict[str, Backend] = {
         integers=True,
         transposed=functools.partial(int4_matmul_tpu_transposed, interpret=True),
     ),
-    "mosaic_gpu": Backend(int4_matmul_mosaic_gpu, ("gpu",), mosaic_gpu_refusal, partitions=False),
+    "mosaic_gpu": Backend(
+        int4_matmul_mosaic_gpu,
+        ("gpu",),
+        mosaic_gpu_refusal,
+        partitions=False,
+        integers=True,
+        transposed=int4_matmul_mosaic_gpu_transposed,
+    ),
 }
 
 PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("xla",), "tpu": ("tpu", "xla"), "gpu": ("mosaic_gpu", "xla")}

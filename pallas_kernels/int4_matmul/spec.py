@@ -8,7 +8,8 @@ A packed weight W[K, N] is a tuple of arrays and a `PackedSpec`. With G = ceil(K
     tpu     kn  i32[ceil(K / 8), N]      [G, 1, N]   4-bit integers, code - 8 of row 8r + j in bits 4j.. of word r
             or  int4[K, N] = code - 8                (the dtype of the codes tells; int4 is what words are in a TPU)
             or  int8[K, N] = code - 128              8-bit integers. Codebooks of 16 levels are laid like 4-bit integers
-    hopper  kn  i32[N / 64, 8 * ceil128(K)]  [G, N]  unsigned codes in the order of gpu_fragments.py, 64 divides N
+    hopper  kn  i32[N / 64, 2 * bits * ceil128(K)]   4- or 8-bit unsigned codes in the order of gpu_fragments.py, with
+                                                     scales [G, N]; 64 divides N
     gpu     nk  int4[N, K] = code - 8    [N, G]      4-bit integers, K a multiple of the group
 
 N may be 1 in scale, zero_point and offset (one value for all columns). level is `code - zero_point` (zero_point u8,
@@ -58,7 +59,9 @@ class PackedSpec:
 
     @property
     def packed_length(self) -> int:
-        """Length of codes along K: bytes, or codes where they are stored as int4 elements."""
+        """Length of codes along K: bytes, or codes where they are elements, or words of a hopper strip's 64 columns."""
+        if self.layout == HOPPER:
+            return 2 * self.bits * -(-self.length // 128) * 128
         return packing.packed_length(self.length, self.bits) if self.layout == NEUTRAL else self.length
 
     def columns(self, codes_shape: tuple[int, ...]) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import packing
-from pallas_kernels.int4_matmul.spec import NEUTRAL, TPU, PackedSpec
+from pallas_kernels.int4_matmul.spec import HOPPER, NEUTRAL, TPU, PackedSpec
 from pallas_kernels.int4_matmul.words import words_to_int4, words_to_integers
 
 # Floats of one tile: they stay in a CPU's cache, yet are enough for a product to run at full speed. One row of x is
@@ -64,6 +64,19 @@ def holds_words(w: Packed, spec: PackedSpec) -> bool:
 def unpacked_words(w: Packed, spec: PackedSpec) -> Packed:
     """Words as int8[K, N]; others as they are."""
     return w._replace(codes=words_to_integers(w.codes, spec.length).astype(jnp.int8)) if holds_words(w, spec) else w
+
+
+def holds_all_of_k(codes: jax.Array, spec: PackedSpec) -> bool:
+    """Whether the codes are as long along K as the spec says."""
+    have, want = lengths_along_k(codes, spec)
+    return have == want
+
+
+def lengths_along_k(codes: jax.Array, spec: PackedSpec) -> tuple[int, int]:
+    """How long the codes are along K, in bytes, words or elements, and how long they should be."""
+    have = codes.shape[-1 if spec.layout == HOPPER else spec.k_axis]
+    in_words = spec.layout == TPU and codes.dtype == jnp.int32
+    return have, -(-spec.length // 8) if in_words else spec.packed_length
 
 
 def squeezed_scales(w: Packed, spec: PackedSpec) -> Packed:

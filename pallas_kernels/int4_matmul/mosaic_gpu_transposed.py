@@ -1,0 +1,80 @@
+"""dx[M, K] = dy[M, N] @ W[K, N]^T, what reaches x, on a Hopper GPU; by the kernel of mosaic_gpu_transposed_kernel.py.
+
+Weights are rounded to the dtype of dy as dense ones are. float32 dy is the sum of two bf16 terms, as x is in the
+forward product. What offsets add is a product of its own, [M, N] by [N, G].
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.int4_matmul import gradients
+from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan, GpuProblem, choose_plan
+from pallas_kernels.int4_matmul.gpu_chips import HOPPER, Gpu, gpu_named, traced_kind
+from pallas_kernels.int4_matmul.gpu_fragments import padded_length, rows_of
+from pallas_kernels.int4_matmul.mosaic_gpu import MOST_ROWS, ROW_MULTIPLE, result_dtype, terms_of
+from pallas_kernels.int4_matmul.spec import PackedSpec
+from pallas_kernels.int4_matmul.tiles import Packed
+
+LEAST_COLUMNS = 128  # of dy, two tiles: of one, its place would not be told to the copy engine
+
+
+def int4_matmul_mosaic_gpu_transposed(
+    dy: jax.Array,
+    w: Packed,
+    spec: PackedSpec,
+    *,
+    dtype: Any,
+    gpu: Gpu | None = None,
+    plan: GpuPlan | None = None,
+) -> jax.Array:
+    """`dtype`[M, K], of dy[M, N], which is rounded to `dtype` if that has 16 bits.
+
+    Args:
+      dy: float[M, N].
+      w: as for `int4_matmul_mosaic_gpu`.
+      spec: layout "hopper".
+      dtype: of x, and of the result.
+      gpu: None is the one of the trace.
+      plan: None is chosen for the GPU and the sizes.
+    """
+    terms = terms_of(dy.astype(dtype), None)
+    count, m, n = terms.shape
+    if count * m > MOST_ROWS and plan is None:
+        return gradients.of_input(dy, *rows_of(w, spec), dtype=dtype).astype(dtype)
+    out_dtype = result_dtype(dtype, count)
+    problem = GpuProblem(
+        count * m, n, padded_length(spec.length), spec.num_groups, spec.group_size, bits=spec.bits,
+        scale_bytes=jnp.dtype(w.scale.dtype).itemsize, out_bytes=out_dtype.itemsize, transposed=True,
+    )  # fmt: skip
+    plan = plan or choose_plan(problem, gpu or gpu_named(traced_kind()) or HOPPER[0])
+    out = _product(terms.reshape(count * m, n), w, spec, plan, out_dtype)
+    out = out if count == 1 else jnp.sum(out.reshape(count, m, -1), 0)
+    return (out if w.offset is None else out + _of_offsets(dy, w.offset, spec)).astype(dtype)
+
+
+def _product(rows: jax.Array, w: Packed, spec: PackedSpec, plan: GpuPlan, dtype: Any) -> jax.Array:
+    from pallas_kernels.int4_matmul import mosaic_gpu_transposed_kernel as kernel  # a second's import, for Hopper alone
+
+    m, n = rows.shape
+    rows = jnp.pad(rows, ((0, -m % ROW_MULTIPLE), (0, max(0, LEAST_COLUMNS - n))))
+    scale, zero_point = (None if part is None else jnp.broadcast_to(part, (part.shape[0], n)) for part in w[1:3])
+    shape = kernel.Shape(
+        m=rows.shape[0], k=padded_length(spec.length), n=n, group_size=spec.group_size, groups=spec.num_groups,
+        dtype=rows.dtype, out_dtype=dtype, zero_points=zero_point is not None, bits=spec.bits,
+    )  # fmt: skip
+    call = functools.partial(kernel.call, shape=shape, plan=plan)
+    out = jax.custom_batching.sequential_vmap(call)(rows, w.codes, scale, zero_point)
+    out = out if plan.splits == 1 else jnp.sum(out, 0).astype(dtype)
+    return out[:m, : spec.length]
+
+
+def _of_offsets(dy: jax.Array, offset: jax.Array, spec: PackedSpec) -> jax.Array:
+    """f32[M, K]: dy times what every row of a group adds."""
+    sums = jnp.matmul(dy.astype(jnp.float32), offset.astype(jnp.float32).T, precision=lax.Precision.HIGHEST)  # [M, G]
+    if spec.num_groups == 1:
+        return jnp.broadcast_to(sums, (dy.shape[0], spec.length))
+    return jnp.repeat(sums, spec.group_size, axis=1)[:, : spec.length]
