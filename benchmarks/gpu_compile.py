@@ -124,39 +124,39 @@ def wide_cases() -> list[Case]:
     """Codes of 8 bits."""
     split = {"form": "sums", "tile_m": 16, "tile_k": 128, "strips": 1, "splits": 2}
     weights = {"form": "weights", "tile_m": 128, "warpgroups": 2, "tile_k": 64, "stages": 3}
+    chosen = itertools.product((32, 128, 0), (False, True), ("bfloat16", "float16"))
+    planned = itertools.product((split, weights), (False, True))
     return [
-        *(
-            Case(m, 300, 128, g, z, dtype, bits=8)
-            for m, g, z, dtype in itertools.product((1, 20), (32, 128, 0), (False, True), ("bfloat16", "float16"))
-        ),
-        *(Case(20, 640, 192, 128, z, plan=p, bits=8) for p, z in itertools.product((split, weights), (False, True))),
+        *(Case(20, 300, 128, group, zeros, dtype, bits=8) for group, zeros, dtype in chosen),
+        *(Case(20, 640, 192, 128, zeros, plan=plan, bits=8) for plan, zeros in planned),
+        Case(1, 512, 320, 64, True, bits=8),
+    ]
+
+
+def integer_cases() -> list[Case]:
+    """Rows of int8, by codes of 4 bits, and of 8 without zero points."""
+    kinds, groups = [(4, False), (4, True), (8, False)], (64, 128, 0)
+    sizes = [(20, 300, group) for group in groups] + [(1, 512, 128), (130, 300, 64), (130, 300, 0)]
+    split = {"form": "sums", "tile_m": 16, "splits": 2}
+    return [
+        *(Case(m, k, 128, g, z, bits=bits, integers=True) for (m, k, g), (bits, z) in itertools.product(sizes, kinds)),
+        Case(20, 640, 192, 128, True, plan=split, integers=True),
     ]
 
 
 def transposed_cases() -> list[Case]:
     """Products by the transpose: x is dy."""
     split = {"form": "transposed", "tile_m": 16, "tile_k": 128, "warpgroups": 2, "stages": 3, "splits": 2}
+    chosen = itertools.product((32, 64, 128, 0), (False, True))
     return [
-        *(
-            Case(m, 300, n, g, z, transposed=True)
-            for m, n, g, z in itertools.product((1, 20), (64, 320), (32, 64, 128, 0), (False, True))
-        ),
+        *(Case(20, 300, 320, group, zeros, transposed=True) for group, zeros in chosen),
+        Case(1, 300, 64, 128, True, transposed=True),
         Case(130, 256, 192, 256, True, transposed=True),
         Case(20, 200, 128, 64, True, bits=8, transposed=True),
         Case(20, 200, 128, 64, True, "float16", "float32", transposed=True),
         Case(20, 256, 640, 128, True, plan=split, transposed=True),
-    ]
-
-
-def integer_cases() -> list[Case]:
-    """Rows of int8, by codes of 4 bits, and of 8 without zero points."""
-    kinds = [(4, False), (4, True), (8, False)]
-    return [
-        *(
-            Case(m, 300, 128, g, z, bits=bits, integers=True)
-            for m, g, (bits, z) in itertools.product((1, 20, 130), (64, 128, 0), kinds)
-        ),
-        Case(20, 640, 192, 128, True, plan={"form": "sums", "tile_m": 16, "splits": 2}, integers=True),
+        Case(40, 256, 192, 64, True, experts=4, transposed=True),
+        Case(24, 200, 320, 128, plan=split | {"tile_m": 8}, experts=3, transposed=True),
     ]
 
 

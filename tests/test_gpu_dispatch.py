@@ -50,6 +50,10 @@ def ragged(x, q):
     return ragged_dot(x, q, jnp.full(4, 3, jnp.int32))
 
 
+def ragged_loss(x, q):
+    return jnp.sum(ragged(x, q).astype(jnp.float32))
+
+
 q = jax.eval_shape(weight)
 stack = jax.tree.map(lambda part: jax.ShapeDtypeStruct((4, *part.shape), part.dtype), q)
 rows = lambda m, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((m, 1024), dtype)
@@ -62,6 +66,7 @@ programs = {
     "batch": (jq4.matmul, jax.ShapeDtypeStruct((4, 16, 1024), jnp.bfloat16), stack),
     "experts": (ragged, rows(12), stack),
     "gradient": (jax.grad(loss), rows(16), q),
+    "gradient of experts": (jax.grad(ragged_loss), rows(12), stack),
     "gradient of many": (jax.grad(loss), rows(4096), q),
 }
 kind, *names = sys.argv[1:]
@@ -85,13 +90,13 @@ def test_the_kernel_serves_a_hopper_gpu_up_to_many_rows():
     served = {name: one["kernel"] for name, one in found.items()}
     assert served == {
         "few": True, "float16": True, "float32": True, "eight bits": True, "many": False, "batch": True,
-        "experts": True, "gradient": True, "gradient of many": False,
+        "experts": True, "gradient": True, "gradient of experts": True, "gradient of many": False,
     }  # fmt: skip
-    for name in ("few", "eight bits", "gradient"):
+    for name in ("few", "eight bits", "gradient", "experts", "gradient of experts"):
         assert found[name]["temp"] < 2 * 1024 * 512, name  # nothing dense
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA B200", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S"])
 def test_other_gpus_get_xla_and_nothing_aborts(kind):
-    found = found_for(kind, "few", "experts", "gradient")
+    found = found_for(kind, "few", "experts", "gradient of experts")
     assert not any(one["kernel"] for one in found.values())

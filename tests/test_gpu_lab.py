@@ -33,6 +33,7 @@ CHOSEN = [
     Case(20, 300, 128, 128, True, integers=True),
     Case(20, 256, 128, 0, bits=8, integers=True),
     Case(20, 200, 192, 64, True, transposed=True),
+    Case(24, 200, 128, 64, True, experts=3, transposed=True),
 ]
 
 

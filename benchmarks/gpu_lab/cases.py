@@ -91,7 +91,7 @@ def operands(case: Case, plan: dict[str, Any], seed: int = 0) -> Operands:
     width = padded_length(case.k) if case.transposed else case.n
     shape = (splits,) * (splits > 1) + (len(items[0]) * tile_m if items else len(padded), width)
     out = np.full(shape, np.nan, np.float32 if splits > 1 else np.dtype(case.dtype))
-    wanted = wanted_product(x[: len(place)], dense.T if case.transposed else dense, sizes)
+    wanted = wanted_product(x[: len(place)], np.swapaxes(dense, -1, -2) if case.transposed else dense, sizes)
     return Operands([*items, padded, *weight, out], wanted, place)
 
 

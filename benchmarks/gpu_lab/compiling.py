@@ -117,6 +117,7 @@ def _arguments(case: Case) -> list[Any]:
 
 def _product(case: Case, plan: Any, gpu: Any, x: Any, w: Any) -> Any:
     from pallas_kernels.grouped_int4_matmul.mosaic_gpu import grouped_int4_matmul_mosaic_gpu
+    from pallas_kernels.grouped_int4_matmul.mosaic_gpu_transposed import grouped_int4_matmul_mosaic_gpu_transposed
     from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu
     from pallas_kernels.int4_matmul.mosaic_gpu_transposed import int4_matmul_mosaic_gpu_transposed
     from pallas_kernels.int4_matmul.spec import HOPPER, PackedSpec
@@ -124,13 +125,14 @@ def _product(case: Case, plan: Any, gpu: Any, x: Any, w: Any) -> Any:
 
     spec = PackedSpec(case.k, case.bits, group_size=case.group, layout=HOPPER)
     asked = {"dtype": x.dtype, "gpu": gpu, "plan": plan}
-    if case.transposed:
-        return int4_matmul_mosaic_gpu_transposed(x, Packed(*w), spec, **asked)
-    asked["integers"] = case.integers
     if case.experts:
         sizes, *w = w
-        return grouped_int4_matmul_mosaic_gpu(x, Packed(*w), sizes, spec, **asked)
-    return int4_matmul_mosaic_gpu(x, Packed(*w), spec, **asked)
+        if case.transposed:
+            return grouped_int4_matmul_mosaic_gpu_transposed(x, Packed(*w), sizes, spec, **asked)
+        return grouped_int4_matmul_mosaic_gpu(x, Packed(*w), sizes, spec, integers=case.integers, **asked)
+    if case.transposed:
+        return int4_matmul_mosaic_gpu_transposed(x, Packed(*w), spec, **asked)
+    return int4_matmul_mosaic_gpu(x, Packed(*w), spec, integers=case.integers, **asked)
 
 
 def _text(folder: Path, suffix: str) -> str:

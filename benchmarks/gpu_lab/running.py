@@ -63,7 +63,8 @@ def error_of(case: Case, seed: int) -> float:
     poison_memory()
     got = np.asarray(product_of(case)(x, prepared, *([] if sizes is None else [jnp.asarray(sizes)])), np.float64)
     with_expert = case.rows if sizes is None else int(sizes.sum())
-    wanted = wanted_product(np.asarray(x)[:with_expert], weight.dense.T if case.transposed else weight.dense, sizes)
+    dense = np.swapaxes(weight.dense, -1, -2) if case.transposed else weight.dense
+    wanted = wanted_product(np.asarray(x)[:with_expert], dense, sizes)
     error = float(np.linalg.norm(got[:with_expert] - wanted) / np.linalg.norm(wanted))
     return error if not got[with_expert:].any() else math.inf  # rows without an expert are zeros
 
@@ -76,10 +77,16 @@ def random_rows(case: Case, random: np.random.Generator) -> jax.Array:
 
 def product_of(case: Case) -> Callable[..., jax.Array]:
     """(x, q), or (x, q, rows of each expert): the product of a case."""
+    if case.transposed:
+        forward = product_of(dataclasses.replace(case, transposed=False))
+
+        def backward(dy: jax.Array, *of_weight: Any) -> jax.Array:
+            x = jnp.zeros((case.rows, case.k), dy.dtype)
+            return jax.vjp(lambda x: forward(x, *of_weight), x)[1](dy)[0]
+
+        return jax.jit(backward)
     if case.experts:
         return jax.jit(lambda x, q, sizes: ragged_product(x, q, sizes, case.integers))
-    if case.transposed:
-        return jax.jit(lambda dy, q: jax.vjp(lambda x: ours(x, q), jnp.zeros((case.rows, case.k), dy.dtype))[1](dy)[0])
     if case.integers:
         return jax.jit(lambda x, q: packed_matmul(x, q, x.dtype, integers=True))
     return ours

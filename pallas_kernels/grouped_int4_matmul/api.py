@@ -4,7 +4,8 @@
     xla             all platforms   xla.py: a form for each platform
     tpu             tpu             tpu.py: a Pallas kernel, for the tpu layout; tpu_transposed.py for its gradient
     tpu_interpret   cpu             the same by Pallas' interpreter, for tests
-    mosaic_gpu      gpu             mosaic_gpu.py: a Pallas kernel, for the hopper layout on a Hopper GPU
+    mosaic_gpu      gpu             mosaic_gpu.py: a Pallas kernel for Hopper GPUs, for the hopper layout;
+                                    mosaic_gpu_transposed.py for its gradient
 
 None takes the platform's kernel where it takes the weight, and XLA's form for the platform elsewhere. Under `jax.vmap`
 a kernel runs once for each element, as its grid depends on the rows of each.
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.grouped_int4_matmul import mosaic_gpu, tpu
+from pallas_kernels.grouped_int4_matmul.mosaic_gpu_transposed import grouped_int4_matmul_mosaic_gpu_transposed
 from pallas_kernels.grouped_int4_matmul.reference import grouped_int4_matmul_reference
 from pallas_kernels.grouped_int4_matmul.tpu_transposed import grouped_int4_matmul_tpu_transposed
 from pallas_kernels.grouped_int4_matmul.xla import grouped_input_cotangent, grouped_xla, rows_of_expert
@@ -168,28 +170,34 @@ def _forward(x, w, group_sizes, spec, implementation, precision, dtype, integers
 def _backward(spec, implementation, precision, dtype, integers, residuals, dy):
     del dtype, integers
     x, held, group_sizes = residuals
-    own, spec = in_rows(held, spec)
-    w = tiles.flat_scales(own, spec)
+    own, rows_spec = in_rows(held, spec)
+    w = tiles.flat_scales(own, rows_spec)
 
     def to_input(platform: str):
-        run = functools.partial(
-            grouped_input_cotangent, spec=spec, dtype=x.dtype, platform=platform, precision=precision
-        )
-        return lambda dy, own, sizes: run(dy, tiles.squeezed_scales(own, spec), sizes).astype(x.dtype)
+        def run(dy, held, sizes):
+            rows = tiles.squeezed_scales(in_rows(held, spec)[0], rows_spec)
+            return grouped_input_cotangent(
+                dy, rows, sizes, rows_spec, x.dtype, platform=platform, precision=precision
+            ).astype(x.dtype)
 
-    def by_tpu(dy, own, sizes, interpret: bool = False):
-        return grouped_int4_matmul_tpu_transposed(dy, own, sizes, spec, interpret=interpret).astype(x.dtype)
+        return run
 
-    kernels = {"tpu": by_tpu, "tpu_interpret": functools.partial(by_tpu, interpret=True)}
+    def by_tpu(dy, held, sizes, interpret: bool = False):
+        return grouped_int4_matmul_tpu_transposed(dy, held, sizes, spec, interpret=interpret).astype(x.dtype)
+
+    def by_mosaic_gpu(dy, held, sizes):
+        return grouped_int4_matmul_mosaic_gpu_transposed(dy, held, sizes, spec, dtype=x.dtype)
+
+    kernels = {"tpu": by_tpu, "tpu_interpret": functools.partial(by_tpu, interpret=True), "mosaic_gpu": by_mosaic_gpu}
     exact = "xla" if asks_for_float32(x.dtype, precision) else implementation
-    dx = by_lowering_platform(_forms(kernels, to_input, spec, exact), dy, own, group_sizes)
+    dx = by_lowering_platform(_forms(kernels, to_input, spec, exact), dy, held, group_sizes)
 
     def to_scale(pair):
         expert, weight = pair
-        return gradients.scale_cotangent(rows_of_expert(x, group_sizes, expert), dy, weight, spec)
+        return gradients.scale_cotangent(rows_of_expert(x, group_sizes, expert), dy, weight, rows_spec)
 
     def to_offset(expert):
-        return gradients.offset_cotangent(rows_of_expert(x, group_sizes, expert), dy, spec)
+        return gradients.offset_cotangent(rows_of_expert(x, group_sizes, expert), dy, rows_spec)
 
     experts = jnp.arange(w.codes.shape[0])
     dscale = gradients.like(lax.map(to_scale, (experts, w)), held.scale)

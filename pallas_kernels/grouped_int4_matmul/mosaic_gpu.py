@@ -64,9 +64,15 @@ def grouped_int4_matmul_mosaic_gpu(
     plan = plan or plan_of(terms[0], w, spec, dtype, gpu)
     items = work_items(sizes, rows, plan.tile_m)
     tiles = [product(term, w, spec, plan, dtype, (items.tile, items.expert, items.used)) for term in terms]
-    out = jnp.take(sum(tiles[1:], tiles[0]), place_of_rows(sizes, rows, plan.tile_m), axis=0, mode="clip")
-    if w.offset is not None:
-        sums, offset = sums_of_groups(x, spec), w.offset.astype(jnp.float32)
-        out = out.astype(jnp.float32) + lax.ragged_dot(sums, offset, sizes, precision=lax.Precision.HIGHEST)
-    has_expert = jnp.arange(rows) < jnp.sum(sizes)
+    out = gathered(sum(tiles[1:], tiles[0]), sizes, rows, plan.tile_m)
+    if w.offset is None:
+        return out
+    sums, offset = sums_of_groups(x, spec), w.offset.astype(jnp.float32)
+    return out.astype(jnp.float32) + lax.ragged_dot(sums, offset, sizes, precision=lax.Precision.HIGHEST)
+
+
+def gathered(tiles: jax.Array, group_sizes: jax.Array, rows: int, tile_m: int) -> jax.Array:
+    """[rows, N] of the tiles of all work items; zeros where a row has no expert."""
+    out = jnp.take(tiles, place_of_rows(group_sizes, rows, tile_m), axis=0, mode="clip")
+    has_expert = jnp.arange(rows) < jnp.sum(group_sizes)
     return jnp.where(has_expert[:, None], out, jnp.zeros((), out.dtype))

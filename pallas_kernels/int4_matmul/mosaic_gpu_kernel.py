@@ -14,6 +14,7 @@ and N is not written.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,23 +53,38 @@ def call(
         raise ValueError(f"{plan} would wait for registers for ever: wanted at most {MOST_WARPGROUPS} warpgroups")
     codes = words.reshape(*words.shape[:-1], -1, *words_shape(shape.bits))  # [N / 64, K / 64, bits / 2, 256]
     operands = [*items, x, codes, scale] if zero_point is None else [*items, x, codes, scale, zero_point]
-    split = (plan.splits,) if plan.splits > 1 else ()
-    out_dtype = jnp.float32 if split else shape.out_dtype
     kernel = plgpu.kernel(
         functools.partial(_kernel, shape=shape, plan=plan),
-        out_type=jax.ShapeDtypeStruct((*split, shape.items * plan.tile_m or shape.m, shape.n), out_dtype),
+        out_type=result_type(shape, plan, shape.n),
         grid=(pl.cdiv(shape.n, plan.columns), plan.splits, shape.items or pl.cdiv(shape.m, plan.tile_m)),
         grid_names=("columns", "splits", "rows"),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types={"staged": tiled((plan.columns // STRIP, plan.tile_m, STRIP), out_dtype)},
+        scratch_types={"staged": staged_type(shape, plan)},
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
     return kernel(*operands)
 
 
 def _kernel(*refs: Any, shape: Shape, plan: GpuPlan, staged: Any) -> None:
-    block, rows = functools.partial(_block, shape=shape, plan=plan, staged=staged), lax.axis_index("rows")
+    of_weight(refs, shape, functools.partial(_block, shape=shape, plan=plan, staged=staged))
+
+
+def result_type(shape: Shape, plan: GpuPlan, columns: int) -> jax.ShapeDtypeStruct:
+    """Of x's rows or of all work items' tiles; partial sums where K is split."""
+    rows, split = shape.items * plan.tile_m or shape.m, (plan.splits,) if plan.splits > 1 else ()
+    return jax.ShapeDtypeStruct((*split, rows, columns), jnp.float32 if split else shape.out_dtype)
+
+
+def staged_type(shape: Shape, plan: GpuPlan) -> Any:
+    """A block's result in shared memory."""
+    dtype = result_type(shape, plan, shape.n).dtype
+    return tiled((plan.columns // STRIP, plan.tile_m, STRIP), dtype)
+
+
+def of_weight(refs: Any, shape: Shape, block: Callable[..., None]) -> None:
+    """block([x, codes, ...], out, tile of x's rows, tile of the result's), of the one weight or of a work item's."""
+    rows = lax.axis_index("rows")
     if not shape.items:
         *inputs, out = refs
         block(inputs, out, rows, rows)

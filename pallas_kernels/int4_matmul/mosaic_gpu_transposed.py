@@ -46,35 +46,49 @@ def int4_matmul_mosaic_gpu_transposed(
     if count * m > MOST_ROWS and plan is None:
         return gradients.of_input(dy, *rows_of(w, spec), dtype=dtype).astype(dtype)
     out_dtype = result_dtype(dtype, count)
-    problem = GpuProblem(
-        count * m, n, padded_length(spec.length), spec.num_groups, spec.group_size, bits=spec.bits,
-        scale_bytes=jnp.dtype(w.scale.dtype).itemsize, out_bytes=out_dtype.itemsize, transposed=True,
-    )  # fmt: skip
-    plan = plan or choose_plan(problem, gpu or gpu_named(traced_kind()) or HOPPER[0])
-    out = _product(terms.reshape(count * m, n), w, spec, plan, out_dtype)
+    rows = terms.reshape(count * m, n)
+    plan = plan or plan_of_transposed(rows, w, spec, out_dtype, gpu)
+    out = product_of_transposed(rows, w, spec, plan, out_dtype)[: count * m]
     out = out if count == 1 else jnp.sum(out.reshape(count, m, -1), 0)
-    return (out if w.offset is None else out + _of_offsets(dy, w.offset, spec)).astype(dtype)
+    if w.offset is not None:
+        offset = w.offset.astype(jnp.float32).T
+        sums = jnp.matmul(dy.astype(jnp.float32), offset, precision=lax.Precision.HIGHEST)  # [M, G]
+        out = out + spread_over_rows(sums, spec)
+    return out.astype(dtype)
 
 
-def _product(rows: jax.Array, w: Packed, spec: PackedSpec, plan: GpuPlan, dtype: Any) -> jax.Array:
+def plan_of_transposed(rows: jax.Array, w: Packed, spec: PackedSpec, dtype: Any, gpu: Gpu | None) -> GpuPlan:
+    """The chosen plan, on `gpu` or that of the trace; codes with a leading axis are experts'."""
+    problem = GpuProblem(
+        *rows.shape, padded_length(spec.length), spec.num_groups, spec.group_size, bits=spec.bits, transposed=True,
+        scale_bytes=jnp.dtype(w.scale.dtype).itemsize, out_bytes=dtype.itemsize,
+        experts=w.codes.shape[0] if w.codes.ndim == 3 else 0,
+    )  # fmt: skip
+    return choose_plan(problem, gpu or gpu_named(traced_kind()) or HOPPER[0])
+
+
+def product_of_transposed(
+    rows: jax.Array, w: Packed, spec: PackedSpec, plan: GpuPlan, dtype: Any, items: tuple[jax.Array, ...] = ()
+) -> jax.Array:
+    """The kernel's result: dtype[ceil8(M), K], or [items * tile_m, K] of work items."""
     from pallas_kernels.int4_matmul import mosaic_gpu_transposed_kernel as kernel  # a second's import, for Hopper alone
 
     m, n = rows.shape
     rows = jnp.pad(rows, ((0, -m % ROW_MULTIPLE), (0, max(0, LEAST_COLUMNS - n))))
-    scale, zero_point = (None if part is None else jnp.broadcast_to(part, (part.shape[0], n)) for part in w[1:3])
+    scale, zero_point = (None if part is None else jnp.broadcast_to(part, (*part.shape[:-1], n)) for part in w[1:3])
     shape = kernel.Shape(
         m=rows.shape[0], k=padded_length(spec.length), n=n, group_size=spec.group_size, groups=spec.num_groups,
         dtype=rows.dtype, out_dtype=dtype, zero_points=zero_point is not None, bits=spec.bits,
+        items=len(items[0]) if items else 0,
     )  # fmt: skip
     call = functools.partial(kernel.call, shape=shape, plan=plan)
-    out = jax.custom_batching.sequential_vmap(call)(rows, w.codes, scale, zero_point)
+    out = jax.custom_batching.sequential_vmap(call)(items, rows, w.codes, scale, zero_point)
     out = out if plan.splits == 1 else jnp.sum(out, 0).astype(dtype)
-    return out[:m, : spec.length]
+    return out[:, : spec.length]
 
 
-def _of_offsets(dy: jax.Array, offset: jax.Array, spec: PackedSpec) -> jax.Array:
-    """f32[M, K]: dy times what every row of a group adds."""
-    sums = jnp.matmul(dy.astype(jnp.float32), offset.astype(jnp.float32).T, precision=lax.Precision.HIGHEST)  # [M, G]
+def spread_over_rows(sums: jax.Array, spec: PackedSpec) -> jax.Array:
+    """[M, K] of [M, G]: what every row of a group gets."""
     if spec.num_groups == 1:
-        return jnp.broadcast_to(sums, (dy.shape[0], spec.length))
+        return jnp.broadcast_to(sums, (sums.shape[0], spec.length))
     return jnp.repeat(sums, spec.group_size, axis=1)[:, : spec.length]

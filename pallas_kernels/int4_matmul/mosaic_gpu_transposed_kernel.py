@@ -29,15 +29,27 @@ from jax.experimental import pallas as pl
 from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
 from pallas_kernels.int4_matmul.mosaic_gpu_forms import Shape
-from pallas_kernels.int4_matmul.mosaic_gpu_kernel import COPY_REGISTERS, tiled, transforms_of, write_tiles
+from pallas_kernels.int4_matmul.mosaic_gpu_kernel import (
+    COPY_REGISTERS,
+    of_weight,
+    result_type,
+    staged_type,
+    tiled,
+    transforms_of,
+    write_tiles,
+)
 from pallas_kernels.int4_matmul.mosaic_gpu_registers import ROW, floats_of, words_layout, words_shape, zero_points_of
 from pallas_kernels.int4_matmul.mosaic_gpu_seams import load
 
 
-def call(dy: jax.Array, words: jax.Array, scale: jax.Array, zero_point: Any, shape: Shape, plan: GpuPlan) -> jax.Array:
+def call(
+    items: tuple[jax.Array, ...], dy: jax.Array, words: jax.Array, scale: jax.Array, zero_point: Any,
+    shape: Shape, plan: GpuPlan,
+) -> jax.Array:  # fmt: skip
     """out_dtype[M, ceil128(K)], or f32[splits, M, ceil128(K)] of partial sums. Columns from K on are of no use.
 
     Args:
+      items: none, or those of a product with experts, as mosaic_gpu_kernel.call takes them.
       dy: bf16 or f16[M, N].
       words: i32[N / 64, 2 * bits * ceil128(K)], see gpu_fragments.py.
       scale: float[G, N].
@@ -46,18 +58,16 @@ def call(dy: jax.Array, words: jax.Array, scale: jax.Array, zero_point: Any, sha
       plan: how it is cut, along K as others are along N; `tile_k` is the depth of a step along N.
     """
     codes = words.reshape(*words.shape[:-1], -1, *words_shape(shape.bits))  # [N / 64, K / 64, bits / 2, 256]
-    operands = [dy, codes, scale] if zero_point is None else [dy, codes, scale, zero_point]
-    split = (plan.splits,) if plan.splits > 1 else ()
-    out_dtype = jnp.float32 if split else shape.out_dtype
+    operands = [*items, dy, codes, scale] if zero_point is None else [*items, dy, codes, scale, zero_point]
     kernel = plgpu.kernel(
         functools.partial(_kernel, shape=shape, plan=plan),
-        out_type=jax.ShapeDtypeStruct((*split, shape.m, shape.k), out_dtype),
-        grid=(pl.cdiv(shape.k, plan.columns), plan.splits, pl.cdiv(shape.m, plan.tile_m)),
+        out_type=result_type(shape, plan, shape.k),
+        grid=(pl.cdiv(shape.k, plan.columns), plan.splits, shape.items or pl.cdiv(shape.m, plan.tile_m)),
         grid_names=("blocks", "splits", "rows"),
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types={
-            "staged": tiled((plan.warpgroups, plan.tile_m, TILE_K), out_dtype),
+            "staged": staged_type(shape, plan),
             "dense": tiled((plan.warpgroups, 2, STRIP, TILE_K), shape.dtype),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -66,8 +76,14 @@ def call(dy: jax.Array, words: jax.Array, scale: jax.Array, zero_point: Any, sha
 
 
 def _kernel(*refs: Any, shape: Shape, plan: GpuPlan, staged: Any, dense: Any) -> None:
-    *inputs, out = refs
-    rows, block, split = (lax.axis_index(name) for name in ("rows", "blocks", "splits"))
+    of_weight(refs, shape, functools.partial(_block, shape=shape, plan=plan, staged=staged, dense=dense))
+
+
+def _block(
+    inputs: list[Any], out: Any, rows: Any, rows_out: Any, shape: Shape, plan: GpuPlan, staged: Any, dense: Any
+) -> None:
+    """One block: of dy the tile `rows`, into the tile `rows_out` of the result."""
+    block, split = (lax.axis_index(name) for name in ("blocks", "splits"))
     steps = pl.cdiv(pl.cdiv(shape.n, plan.tile_k), plan.splits)
     own = lax.axis_index("warpgroup")
 
@@ -87,7 +103,8 @@ def _kernel(*refs: Any, shape: Shape, plan: GpuPlan, staged: Any, dense: Any) ->
         def run(total: Any) -> None:
             pipeline((total,))
             where = out.at[split] if plan.splits > 1 else out
-            write_tiles([total[...]], staged, where, rows, [(own, block * plan.warpgroups + own)], shape.k // TILE_K)
+            tile = block * plan.warpgroups + own
+            write_tiles([total[...]], staged, where, rows_out, [(own, tile)], shape.k // TILE_K)
 
         pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((TILE_K, plan.tile_m), jnp.float32))
 

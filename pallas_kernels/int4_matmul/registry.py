@@ -5,7 +5,8 @@
     xla          all         xla.py: a form for each platform
     tpu          tpu         tpu.py: one Pallas kernel, for the tpu layout; tpu_interpret runs it on a CPU, for tests.
                              Of 8 bits it is that or XLA's form, whichever is faster (tpu_int8.py)
-    mosaic_gpu   gpu         mosaic_gpu.py: one Pallas kernel, for the hopper layout, which who asks gets
+    mosaic_gpu   gpu         mosaic_gpu.py: one Pallas kernel, for the hopper layout, which who asks gets, and its
+                             transpose, mosaic_gpu_transposed.py
 
 A backend is a function (x[M, K], Packed, spec, *, platform, precision, dtype) -> [M, N] in f32, or in the `dtype`
 that its caller will round to in any case, and a function that says why it cannot take a spec, or None. It may have a
