@@ -1,6 +1,7 @@
 """Oracle: the register fragments of wgmma as NVIDIA's PTX ISA draws them, gathered in numpy, thread by thread."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -234,15 +235,27 @@ def test_experts_in_the_hopper_layout_are_multiplied_elsewhere_too():
         np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-2)
 
 
+KINDS: list[dict[str, Any]] = [{}, {"bits": 8}, {"integers": True}, {"experts": 64}, {"transposed": True}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("gpu", HOPPER, ids=lambda gpu: gpu.kind)
-def test_every_plan_fits_its_gpu(gpu):
+def test_every_plan_fits_its_gpu(gpu, kind):
     for m, k, n, group in [(1, 4096, 4096, 128), (16, 8192, 28672, 128), (64, 28672, 8192, 64), (700, 4096, 14336, 32)]:
-        for size in (group, k):
-            problem = GpuProblem(m, k, n, -(-k // size), size)
+        for size in (max(group, 64) if kind.get("integers") else group, k):
+            problem = GpuProblem(m, k, n, -(-k // size), size, **kind)
             plan = choose_plan(problem, gpu)
             assert shared_bytes(problem, plan) <= gpu.shared_memory
             assert plan.tile_m % 8 == 0 and plan.tile_m <= 256 and plan.tile_k % 64 == 0
             assert plan.tile_k % min(size, plan.tile_k) == 0 or size % plan.tile_k == 0
+
+
+def test_experts_take_tiles_of_their_share_of_the_rows():
+    h200 = gpu_named("NVIDIA H200")
+    assert h200 is not None
+    plans = [choose_plan(GpuProblem(m, 2048, 768, 16, 128, experts=128), h200) for m in (8, 1024, 4096)]
+    assert [plan.tile_m for plan in plans] == [8, 8, 32] and {plan.form for plan in plans} == {"sums"}
+    assert choose_plan(GpuProblem(4096, 4096, 14336, 32, 128, experts=8), h200).form == "weights"
 
 
 def test_few_columns_are_split_along_k():

@@ -14,7 +14,7 @@ place, would take copies of every power of two of rows and a staged tile without
 the same: the gather is that pass. What it costs is memory for (E - 1) * tile_m more rows of the result, at most.
 
 tile_m is as large as an expert's average share of the rows asks for. XLA's form (`lax.ragged_dot` over blocks of K) is
-not taken for many rows, as the dense kernel's is: on a GPU it multiplies all rows by all experts.
+not taken for many rows, as the dense kernel's is: for an H200 it is compiled to products of all rows by all experts.
 """
 
 from typing import Any
