@@ -18,6 +18,7 @@ from benchmarks.gpu_lab.device import run_kernel
 from benchmarks.gpu_lab.host_code import DevicePointer, Launch, TensorMap, launch_of
 from benchmarks.gpu_lab.memory import WrongProgramError, swizzled
 from benchmarks.gpu_lab.ptx import parse
+from benchmarks.gpu_lab.tensor_cores import left_fragments
 
 CHOSEN = [
     Case(1, 512, 320, 128),
@@ -49,6 +50,7 @@ def rows(tmp_path_factory):
 def test_the_compiled_kernel_computes_the_product(rows, case):
     row = rows[CHOSEN.index(case)]
     assert "error" not in row, row["error"]
+    assert (".s32.s8.s8" in row["ptx"]) == case.integers
     rounding = 2**-10 if case.dtype == "float16" else 2**-8
     assert emulated(case, row, seed=3) < (1e-6 if row["plan"]["splits"] > 1 else rounding)
 
@@ -84,16 +86,19 @@ def test_few_rows_take_few_instructions_and_nothing_is_spilled(rows):
         counts = sass.counts_of(row["ptx"])
         assert counts.spilled_bytes == counts.stack_bytes == 0 and not counts.warnings
         depth, strips = row["plan"]["tile_k"], row["plan"]["strips"]
-        assert counts.loop["HGMMA"] == strips * depth // 16
+        assert counts.loop["IGMMA" if case.integers else "HGMMA"] == strips * depth // (32 if case.integers else 16)
         if case.rows == 1:
             assert counts.instructions / (strips * depth / 2) <= {1: 2.7, 2: 2.1}[strips]
 
 
 def test_the_matrix_has_every_form_and_format():
     cases = small_cases()
-    assert {case.group_size for case in cases} == {0, 32, 64, 128}
+    assert {case.group_size for case in cases} >= {0, 32, 64, 128}
     assert {case.dtype for case in cases} == {"bfloat16", "float16"}
     assert any(case.plan and case.plan.get("splits", 1) > 1 for case in cases)
+    kinds = {(case.bits, case.integers, case.transposed, case.experts > 0) for case in cases}
+    assert {(4, True, False, True), (8, True, False, False), (8, False, False, True)} < kinds
+    assert {(8, False, True, False), (4, False, True, True)} < kinds
 
 
 def run(name, *operands_of):
@@ -124,6 +129,18 @@ def test_instructions_do_what_the_isa_says():
     assert run("selp.b32", (7, U32), (9, U32), (False, np.bool_)) == 9
     assert run("setp.eq.and.b32", (1, U32), (1, U32), (True, np.bool_)) == 1
     assert run("mad.lo.s32", (3, U32), (5, U32), (0xFFFFFFFF, U32)) == 14
+
+
+def test_int8_fragments_lie_as_the_isa_draws_them():
+    """wgmma m64nNk32: thread 37 (warp 1, lane 5) holds rows 17 and 25, columns 4 to 7 and 20 to 23."""
+    registers = np.zeros((128, 4), np.uint32)
+    registers[37] = [0x04030201, 0x08070605, 0x0C0B0A09, 0xF00F0E0D]
+    matrix = left_fragments(registers, "s8")
+    assert matrix.shape == (64, 32) and np.count_nonzero(matrix) == 16
+    np.testing.assert_array_equal(matrix[17, 4:8], [1, 2, 3, 4])
+    np.testing.assert_array_equal(matrix[25, 4:8], [5, 6, 7, 8])
+    np.testing.assert_array_equal(matrix[17, 20:24], [9, 10, 11, 12])
+    np.testing.assert_array_equal(matrix[25, 20:24], [13, 14, 15, -16])
 
 
 def test_swizzles_exchange_chunks_within_rows():
