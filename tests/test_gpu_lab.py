@@ -4,6 +4,7 @@ The emulator itself is held to instructions worked out by hand from the PTX ISA,
 """
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from benchmarks.gpu_lab.host_code import DevicePointer, Launch, TensorMap, launc
 from benchmarks.gpu_lab.memory import WrongProgramError, swizzled
 from benchmarks.gpu_lab.ptx import parse
 from benchmarks.gpu_lab.tensor_cores import left_fragments
+from benchmarks.gpu_lab.warpgroup import Warpgroup
 
 CHOSEN = [
     Case(1, 512, 320, 128),
@@ -141,6 +143,19 @@ def test_int8_fragments_lie_as_the_isa_draws_them():
     np.testing.assert_array_equal(matrix[25, 4:8], [5, 6, 7, 8])
     np.testing.assert_array_equal(matrix[17, 20:24], [9, 10, 11, 12])
     np.testing.assert_array_equal(matrix[25, 20:24], [13, 14, 15, -16])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_are_dealt_out_as_the_isa_says(transposed):
+    """Thread 5 of a warp holds elements 2 and 3 of row 1, or of column 1; matrices are those of threads 0-7, 8-15."""
+    block = SimpleNamespace(program=None, index=(0, 0, 0))
+    one = Warpgroup(block, 0)
+    one.registers["%rd1"] = np.arange(128, dtype=np.uint64) * np.uint64(16)
+    first, second = one._matrices("[%rd1]", 2, transposed)
+    element = [(2, 1), (3, 1)] if transposed else [(1, 2), (1, 3)]
+    np.testing.assert_array_equal(first[5], [16 * row + 2 * column for row, column in element])
+    np.testing.assert_array_equal(second - first, 128)
+    np.testing.assert_array_equal(first[32:64] - first[:32], 32 * 16)
 
 
 def test_swizzles_exchange_chunks_within_rows():

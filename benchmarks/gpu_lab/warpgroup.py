@@ -176,6 +176,33 @@ class Warpgroup:
         for thread in np.flatnonzero(active):
             self.block.load(int(addresses[thread]), size * len(names))[:] = values[thread].view(np.uint8)
 
+    def do_ldmatrix(self, instruction: Instruction, words: Sequence[str], active: np.ndarray) -> None:
+        names = _listed(instruction.operands[0])
+        places = self._matrices(instruction.operands[1], len(names), "trans" in words)
+        for name, place in zip(names, places, strict=True):
+            halves = np.concatenate([self.block.load(int(address), 2) for address in place.reshape(-1)])
+            self.assign(name, halves.view(np.uint32), active)
+
+    def do_stmatrix(self, instruction: Instruction, words: Sequence[str], active: np.ndarray) -> None:
+        names = _listed(instruction.operands[1])
+        places = self._matrices(instruction.operands[0], len(names), "trans" in words)
+        for name, place in zip(names, places, strict=True):
+            halves = np.ascontiguousarray(self.value(name, "b32")).view(np.uint8).reshape(-1, 2)
+            for address, half in zip(place.reshape(-1), halves, strict=True):
+                self.block.load(int(address), 2)[:] = half
+
+    def _matrices(self, operand: str, count: int, transposed: bool) -> list[np.ndarray]:
+        """Addresses [128, 2] of both halves of a thread's register, for each of `count` matrices of 8 x 8 halves.
+
+        Thread 8 i + r of a warp names row r of matrix i; thread t holds elements 2 (t % 4) and the next of row t / 4,
+        or of the transpose.
+        """
+        rows = self.address(operand).reshape(4, 32)
+        row, column = np.arange(32)[:, None] // 4, 2 * (np.arange(32)[:, None] % 4) + np.arange(2)
+        row, column = np.broadcast_arrays(row, column)
+        row, column = (column, row) if transposed else (row, column)
+        return [(rows[:, 8 * i : 8 * i + 8][:, row] + 2 * column).reshape(THREADS, 2) for i in range(count)]
+
     def do_mbarrier(self, instruction: Instruction, words: Sequence[str], active: np.ndarray) -> None:
         operands = instruction.operands
         if words[0] == "init":

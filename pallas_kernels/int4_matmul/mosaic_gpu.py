@@ -110,8 +110,9 @@ def int4_matmul_mosaic_gpu(
 
 def plan_of(rows: jax.Array, w: Packed, spec: PackedSpec, dtype: Any, gpu: Gpu | None) -> GpuPlan:
     """The chosen plan, on `gpu` or that of the trace; codes with a leading axis are experts'."""
+    m, k = rows.shape
     problem = GpuProblem(
-        *rows.shape, spec.columns(w.codes.shape), spec.num_groups, spec.group_size,
+        m, k, spec.columns(w.codes.shape), spec.num_groups, spec.group_size,
         scale_bytes=jnp.dtype(w.scale.dtype).itemsize, out_bytes=dtype.itemsize, bits=spec.bits,
         integers=rows.dtype == jnp.int8, experts=w.codes.shape[0] if w.codes.ndim == 3 else 0,
     )  # fmt: skip

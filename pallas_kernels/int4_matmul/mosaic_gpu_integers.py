@@ -91,5 +91,5 @@ def _bytes_of_a_word(words: list[Any], h: int, zero: Any) -> Any:
 def _bytes_of_two_words(words: list[Any], h: int, zero: Any) -> Any:
     assert zero is None
     chosen = (6 + h) << 12 | (2 + h) << 8 | (4 + h) << 4 | h
-    four = llvm.inline_asm(i32(), words, f"prmt.b32 $0, $1, $2, {chosen:#06x};", "=r,r,r")
+    four: Any = llvm.inline_asm(i32(), words, f"prmt.b32 $0, $1, $2, {chosen:#06x};", "=r,r,r")
     return arith.xori(four, constant(_SIGNS))

@@ -27,7 +27,7 @@ from pallas_kernels.int4_matmul.gpu_blocks import MOST_WARPGROUPS, GpuPlan
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
 from pallas_kernels.int4_matmul.mosaic_gpu_forms import FORMS, Rows, Shape, scaled
 from pallas_kernels.int4_matmul.mosaic_gpu_registers import ROW, words_shape
-from pallas_kernels.int4_matmul.mosaic_gpu_seams import load
+from pallas_kernels.int4_matmul.mosaic_gpu_seams import load, store
 
 COPY_REGISTERS = 56
 SWIZZLE = 128
@@ -147,7 +147,7 @@ def write_tiles(
     """
     tile_m = staged.shape[-2]
     for part, (place, _) in zip(parts, strips, strict=True):
-        staged.at[place].T[...] = plgpu.layout_cast(part.astype(staged.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        store(staged.at[place].T, plgpu.layout_cast(part.astype(staged.dtype), plgpu.Layout.WGMMA_TRANSPOSED))
     plgpu.commit_smem()
     for place, column in strips:
         at = (pl.ds(rows * tile_m, tile_m), pl.ds(column * STRIP, STRIP))

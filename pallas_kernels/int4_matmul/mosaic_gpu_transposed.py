@@ -59,8 +59,9 @@ def int4_matmul_mosaic_gpu_transposed(
 
 def plan_of_transposed(rows: jax.Array, w: Packed, spec: PackedSpec, dtype: Any, gpu: Gpu | None) -> GpuPlan:
     """The chosen plan, on `gpu` or that of the trace; codes with a leading axis are experts'."""
+    m, n = rows.shape
     problem = GpuProblem(
-        *rows.shape, padded_length(spec.length), spec.num_groups, spec.group_size, bits=spec.bits, transposed=True,
+        m, n, padded_length(spec.length), spec.num_groups, spec.group_size, bits=spec.bits, transposed=True,
         scale_bytes=jnp.dtype(w.scale.dtype).itemsize, out_bytes=dtype.itemsize,
         experts=w.codes.shape[0] if w.codes.ndim == 3 else 0,
     )  # fmt: skip

@@ -40,7 +40,7 @@ from pallas_kernels.int4_matmul.mosaic_gpu_kernel import (
     write_tiles,
 )
 from pallas_kernels.int4_matmul.mosaic_gpu_registers import ROW, floats_of, words_layout, words_shape, zero_points_of
-from pallas_kernels.int4_matmul.mosaic_gpu_seams import load
+from pallas_kernels.int4_matmul.mosaic_gpu_seams import load, store
 
 
 def call(
@@ -93,7 +93,7 @@ def _block(
         for strip in range(plan.tile_k // STRIP):
             weights = _weights(shape, codes.at[strip, own], by_group, own, strip)
             tile = dense.at[own, strip % 2]
-            tile[...] = weights
+            store(tile, weights)
             plgpu.wgmma_wait(0)
             plgpu.commit_smem()
             plgpu.wgmma(totals[0], tile.T, dy.at[:, pl.ds(strip * STRIP, STRIP)].T)
