@@ -52,6 +52,8 @@ def grouped_int4_matmul_tpu_transposed(
     chip = chip or traced_chip()
     (table, *_) = tpu_tables.tables_for(spec.levels, chip.name, 1)
     (rows, n), experts = dy.shape, w.codes.shape[0]
+    if 0 in (rows, n, experts, spec.length):
+        return jnp.zeros((rows, spec.length), jnp.float32)
     block = block or BLOCKS[chip.bf16_vector]
     bm = min(tile_rows or tile_rows_of(rows, experts), -(-rows // SMALLEST_TILE) * SMALLEST_TILE)
     bk = depth_of(spec, block)

@@ -46,6 +46,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.int4_matmul import tpu_forms, tpu_tables
+from pallas_kernels.int4_matmul.precision import bf16_terms
 from pallas_kernels.int4_matmul.spec import TPU, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu_blocks import find_plan
@@ -99,9 +100,11 @@ def int4_matmul_tpu(
       integers: x holds whole numbers of at most 127: they may be multiplied as int8.
       interpret: run on a CPU, by Pallas' interpreter of TPU kernels.
     """
+    (m, k), n = x.shape, w.codes.shape[1]
+    if 0 in (m, k, n):
+        return jnp.zeros((m, n), dtype or jnp.float32)
     terms = bf16_terms(x, lax.Precision.DEFAULT if integers else precision)  # bf16[T, M, K]
-    count, m, k = terms.shape
-    n = w.codes.shape[1]
+    count = len(terms)
     flags = (w.zero_point is not None, w.offset is not None)
     written = jnp.float32 if count > 1 or dtype in (None, jnp.float16) else dtype  # f16 is the caller's own rounding
     kinds = {"number": number_of(spec), "out_bytes": jnp.dtype(written).itemsize}
@@ -121,33 +124,6 @@ def int4_matmul_tpu(
 def number_of(spec: PackedSpec) -> str:
     """What kind of codes a weight has, for Problem."""
     return "table" if spec.levels is not None else f"int{spec.bits}"
-
-
-def asks_for_float32(dtype: Any, precision: Any) -> bool:
-    """Whether a product of `dtype` by codes is to be more exact than one bf16 pass of the MXU."""
-    return dtype != jnp.bfloat16 and _passes(precision) > 1
-
-
-def bf16_terms(x: jax.Array, precision: Any) -> jax.Array:
-    """bf16[T, M, K] that sum to x[M, K]: one term, or as many as the precision asks for."""
-    terms = []
-    for _ in range(1 if x.dtype == jnp.bfloat16 else _passes(precision)):
-        terms.append(x.astype(jnp.bfloat16))
-        x = x - terms[-1].astype(x.dtype)
-    return jnp.stack(terms)
-
-
-_ALGORITHMS = {preset.name for preset in lax.DotAlgorithmPreset}
-
-
-def _passes(precision: Any) -> int:
-    wanted = precision if isinstance(precision, tuple) else (precision,)
-    if any(isinstance(p, lax.DotAlgorithm | lax.DotAlgorithmPreset) or str(p) in _ALGORITHMS for p in wanted):
-        return 3  # an algorithm that another product of floats names: the most exact there is
-    named = [lax.Precision(p) if p is not None else lax.Precision.DEFAULT for p in wanted]
-    return {lax.Precision.DEFAULT: 1, lax.Precision.HIGH: 2, lax.Precision.HIGHEST: 3}[
-        max(named, key=lambda p: p.value)
-    ]
 
 
 def _call(x: jax.Array, w: Packed, table: Any, plan: Plan, spec: PackedSpec, dtype: Any, interpret: bool) -> jax.Array:

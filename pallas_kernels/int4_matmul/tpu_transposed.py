@@ -44,6 +44,8 @@ def int4_matmul_tpu_transposed(
     bf16_vector, (table, *_) = chip.bf16_vector, tpu_tables.tables_for(spec.levels, chip.name, 1)
     block = block or BLOCKS[bf16_vector]
     (m, n), k = dy.shape, spec.length
+    if 0 in (m, n, k):
+        return jnp.zeros((m, k), dtype or jnp.float32)
     group = k if spec.num_groups == 1 else spec.group_size
     bk = depth_of(spec, block)
     rest = max(block * block // max(bk, block), tpu_forms.LANES)  # `block`, or less beside a deeper block of W

@@ -44,6 +44,9 @@ ACCELERATOR_TILE = {"tpu": 2**22, "gpu": 2**24}
 
 def int4_matmul_xla(x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str, precision: Any = None) -> jax.Array:
     """f32[M, N] = x[M, K] @ W[K, N] for lowering on `platform` ("cpu", "tpu" or "gpu")."""
+    rows, columns = x.shape[0], spec.columns(w.codes.shape)
+    if 0 in (*x.shape, columns):
+        return jnp.zeros((rows, columns), accumulator(x.dtype))
     if platform == "cpu":
         x, w = x.astype(accumulator(x.dtype)), tiles.flat_scales(w, spec)
         few = x.shape[0] <= ROW_BLOCK_ROWS and spec.orientation == "kn"
