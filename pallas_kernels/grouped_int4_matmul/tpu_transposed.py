@@ -116,6 +116,7 @@ def _kernel(
 ) -> None:  # fmt: skip
     *inputs, out, total = refs
     block = tpu_forms.Block(**dict(zip(names, inputs, strict=True)))
+    block = block._replace(columns_held=tpu_forms.held_of(block.codes.shape[1], over, steps))
     item, step = pl.program_id(1), pl.program_id(2)
 
     @pl.when(item < used[0])
@@ -124,8 +125,6 @@ def _kernel(
         def _() -> None:
             total[...] = jnp.zeros_like(total)
 
-        if over:
-            tpu_forms.empty_the_end(block, axis=2, over=over, steps=steps)
         weight = tpu_forms.dense(block, group, wide=wide)  # bf16[bk, bn]
         contract = (((1,), (1,)), ((), ()))
         total[...] += lax.dot_general(block.x[...], weight, contract, preferred_element_type=jnp.float32)

@@ -29,7 +29,8 @@ block has eight rows of them. Read as [G, 1, N] they were padded to registers by
 groups of 128 and 21 of 96 with groups of 32 (v5p, 16 x 8192 x 28672).
 
 Where K is no multiple of the block, x is padded with zeros, which codes beyond the end meet, and scales beyond the end
-are overwritten in VMEM. Rows beyond M and columns beyond N are computed from what memory holds, and dropped.
+are taken for zeros. (They are not overwritten in VMEM: where XLA fuses what reads an operand into the kernel, its
+compiler cannot write there.) Rows beyond M and columns beyond N are computed from what memory holds, and dropped.
 
 float32 x goes through the MXU as XLA's own float32 products do: rounded to bf16 by default, as the sum of two or three
 bf16 terms (more rows of x, by the same kernel) for Precision.HIGH and HIGHEST.
@@ -186,8 +187,7 @@ def _full(part: jax.Array, n: int, flat: bool) -> jax.Array:
 def _kernel(*refs: Any, names: tuple[str, ...], plan: Plan, group: int, over: int, steps: int, interpret: bool) -> None:
     *inputs, out, total = refs
     block = _block_of(dict(zip(names, inputs, strict=True)), plan.block_k)
-    if over:
-        tpu_forms.empty_the_end(block, axis=0, over=over, steps=steps)
+    block = block._replace(groups_held=tpu_forms.held_of(block.scale.shape[0], over, steps))
     options = {"direct": {"upcast": interpret}, "wscale": {"wide": plan.wide}}.get(plan.form, {})
     form = functools.partial(getattr(tpu_forms, plan.form), **options)
     if steps == 1 and plan.chunk >= plan.block_k:

@@ -5,7 +5,7 @@
              the MXU does without transposing anything in memory
 
 Gradients are taken over many rows, so that there is one form, that of `wscale`: the weights are rounded as a dense bf16
-weight is. Where N is no multiple of the block, dy is padded with zeros, and scales beyond the end are overwritten.
+weight is. Where N is no multiple of the block, dy is padded with zeros, and scales beyond the end are taken for zeros.
 Levels of a codebook come in the order of tpu_tables.py, and so do the columns of dx: they are put back at the end.
 """
 
@@ -108,13 +108,12 @@ def depth_of(spec: PackedSpec, block: int) -> int:
 def _kernel(*refs: Any, names: tuple[str, ...], group: int, wide: bool, over: int, steps: int) -> None:
     *inputs, out, total = refs
     block = tpu_forms.Block(**dict(zip(names, inputs, strict=True)))
+    block = block._replace(columns_held=tpu_forms.held_of(block.codes.shape[1], over, steps))
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
-    if over:
-        tpu_forms.empty_the_end(block, axis=2, over=over, steps=steps)
     weight = tpu_forms.dense(block, group, wide=wide)  # bf16[bk, bn]
     total[...] += lax.dot_general(block.x[...], weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
