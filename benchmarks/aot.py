@@ -103,7 +103,9 @@ def abstractly(target: Any) -> Any:
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def packed_weight(device: str, k: int, n: int, group_size: int, asymmetric: bool, prepared: bool) -> Any:
+def packed_weight(
+    device: str, k: int, n: int, group_size: int, asymmetric: bool, prepared: bool, scales: str = "bfloat16"
+) -> Any:
     """The ShapeDtypeStructs of a QArray int4[k, n]."""
     import jax
     import jax.numpy as jnp
@@ -114,7 +116,7 @@ def packed_weight(device: str, k: int, n: int, group_size: int, asymmetric: bool
     def weight() -> QArray:
         groups = -(-k // group_size)
         zero_point = jnp.zeros((groups, n), jnp.uint8) if asymmetric else None
-        codes, scale = jnp.zeros((-(-k // 2), n), jnp.uint8), jnp.zeros((groups, n), jnp.bfloat16)
+        codes, scale = jnp.zeros((-(-k // 2), n), jnp.uint8), jnp.zeros((groups, n), scales)
         q = QArray(codes, scale, zero_point, group_size=group_size, padding=k % 2, dtype="bfloat16")
         return prepare(q, DEVICE_KINDS[device.split(":")[0]]) if prepared else q
 
@@ -147,14 +149,16 @@ def measure_matmul(
     }  # fmt: skip
 
 
-def measure_stack(device: str, rows: int, k: int, n: int, group_size: int, asymmetric: bool) -> dict[str, Any]:
+def measure_stack(
+    device: str, rows: int, k: int, n: int, group_size: int, asymmetric: bool, scales: str = "bfloat16"
+) -> dict[str, Any]:
     """Compiles a `lax.scan` over LAYERS stacked weights, and its gradient: what is copied, and what kernels run."""
     import jax
     import jax.numpy as jnp
 
     from jq4.matmul import matmul
 
-    layer = packed_weight(device, k, n, group_size, asymmetric, prepared=True)
+    layer = packed_weight(device, k, n, group_size, asymmetric, True, scales)
     stack = jax.tree.map(lambda part: jax.ShapeDtypeStruct((LAYERS, *part.shape), part.dtype), layer)
     x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
 
@@ -165,7 +169,7 @@ def measure_stack(device: str, rows: int, k: int, n: int, group_size: int, asymm
     back = compile_for(device, jax.grad(scanned), x, stack)
     return {
         "device": device, "jax": jax.__version__, "rows": rows, "k": k, "n": n, "group_size": group_size,
-        "asymmetric": asymmetric, "layer_codes_bytes": k * n // 2, "dense_bytes": 2 * k * n,
+        "asymmetric": asymmetric, "scales": scales, "layer_codes_bytes": k * n // 2, "dense_bytes": 2 * k * n,
         "temp_bytes": forward.memory_analysis().temp_size_in_bytes,
         "gradient_temp_bytes": back.memory_analysis().temp_size_in_bytes,
         "kernel": "tpu_custom_call" in forward.as_text(),
@@ -194,13 +198,14 @@ def main() -> None:
     size.add_argument("--named", choices=sorted(SHAPES), help="a shape of a real model")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--scales", choices=("bfloat16", "float32"), default="bfloat16", help="of a stack")
     parser.add_argument("--stacked", action="store_true", help="a scan over a stack of layers, on a TPU")
     parser.add_argument("--neutral", action="store_true", help="do not prepare the weight for the device")
     options = parser.parse_args()
     k, n = SHAPES[options.named] if options.named else options.shape
     for rows in options.rows:
         if options.stacked:
-            result = measure_stack(options.device, rows, k, n, options.group_size, options.asymmetric)
+            result = measure_stack(options.device, rows, k, n, options.group_size, options.asymmetric, options.scales)
             print(json.dumps(result), flush=True)
             continue
         result = measure_matmul(options.device, rows, k, n, options.group_size, options.asymmetric, not options.neutral)

@@ -10,6 +10,7 @@ from benchmarks.aot import missing, run_in_its_own_process
 
 pytestmark = pytest.mark.aot
 
+FLOAT32 = ("--scales", "float32")
 DEVICES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 
 
@@ -33,3 +34,14 @@ def test_odd_sizes_and_many_rows_go_by_the_kernel(device):
     for result in results:
         assert result["kernel"] and result["gradient_kernel"]
         assert result["temp_bytes"] < result["dense_bytes"] / 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [("4096", "11008"), ("8576", "4096")], ids=["columns", "groups"])
+def test_blocks_that_stick_out_read_float32_scales_in_place(device, shape):
+    """Scales of 32 bits are read out of the stack by the kernel itself, whose compiler cannot write into such a block:
+    once it died where the last block of a weight sticks out (QLoRA on nf4 with double quantization, v5e)."""
+    (result,) = compiled(device, "--stacked", "--rows", "256", "--shape", *shape, "--group-size", "64", *FLOAT32)
+    assert result["kernel"] and result["gradient_kernel"]
+    assert result["temp_bytes"] < result["layer_codes_bytes"] / 2
+    assert result["gradient_temp_bytes"] < result["layer_codes_bytes"] / 2

@@ -17,7 +17,14 @@ from pallas_kernels.int4_matmul import tiles as tiling
 from pallas_kernels.int4_matmul.reference import int4_matmul_reference
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.words import int4_to_words
-from pallas_kernels.int4_matmul.xla import as_int4, by_column_tiles, by_row_blocks, has_int4_form, int4_matmul_xla
+from pallas_kernels.int4_matmul.xla import (
+    as_int4,
+    by_column_tiles,
+    by_one_dot,
+    by_row_blocks,
+    has_int4_form,
+    int4_matmul_xla,
+)
 
 pytestmark = pytest.mark.arithmetic
 
@@ -112,8 +119,10 @@ def test_every_form_in_small_tiles_matches_float64(case, small_tiles):
                 out += [(int4_matmul_xla(x, prepared, spec, platform=platform), x) for x in (few, many)]
                 out += [(int4_matmul_xla(few, prepared, spec, platform="cpu"), few)]
                 if platform == "tpu":
+                    out += [(by_one_dot(many, prepared, spec), many)]
                     words = prepared._replace(codes=int4_to_words(prepared.codes))
                     out += [(int4_matmul_xla(x, words, spec, platform=platform), x) for x in (few, many)]
+                    out += [(by_one_dot(many, words, spec), many)]
         return out
 
     for got, x in run(few, many, w.packed):

@@ -214,6 +214,33 @@ def test_the_body_of_a_shard_map_is_left_alone_and_explicit_types_are_not():
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("codes, bits", [("int32", 4), ("int8", 8), ("int4", 4)])
+def test_many_rows_of_a_weight_that_nothing_tells_of_gather_none_of_it_on_tpus(codes, bits):
+    if reason := missing("v5e:2x2"):
+        pytest.skip(reason)
+    script = f"""
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from benchmarks.tpu_lab.chips import CHIPS
+from benchmarks.tpu_lab.compiling import devices
+from benchmarks.tpu_lab.hlo import Program
+from pallas_kernels.int4_matmul import PackedSpec, int4_matmul
+mesh = Mesh(np.array(devices(CHIPS["v5e"])), ("model",))
+struct = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+rows, spec = 4096 // (8 if "{codes}" == "int32" else 1), PackedSpec(4096, {bits}, group_size=128, layout="tpu")
+args = (struct((512, 4096), jnp.bfloat16), struct((rows, 8192), jnp.{codes}, None, "model"),
+        struct((32, 1, 8192), jnp.bfloat16, None, None, "model"))
+made = jax.jit(lambda *args: int4_matmul(*args, spec=spec)).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+program = Program(made.as_text())
+moved = sum(one.times * one.nbytes for one in program.operations())
+print(program.collectives(), moved < 2**25, made.memory_analysis().temp_size_in_bytes < 2**22)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment("v5e:2x2"), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{} True True"
+
+
+@pytest.mark.aot
 @pytest.mark.parametrize(
     "batch, spec, told, kernels, collectives",
     [

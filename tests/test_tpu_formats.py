@@ -1,6 +1,8 @@
 """Oracle: numpy in float64, from the formats' own levels. int8, nf4 and fp4 on a TPU: the kernel by Pallas' interpreter
 (memory it never wrote is NaN), XLA's form on a CPU, and (marker aot) both through the TPU compiler."""
 
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 from packed_oracle import pack_bits
 
-from benchmarks.aot import missing
+from benchmarks.aot import environment, missing
+from benchmarks.provenance import ROOT
 from benchmarks.tpu_lab.jobs import Job, run
 from jq4.activations import rounding_inputs
 from jq4.formats import FORMATS
@@ -175,6 +178,17 @@ def test_the_kernel_of_eight_bits_serves_many_rows_by_groups_alone():
     assert not kernel_pays(512, grouped, chip_named("v5e"), False)
 
 
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v6e"])
+def test_many_rows_by_groups_of_eight_bits_match_float64(chip):
+    q, dense = weight("int8", 300, 75, 64, True, True)
+    w, spec = arguments(prepared(q))
+    x = rows_of_x(40, 300)
+    out = matmul_tpu(x, w, spec, chip=chip_named(chip), interpret=True)
+    assert error(out, np.asarray(x, np.float64) @ dense) < 2.5e-3
+    text = str(jax.make_jaxpr(lambda x: matmul_tpu(x, w, spec, chip=chip_named(chip)))(x))
+    assert ("pallas_call" in text) == (chip == "v6e") and text.count("dot_general") >= 1
+
+
 def test_codebooks_that_the_kernel_does_not_take_stay_neutral():
     q, _ = weight("nf4", 96, 128, 48, False, False)
     assert prepared(q).layout == "neutral"
@@ -196,6 +210,36 @@ def test_words_of_a_codebook_are_those_of_its_codes():
     codes = np.asarray(q.codes)
     unpacked = np.stack([codes & 15, codes >> 4], 1).reshape(64, 128)
     np.testing.assert_array_equal(prepared(q).codes, int4_to_words(jnp.asarray(unpacked.astype(np.int8) - 8, jnp.int4)))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", ["v4", "v5p"])
+def test_xla_makes_the_weights_of_eight_bits_while_it_multiplies(chip):
+    """Many rows by groups in one dot: nothing of a dense weight is in memory, nor is a layer copied out of a stack."""
+    if reason := missing("v5e:2x2"):
+        pytest.skip(reason)
+    script = f"""
+import jax, jax.numpy as jnp
+from benchmarks.tpu_lab.chips import CHIPS
+from benchmarks.tpu_lab.compiling import compiled, traced
+from pallas_kernels.int4_matmul import PackedSpec, int4_matmul
+chip, struct, spec = CHIPS["{chip}"], jax.ShapeDtypeStruct, PackedSpec(4096, 8, group_size=128, layout="tpu")
+def product(x, codes, scale):
+    return int4_matmul(x, codes, scale, spec=spec)
+def scanned(x, codes, scale):
+    layer = lambda total, weight: (total + jnp.sum(product(x, *weight).astype(jnp.float32)), None)
+    return jax.lax.scan(layer, 0.0, (codes, scale))[0]
+def repeated(x, codes, scale):
+    return jax.lax.fori_loop(0, 9, lambda _, x: jnp.tanh(product(x, codes, scale)[:, :4096]), x)
+for function, stack in ((product, ()), (scanned, (4,)), (repeated, ())):
+    args = (struct((512, 4096), jnp.bfloat16), struct((*stack, 4096, 11008), jnp.int8),
+            struct((*stack, 32, 1, 11008), jnp.bfloat16))
+    print(compiled(chip, traced(chip, function, args)).memory_analysis().temp_size_in_bytes < 2**24)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment("v5e:2x2"), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["True"] * 3
 
 
 @pytest.mark.aot

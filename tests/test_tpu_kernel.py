@@ -12,6 +12,9 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import jq4
+from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
+from pallas_kernels.grouped_int4_matmul.tpu import grouped_int4_matmul_tpu
+from pallas_kernels.grouped_int4_matmul.tpu_transposed import grouped_int4_matmul_tpu_transposed
 from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, int4_matmul, tpu_tuned
 from pallas_kernels.int4_matmul.registry import BACKENDS, choose
 from pallas_kernels.int4_matmul.shapes import SHAPES
@@ -19,10 +22,12 @@ from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu import int4_matmul_tpu
 from pallas_kernels.int4_matmul.tpu_blocks import Plan, Problem, find_plan, ranked, vmem_of
 from pallas_kernels.int4_matmul.tpu_chips import CHIPS, UNKNOWN, chip_named, traced_chip
+from pallas_kernels.int4_matmul.tpu_int8 import matmul_tpu
 from pallas_kernels.int4_matmul.tpu_order import magic_order
 from pallas_kernels.int4_matmul.tpu_transposed import int4_matmul_tpu_transposed
 from pallas_kernels.int4_matmul.tpu_tuned import entry_of, key_of, plan_of, table, tuned_plan
 from pallas_kernels.int4_matmul.words import int4_to_words, words_to_int4
+from pallas_kernels.int4_matmul.xla import int4_matmul_xla
 
 ROUNDED = ("wscale", "shifted")  # the weights, as dense bf16 ones are
 FORMS = ("direct", "magic", *ROUNDED)
@@ -292,6 +297,38 @@ def test_of_nothing_come_zeros(shape, implementation):
     codes, scale = jnp.zeros((k // 8, n), jnp.int32), jnp.ones((groups, 1, n), jnp.bfloat16)
     out = int4_matmul(jnp.ones((m, k), jnp.bfloat16), codes, scale, spec=spec, implementation=implementation)
     assert (out.shape, out.dtype) == ((m, n), jnp.bfloat16) and not out.any()
+
+
+@pytest.mark.parametrize("shape", [(0, 64, 128), (3, 0, 128), (3, 64, 0)], ids=["rows", "depth", "columns"])
+def test_every_form_gives_zeros_of_nothing(shape):
+    m, k, n = shape
+    spec, groups = PackedSpec(k, group_size=32, layout="tpu"), -(-k // 32)
+    w = Packed(jnp.zeros((k // 8, n), jnp.int32), jnp.ones((groups, 1, n), jnp.bfloat16))
+    x, dy = jnp.ones((m, k), jnp.bfloat16), jnp.ones((m, n), jnp.bfloat16)
+    outs = [int4_matmul_xla(x, w, spec, platform=platform) for platform in ("cpu", "tpu", "gpu")]
+    outs += [int4_matmul_tpu(x, w, spec, interpret=True), matmul_tpu(x, w, spec, interpret=True)]
+    experts, sizes = jax.tree.map(lambda part: part[None], w), jnp.asarray([m])
+    outs += [grouped_int4_matmul_tpu(x, experts, sizes, spec, interpret=True)]
+    outs += [
+        grouped_int4_matmul(x, *experts, group_sizes=sizes, spec=spec, implementation=name)
+        for name in (None, "xla", "reference", "tpu_interpret")
+    ]
+    assert [out.shape for out in outs] == [(m, n)] * len(outs) and not any(jnp.any(out) for out in outs)
+    back = [int4_matmul_tpu_transposed(dy, w, spec, interpret=True)]
+    back += [grouped_int4_matmul_tpu_transposed(dy, experts, sizes, spec, interpret=True)]
+    assert [out.shape for out in back] == [(m, k)] * len(back) and not any(jnp.any(out) for out in back)
+
+
+def test_kernels_called_by_themselves_hold_to_the_default_precision():
+    w, spec, dense = weight(256, 128, 64, scales=jnp.float32)
+    x, experts = rows_of_x(5, 256, jnp.float32), jax.tree.map(lambda part: part[None], w)
+    for precision, allowed in (("float32", 1e-6), ("bfloat16", 2.5e-3)):
+        with jax.default_matmul_precision(precision):
+            outs = [int4_matmul_tpu(x, w, spec, interpret=True)]
+            outs += [grouped_int4_matmul_tpu(x, experts, jnp.asarray([5]), spec, interpret=True)]
+        for out in outs:
+            error = relative_error(out, np.asarray(x, np.float64) @ dense)
+            assert error < allowed and (precision == "float32" or error > 1e-4)
 
 
 def test_what_fits_no_memory_is_left_to_xla():

@@ -135,8 +135,9 @@ def _experts(implementation: str | None) -> Callable[[Case, Chip], Iterator[Prog
 
         def product(x: Any, codes: Any, scale: Any, zero_point: Any, sizes: Any) -> jax.Array:
             return grouped_int4_matmul(
-                x, codes, scale, zero_point, group_sizes=sizes, spec=spec, implementation=implementation
-            )
+                x, codes, scale, zero_point, group_sizes=sizes, spec=spec, implementation=implementation,
+                integers=case.integers,
+            )  # fmt: skip
 
         stacked = jax.tree.map(lambda part: _struct((case.experts, *part.shape), part.dtype), _prepared(case))
         yield Program(f"{case.experts}", product, (_x(case), *stacked, _struct((case.experts,), jnp.int32)))

@@ -12,7 +12,7 @@ a kernel runs once for each element, as its grid depends on the rows of each.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +25,12 @@ from pallas_kernels.grouped_int4_matmul.reference import grouped_int4_matmul_ref
 from pallas_kernels.grouped_int4_matmul.tpu_transposed import grouped_int4_matmul_tpu_transposed
 from pallas_kernels.grouped_int4_matmul.xla import grouped_input_cotangent, grouped_xla, rows_of_expert
 from pallas_kernels.int4_matmul import gradients, tiles
-from pallas_kernels.int4_matmul.api import by_lowering_platform, no_cotangent, resolved_precision
+from pallas_kernels.int4_matmul.api import no_cotangent
+from pallas_kernels.int4_matmul.precision import asks_for_float32, resolved_precision
 from pallas_kernels.int4_matmul.registry import UnsupportedError, in_rows
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
-from pallas_kernels.int4_matmul.tpu import asks_for_float32
+from pallas_kernels.lowering_platform import by_lowering_platform
 from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.partitioned import alone_or_partitioned
 
@@ -77,7 +78,8 @@ def grouped_int4_matmul(
       integers: x holds whole numbers of at most 127, which may be multiplied as int8 where that is faster.
 
     Raises:
-      UnsupportedError: no such implementation, or it does not take the weight.
+      UnsupportedError: no such implementation, or it does not take the weight; while a program is lowered,
+        for a platform that it does not run on.
       ValueError: shapes that do not fit the spec.
     """
     w = Packed(codes, scale, zero_point, offset)
@@ -90,8 +92,9 @@ def grouped_int4_matmul(
         raise UnsupportedError(f"{implementation} of grouped_int4_matmul does not take {spec}: {reason}")
     _check(x, w, group_sizes, spec)
     dtype = jnp.dtype(preferred_element_type or x.dtype)
-    if 0 in (x.shape[0], codes.shape[0]):
-        return jnp.zeros((x.shape[0], spec.columns(codes.shape)), dtype)
+    rows, columns = x.shape[0], spec.columns(codes.shape)
+    if 0 in (*x.shape, codes.shape[0], columns):
+        return jnp.zeros((rows, columns), dtype)
     return _jitted(x, w, group_sizes, spec, implementation, dtype, resolved_precision(precision), integers)
 
 
@@ -139,7 +142,8 @@ def _value(x, w: Packed, group_sizes, spec: PackedSpec, implementation, precisio
         return run(x, w, sizes, spec, integers=integers).astype(dtype)
 
     kernels = {"tpu": by_tpu, "tpu_interpret": functools.partial(by_tpu, interpret=True), "mosaic_gpu": by_mosaic_gpu}
-    return by_lowering_platform(_forms(kernels, by_xla, spec, implementation), x, w, group_sizes)
+    forms = _forms(kernels, by_xla, spec, implementation)
+    return by_lowering_platform(forms, x, w, group_sizes, refusal=functools.partial(_unsupported_on, implementation))
 
 
 def _forms(
@@ -158,6 +162,14 @@ def _forms(
         if name in kernels and refusal(spec) is None:
             forms[platform] = alone_or_partitioned(of_kernel(name), forms[platform])
     return forms
+
+
+def _unsupported_on(implementation: str | None, platforms: Sequence[str]) -> UnsupportedError:
+    wanted = KERNELS[implementation].platform if implementation in KERNELS else "cpu, tpu or gpu"
+    return UnsupportedError(
+        f"{implementation} of grouped_int4_matmul runs on {wanted}, and this program is lowered for "
+        f"{', '.join(platforms)}"
+    )
 
 
 _product: Any = jax.custom_vjp(_value, nondiff_argnums=(3, 4, 5, 6, 7))
@@ -190,7 +202,8 @@ def _backward(spec, implementation, precision, dtype, integers, residuals, dy):
 
     kernels = {"tpu": by_tpu, "tpu_interpret": functools.partial(by_tpu, interpret=True), "mosaic_gpu": by_mosaic_gpu}
     exact = "xla" if asks_for_float32(x.dtype, precision) else implementation
-    dx = by_lowering_platform(_forms(kernels, to_input, spec, exact), dy, held, group_sizes)
+    forms, refusal = _forms(kernels, to_input, spec, exact), functools.partial(_unsupported_on, implementation)
+    dx = by_lowering_platform(forms, dy, held, group_sizes, refusal=refusal)
 
     def to_scale(pair):
         expert, weight = pair

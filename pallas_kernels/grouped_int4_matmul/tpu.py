@@ -29,9 +29,10 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.grouped_int4_matmul.work_items import Items, rows_of, work_items
 from pallas_kernels.grouped_int4_matmul.xla import grouped_xla
 from pallas_kernels.int4_matmul import tiles, tpu_forms, tpu_tables
+from pallas_kernels.int4_matmul.precision import bf16_terms
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
-from pallas_kernels.int4_matmul.tpu import bf16_terms, number_of
+from pallas_kernels.int4_matmul.tpu import number_of
 from pallas_kernels.int4_matmul.tpu import refusal as refusal
 from pallas_kernels.int4_matmul.tpu_blocks import fitting
 from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
@@ -69,6 +70,8 @@ def grouped_int4_matmul_tpu(
       interpret: run on a CPU, by Pallas' interpreter of TPU kernels.
     """
     rows, experts, columns = x.shape[0], w.codes.shape[0], w.codes.shape[2]
+    if 0 in (*x.shape, experts, columns):
+        return jnp.zeros((rows, columns), jnp.float32)
     bm = min(tile_rows or tile_rows_of(rows, experts), -(-rows // SMALLEST_TILE) * SMALLEST_TILE)
     flags = (w.zero_point is not None, w.offset is not None)
     problem = Problem(bm, spec.length, columns, spec.num_groups, spec.group_size, *flags, number=number_of(spec))

@@ -51,6 +51,8 @@ def grouped_int4_matmul_tpu_transposed(
     chip = chip or traced_chip()
     (table, *_) = tpu_tables.tables_for(spec.levels, chip.name, 1)
     (rows, n), experts = dy.shape, w.codes.shape[0]
+    if 0 in (rows, n, experts, spec.length):
+        return jnp.zeros((rows, spec.length), jnp.float32)
     block = block or BLOCKS[chip.bf16_vector]
     bm = min(tile_rows or tile_rows_of(rows, experts), -(-rows // SMALLEST_TILE) * SMALLEST_TILE)
     bk = depth_of(spec, block)
@@ -113,6 +115,7 @@ def _kernel(
 ) -> None:  # fmt: skip
     *inputs, out, total = refs
     block = tpu_forms.Block(**dict(zip(names, inputs, strict=True)))
+    block = block._replace(columns_held=tpu_forms.held_of(block.codes.shape[1], over, steps))
     item, step = pl.program_id(1), pl.program_id(2)
 
     @pl.when(item < used[0])
@@ -121,8 +124,6 @@ def _kernel(
         def _() -> None:
             total[...] = jnp.zeros_like(total)
 
-        if over:
-            tpu_forms.empty_the_end(block, axis=2, over=over, steps=steps)
         weight = tpu_forms.dense(block, group, wide=wide)  # bf16[bk, bn]
         contract = (((1,), (1,)), ((), ()))
         total[...] += lax.dot_general(block.x[...], weight, contract, preferred_element_type=jnp.float32)

@@ -15,10 +15,18 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.int4_matmul import gradients, tiles, xla
-from pallas_kernels.int4_matmul.registry import BACKENDS, Implementation, by_platform, in_rows
+from pallas_kernels.int4_matmul.precision import asks_for_float32, resolved_precision
+from pallas_kernels.int4_matmul.registry import (
+    BACKENDS,
+    PLATFORMS,
+    Implementation,
+    by_platform,
+    in_rows,
+    unsupported_on,
+)
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
-from pallas_kernels.int4_matmul.tpu import asks_for_float32
+from pallas_kernels.lowering_platform import by_lowering_platform
 from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.partitioned import alone_or_partitioned
 
@@ -51,7 +59,8 @@ def int4_matmul(
       integers: x holds whole numbers of at most 127, which may be multiplied as int8 where that is faster.
 
     Raises:
-      UnsupportedError: no such implementation, or none of those named takes this spec.
+      UnsupportedError: no such implementation, or none of those named takes this spec; while a program is
+        lowered, for a platform that none of them runs on.
       ValueError: shapes that do not fit the spec.
     """
     w = Packed(codes, scale, zero_point, offset)
@@ -87,7 +96,8 @@ def _value(x, w: Packed, spec: PackedSpec, implementation, precision, dtype, int
             return alone_or_partitioned(run, run_by("xla", platform))
         return run
 
-    return by_lowering_platform({platform: on(platform) for platform in chosen}, x, w)
+    refusal = functools.partial(unsupported_on, implementation, spec)
+    return by_lowering_platform({platform: on(platform) for platform in chosen}, x, w, refusal=refusal)
 
 
 _product: Any = jax.custom_vjp(_value, nondiff_argnums=(2, 3, 4, 5, 6))
@@ -116,7 +126,8 @@ def _backward(spec, implementation, precision, dtype, integers, residuals, dy):
         alone = _batched(one, platform)
         return alone if backend.partitions or implementation else alone_or_partitioned(alone, by_xla(platform))
 
-    dx = by_lowering_platform({platform: to_input(platform) for platform in ("cpu", "tpu", "gpu")}, dy, own)
+    forms = {platform: to_input(platform) for platform in PLATFORMS}
+    dx = by_lowering_platform(forms, dy, own, refusal=functools.partial(unsupported_on, implementation, spec))
     flat = tiles.flat_scales(w, rows_spec)
     batched = functools.partial(_batched, platform="cpu")
     dscale = batched(lambda both, w: gradients.scale_cotangent(both[0], both[1], w, rows_spec))((x, dy), flat)
@@ -132,20 +143,6 @@ _product.defvjp(_forward, _backward)
 
 def no_cotangent(part: Any) -> Any:
     return None if part is None else np.zeros(part.shape, jax.dtypes.float0)
-
-
-def by_lowering_platform(forms: dict[str, Any], *args: Any) -> jax.Array:
-    """The form of the platform being lowered for; "gpu" is cuda and rocm. Others take the CPU's, where there is one."""
-    per = {}
-    if "tpu" in forms:
-        per["tpu"] = forms["tpu"]
-    if "gpu" in forms:
-        per["cuda"] = per["rocm"] = forms["gpu"]
-    if "cpu" in forms and not per:
-        return forms["cpu"](*args)
-    if "cpu" in forms:
-        return lax.platform_dependent(*args, **per, default=forms["cpu"])
-    return lax.platform_dependent(*args, **per)
 
 
 def _batched(one: Callable[[Any, Packed], jax.Array], platform: str) -> Callable[[Any, Packed], jax.Array]:
@@ -165,13 +162,6 @@ def _batched(one: Callable[[Any, Packed], jax.Array], platform: str) -> Callable
         return out.reshape(*batch, *out.shape[1:])
 
     return run
-
-
-def resolved_precision(precision: Any) -> Any:
-    """`precision`, hashable; None is what `jax.default_matmul_precision` says, as for lax.dot_general."""
-    if precision is None:
-        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    return tuple(precision) if isinstance(precision, list) else precision
 
 
 def _check(x: jax.Array, w: Packed, spec: PackedSpec) -> None:

@@ -28,10 +28,10 @@ from jax import lax
 from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan, GpuProblem, choose_plan
 from pallas_kernels.int4_matmul.gpu_chips import HOPPER, Gpu, gpu_named, refusal_of_device, traced_kind
 from pallas_kernels.int4_matmul.gpu_fragments import TILE_K, in_order_of_bytes, rows_of
+from pallas_kernels.int4_matmul.precision import bf16_terms
 from pallas_kernels.int4_matmul.spec import HOPPER as LAYOUT
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
-from pallas_kernels.int4_matmul.tpu import bf16_terms
 from pallas_kernels.int4_matmul.xla import int4_matmul_xla
 
 GROUPS = (32, 64, 128)  # and multiples of the last

@@ -135,8 +135,12 @@ def by_platform(implementation: Implementation, spec: PackedSpec) -> dict[str, s
     """The chosen name for every platform that has one; raises where none has."""
     chosen = {platform: name for platform in PLATFORMS if (name := choose(implementation, platform, spec))}
     if not chosen:
-        reasons = {
-            f"{refusal(name, platform, spec)}" for platform in PLATFORMS for name in _names(implementation or ("xla",))
-        }
-        raise UnsupportedError(f"no implementation of {implementation!r} takes {spec}: {'; '.join(sorted(reasons))}")
+        raise unsupported_on(implementation, spec, PLATFORMS)
     return chosen
+
+
+def unsupported_on(implementation: Implementation, spec: PackedSpec, platforms: Sequence[str]) -> UnsupportedError:
+    """The error of a weight that nothing named takes on these platforms."""
+    names = _names(implementation or ("xla",))
+    reasons = {reason for on in platforms for name in names if (reason := refusal(name, on, spec))}
+    return UnsupportedError(f"no implementation of {implementation!r} takes {spec}: {'; '.join(sorted(reasons))}")

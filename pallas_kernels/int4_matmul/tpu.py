@@ -29,7 +29,8 @@ block has eight rows of them. Read as [G, 1, N] they were padded to registers by
 groups of 128 and 21 of 96 with groups of 32 (v5p, 16 x 8192 x 28672).
 
 Where K is no multiple of the block, x is padded with zeros, which codes beyond the end meet, and scales beyond the end
-are overwritten in VMEM. Rows beyond M and columns beyond N are computed from what memory holds, and dropped.
+are taken for zeros. (They are not overwritten in VMEM: where XLA fuses what reads an operand into the kernel, its
+compiler cannot write there.) Rows beyond M and columns beyond N are computed from what memory holds, and dropped.
 
 float32 x goes through the MXU as XLA's own float32 products do: rounded to bf16 by default, as the sum of two or three
 bf16 terms (more rows of x, by the same kernel) for Precision.HIGH and HIGHEST.
@@ -46,6 +47,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.int4_matmul import tpu_forms, tpu_tables
+from pallas_kernels.int4_matmul.precision import bf16_terms
 from pallas_kernels.int4_matmul.spec import TPU, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.tpu_blocks import find_plan
@@ -99,9 +101,11 @@ def int4_matmul_tpu(
       integers: x holds whole numbers of at most 127: they may be multiplied as int8.
       interpret: run on a CPU, by Pallas' interpreter of TPU kernels.
     """
+    (m, k), n = x.shape, w.codes.shape[1]
+    if 0 in (m, k, n):
+        return jnp.zeros((m, n), dtype or jnp.float32)
     terms = bf16_terms(x, lax.Precision.DEFAULT if integers else precision)  # bf16[T, M, K]
-    count, m, k = terms.shape
-    n = w.codes.shape[1]
+    count = len(terms)
     flags = (w.zero_point is not None, w.offset is not None)
     written = jnp.float32 if count > 1 or dtype in (None, jnp.float16) else dtype  # f16 is the caller's own rounding
     kinds = {"number": number_of(spec), "out_bytes": jnp.dtype(written).itemsize}
@@ -121,33 +125,6 @@ def int4_matmul_tpu(
 def number_of(spec: PackedSpec) -> str:
     """What kind of codes a weight has, for Problem."""
     return "table" if spec.levels is not None else f"int{spec.bits}"
-
-
-def asks_for_float32(dtype: Any, precision: Any) -> bool:
-    """Whether a product of `dtype` by codes is to be more exact than one bf16 pass of the MXU."""
-    return dtype != jnp.bfloat16 and _passes(precision) > 1
-
-
-def bf16_terms(x: jax.Array, precision: Any) -> jax.Array:
-    """bf16[T, M, K] that sum to x[M, K]: one term, or as many as the precision asks for."""
-    terms = []
-    for _ in range(1 if x.dtype == jnp.bfloat16 else _passes(precision)):
-        terms.append(x.astype(jnp.bfloat16))
-        x = x - terms[-1].astype(x.dtype)
-    return jnp.stack(terms)
-
-
-_ALGORITHMS = {preset.name for preset in lax.DotAlgorithmPreset}
-
-
-def _passes(precision: Any) -> int:
-    wanted = precision if isinstance(precision, tuple) else (precision,)
-    if any(isinstance(p, lax.DotAlgorithm | lax.DotAlgorithmPreset) or str(p) in _ALGORITHMS for p in wanted):
-        return 3  # an algorithm that another product of floats names: the most exact there is
-    named = [lax.Precision(p) if p is not None else lax.Precision.DEFAULT for p in wanted]
-    return {lax.Precision.DEFAULT: 1, lax.Precision.HIGH: 2, lax.Precision.HIGHEST: 3}[
-        max(named, key=lambda p: p.value)
-    ]
 
 
 def _call(x: jax.Array, w: Packed, table: Any, plan: Plan, spec: PackedSpec, dtype: Any, interpret: bool) -> jax.Array:
@@ -210,8 +187,7 @@ def _full(part: jax.Array, n: int, flat: bool) -> jax.Array:
 def _kernel(*refs: Any, names: tuple[str, ...], plan: Plan, group: int, over: int, steps: int, interpret: bool) -> None:
     *inputs, out, total = refs
     block = _block_of(dict(zip(names, inputs, strict=True)), plan.block_k)
-    if over:
-        tpu_forms.empty_the_end(block, axis=0, over=over, steps=steps)
+    block = block._replace(groups_held=tpu_forms.held_of(block.scale.shape[0], over, steps))
     options = {"direct": {"upcast": interpret}, "wscale": {"wide": plan.wide}}.get(plan.form, {})
     form = functools.partial(getattr(tpu_forms, plan.form), **options)
     if steps == 1 and plan.chunk >= plan.block_k:

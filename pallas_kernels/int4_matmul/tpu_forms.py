@@ -30,6 +30,7 @@ The magic numbers are those of FasterTransformer's and Marlin's GPU kernels (Kim
 for bf16 and for the order in which a TPU holds int4.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -50,12 +51,14 @@ class Block(NamedTuple):
       x: bf16[bm, bk], or int8 for `integer`. Columns after the end of K are zeros: codes there are what memory held,
         so that a form may multiply them by x and nothing else.
       codes: int4[bk, bn], of which the level is the code itself, or the same as words, i32[bk / 8, bn].
-      scale: [bk / group, 1, bn], bf16 or f32, finite everywhere. `group` divides bk: where a real group is longer
-        than the block, the index map repeats its row and `group` is bk.
+      scale: [bk / group, 1, bn], bf16 or f32. `group` divides bk: where a real group is longer than the block, the
+        index map repeats its row and `group` is bk.
       zero_point: u8[bk / group, 1, bn] or None, counted in unsigned codes.
       offset: [bk / group, 1, bn] or None.
       table: i32[tables, 8, 128] of tpu_tables.py where codes are indices of levels, or None. Codes are int8, or words
         of four, where they are of eight bits.
+      groups_held, columns_held: i32[], of how many groups and columns there are scales and offsets, where the last
+        block sticks out of W, else None. What memory holds after their end may be NaN: it is read as zero (`held`).
     """
 
     x: Any
@@ -64,6 +67,8 @@ class Block(NamedTuple):
     zero_point: Any = None
     offset: Any = None
     table: Any = None
+    groups_held: Any = None
+    columns_held: Any = None
 
 
 def accumulate(form: Any, block: Block, group: int, chunk: int, total: Any) -> None:
@@ -85,19 +90,13 @@ def accumulate(form: Any, block: Block, group: int, chunk: int, total: Any) -> N
         codes = block.codes[pl.ds(pl.multiple_of(index * stored, stored), stored), :]
         rows = pl.ds(pl.multiple_of(index * per, per), per) if per else slice(None)
         groups = [None if part is None else part[rows] for part in block[2:5]]
-        total[...] += form(Block(x, codes, *groups, table=block.table), inner)
+        held = None if block.groups_held is None else block.groups_held - index * per
+        total[...] += form(Block(x, codes, *groups, block.table, held, block.columns_held), inner)
 
 
-def empty_the_end(block: Block, *, axis: int, over: int, steps: int) -> None:
-    """In the last step, zeros for the last `over` scales and offsets: what memory holds after their end may be NaN."""
-
-    @pl.when(pl.program_id(2) == steps - 1)
-    def _() -> None:
-        for part in (block.scale, block.offset):
-            if part is not None:
-                kept, rest = part.shape[:axis], part.shape[axis + 1 :]
-                end = (*[slice(None)] * axis, slice(part.shape[axis] - over, None))
-                part[end] = jnp.zeros((*kept, over, *rest), part.dtype)
+def held_of(count: int, over: int, steps: int) -> jax.Array | None:
+    """How many of `count` groups or columns of a block this step holds, the last of `steps` `over` less."""
+    return None if not over else jnp.where(pl.program_id(2) == steps - 1, count - over, count)
 
 
 def without_float16(part: Any) -> Any:
@@ -174,19 +173,20 @@ def shifted(block: Block, group: int) -> jax.Array:
 def _affine(block: Block, group: int, dtype: Any) -> Any:
     """A function (i, levels dtype[rows, bn]) -> the weights in `dtype`, rows of group i or half of them of the next."""
     scale = block.scale
-    if dtype == jnp.bfloat16:  # by way of f32, whole registers at a time
+    if dtype == jnp.bfloat16 and block.groups_held is block.columns_held is None:  # by way of f32, whole registers
         scale = scale[...].astype(jnp.float32).astype(dtype)
     shift = None if block.zero_point is None else _shift(block, block.zero_point[...], group).astype(dtype)
 
     def weight(i: int, levels: jax.Array, groups: int = 1) -> jax.Array:
-        def values(part: Any) -> jax.Array:
-            return _halves(row_of(part, i), row_of(part, i + 1), levels.shape) if groups == 2 else row_of(part, i)
+        def values(of_group: Any) -> jax.Array:
+            rows = [of_group(at).astype(dtype) for at in range(i, i + groups)]
+            return _halves(*rows, levels.shape) if groups == 2 else rows[0]
 
         if shift is not None:
-            levels = levels - values(shift)
-        levels = levels * values(scale).astype(dtype)
+            levels = levels - values(functools.partial(row_of, shift))
+        levels = levels * values(functools.partial(held, block, scale))
         if block.offset is not None:
-            levels = levels + values(block.offset).astype(dtype)
+            levels = levels + values(functools.partial(held, block, block.offset))
         return levels
 
     return weight
@@ -195,11 +195,22 @@ def _affine(block: Block, group: int, dtype: Any) -> Any:
 def _halves(upper: jax.Array, lower: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """One row over the upper half of `shape`, the other over the lower one."""
     place = lax.broadcasted_iota(jnp.int32, shape, 0)
-    return jnp.where(place < shape[0] // 2, upper.astype(jnp.float32), lower.astype(jnp.float32))
+    return jnp.where(place < shape[0] // 2, upper, lower)
+
+
+def held(block: Block, part: Any, i: int) -> Any:
+    """[1, bn]: the values of group i, zeros where there are none."""
+    row = row_of(part, i)
+    if block.groups_held is not None:
+        row = jnp.where(i < block.groups_held, row.astype(jnp.float32), 0.0)
+    if block.columns_held is not None:
+        column = lax.broadcasted_iota(jnp.int32, row.shape, 1)
+        row = jnp.where(column < block.columns_held, row.astype(jnp.float32), 0.0)
+    return row
 
 
 def row_of(part: Any, i: int) -> Any:
-    """[1, bn]: the values of group i."""
+    """[1, bn]: the values of group i, whatever they are."""
     return part[i] if part.ndim == 3 else part[i : i + 1]
 
 
@@ -225,9 +236,9 @@ def _by_groups(block: Block, group: int, weight: Any, center: float = 0.0, toget
             partial = partials[own]
             if center or shifts is not None:
                 partial = partial - _row_sums(x[own]) * (center if shifts is None else row_of(shifts, i))
-            partial = partial * row_of(block.scale, i).astype(jnp.float32)
+            partial = partial * held(block, block.scale, i).astype(jnp.float32)
             if block.offset is not None:
-                partial = partial + _row_sums(x[own]) * row_of(block.offset, i).astype(jnp.float32)
+                partial = partial + _row_sums(x[own]) * held(block, block.offset, i).astype(jnp.float32)
             total = partial if total is None else total + partial
     assert total is not None
     return total

@@ -67,6 +67,8 @@ def by_xla(x: jax.Array, w: Packed, spec: PackedSpec, *, precision: Any, integer
     """f32[M, N]. With `integers`, x holds whole numbers of at most 127, which are multiplied as int8."""
     if integers and w.zero_point is None and w.offset is None:
         return _integer_sums(x.astype(jnp.int8), tiles.squeezed_scales(w, spec), spec)
+    if spec.num_groups > 1 and x.shape[0] > xla.DECODE_ROWS:
+        return xla.by_one_dot(x, w, spec, precision)
     return xla.int4_matmul_xla(x, w, spec, platform="tpu", precision=precision)
 
 

@@ -44,10 +44,13 @@ COUNTED = {
         "wscale": ((629, 610), (742, 724), (910, 899), (2383, 2372)),
     },
 }
+# Of 256 rows, where that is less than the line from 128 to 512 says: `wscale` in f32 hides all of its unpacking there.
+AT_256_ROWS = {("v5e", "wscale"): (4315, 4312)}
 COUNTED |= {
     "v5p": COUNTED["v5e"],
     "unknown": {form: counted for form, counted in COUNTED["v6e"].items() if form != "integer"},
 }
+AT_256_ROWS |= {("v5p", form): bundles for (_, form), bundles in AT_256_ROWS.items()}
 # What zero points or offsets multiply it by: (groups below 128, groups from 128 on).
 CORRECTION = {
     "direct": (1.7, 1.15), "magic": (1.25, 1.1), "integer": (1.8, 1.2), "wscale": (1.2, 1.1), "shifted": (1.2, 1.2),
@@ -99,10 +102,13 @@ def bundles_of_step(problem: Problem, plan: Plan, chip: Chip) -> float:
 @functools.lru_cache(maxsize=4096)
 def bundles_of_tile(chip: str, number: str, form: str, rows: int, group: int) -> float:
     """Of 1024 x 1024 codes, less STEP_BUNDLES and SUMS_BUNDLES: COUNTED, linear in rows and in groups between."""
-    bundles = np.asarray(counted(chip, number)[form], float) - STEP_BUNDLES  # [rows, group]
-    bundles -= SUMS_BUNDLES * 1024 * np.asarray(COUNTED_ROWS)[:, None]
-    within = min(rows, COUNTED_ROWS[-1])
-    short, long = (float(np.interp(within, COUNTED_ROWS, bundles[:, i])) * rows / within for i in (0, 1))
+    at, found = COUNTED_ROWS, counted(chip, number)[form]
+    if number == "int4" and (between := AT_256_ROWS.get((chip, form))):
+        at, found = (*at[:-1], 256, at[-1]), (*found[:-1], between, found[-1])
+    bundles = np.asarray(found, float) - STEP_BUNDLES  # [rows, group]
+    bundles -= SUMS_BUNDLES * 1024 * np.asarray(at)[:, None]
+    within = min(rows, at[-1])
+    short, long = (float(np.interp(within, at, bundles[:, i])) * rows / within for i in (0, 1))
     share = (1 / group - 1 / 128) / (1 / 32 - 1 / 128)
     return max(long + (short - long) * share, 0.6 * long)
 

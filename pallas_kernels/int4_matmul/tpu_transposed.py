@@ -5,7 +5,7 @@
              the MXU does without transposing anything in memory
 
 Gradients are taken over many rows, so that there is one form, that of `wscale`: the weights are rounded as a dense bf16
-weight is. Where N is no multiple of the block, dy is padded with zeros, and scales beyond the end are overwritten.
+weight is. Where N is no multiple of the block, dy is padded with zeros, and scales beyond the end are taken for zeros.
 Levels of a codebook come in the order of tpu_tables.py, and so do the columns of dx: they are put back at the end.
 """
 
@@ -44,6 +44,8 @@ def int4_matmul_tpu_transposed(
     bf16_vector, (table, *_) = chip.bf16_vector, tpu_tables.tables_for(spec.levels, chip.name, 1)
     block = block or BLOCKS[bf16_vector]
     (m, n), k = dy.shape, spec.length
+    if 0 in (m, n, k):
+        return jnp.zeros((m, k), dtype or jnp.float32)
     group = k if spec.num_groups == 1 else spec.group_size
     bk = depth_of(spec, block)
     rest = max(block * block // max(bk, block), tpu_forms.LANES)  # `block`, or less beside a deeper block of W
@@ -106,13 +108,12 @@ def depth_of(spec: PackedSpec, block: int) -> int:
 def _kernel(*refs: Any, names: tuple[str, ...], group: int, wide: bool, over: int, steps: int) -> None:
     *inputs, out, total = refs
     block = tpu_forms.Block(**dict(zip(names, inputs, strict=True)))
+    block = block._replace(columns_held=tpu_forms.held_of(block.codes.shape[1], over, steps))
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
-    if over:
-        tpu_forms.empty_the_end(block, axis=2, over=over, steps=steps)
     weight = tpu_forms.dense(block, group, wide=wide)  # bf16[bk, bn]
     total[...] += lax.dot_general(block.x[...], weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 

@@ -6,10 +6,12 @@ ten times slower than a float product, on a TPU it doubles the bytes of the bf16
     cpu   N tiles of a few hundred columns, unpacked to f32 in the cache and multiplied there (a few rows by [K, N]:
           K blocks, whose bytes are contiguous). At M = 1 it runs at the speed of an f32 product of the dense weight,
           with an eighth of its memory (benchmarks/cpu_matmul.py).
-    tpu   int4 [K, N]. Few rows: one dot a group, whose convert the compiler fuses, and the partial sums scaled.
-          Many rows: N tiles of scaled bf16 weights, so that each is one deep dot.
-          Words of eight codes, whatever the rows: one dot a group. Nothing is cut along N, so that a program that XLA
-          partitions along it gathers no weights; this form serves where the kernel cannot (partitioned.py).
+    tpu   int4 or int8 [K, N], or words. One dot a group, whose convert the compiler fuses, and the partial sums scaled.
+          Many rows on v4, v5e and v5p: one dot of bf16 weights, which their compilers make while they feed the MXU (of
+          v6e and TPU7x the compiler writes them to memory first). Nothing is cut along N, so that a program that XLA
+          partitions along it gathers no weights: these forms serve where the kernel cannot (partitioned.py). By N tiles
+          it gathered 28 times, and moved 563 MiB for 7 MiB of codes (v5e, 512 x 4096 x 14336 on four chips).
+          Many rows by groups shorter than LEAST_DOT go by N tiles, other than words.
     gpu   int4 [N, K], by the same two forms as int4 on a TPU. (One scaled product of the whole is fused by JAX 0.12's
           Triton, but JAX 0.10.2 writes its dense weight to memory.)
 
@@ -29,11 +31,15 @@ from pallas_kernels import packing
 from pallas_kernels.int4_matmul import tiles
 from pallas_kernels.int4_matmul.spec import NEUTRAL, TPU, PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.int4_matmul.tpu_chips import traced_chip
 from pallas_kernels.int4_matmul.words import words_to_integers
 
 # Up to so many rows the partial sums of the groups are scaled; above, the weights are. KERNELS: the crossing lies
 # between 16 and 64 on the TPUs whose schedules were counted; one f32 sum a group and row must stay below the weight.
 DECODE_ROWS = 32
+
+# A dot of so many rows of a group fills enough of an MXU of 128 or 256 rows.
+LEAST_DOT = 64
 
 # On a CPU, up to so many rows of x go through [K, N] in blocks of K: narrow tiles of columns stride through memory.
 ROW_BLOCK_ROWS = 8
@@ -44,16 +50,31 @@ ACCELERATOR_TILE = {"tpu": 2**22, "gpu": 2**24}
 
 def int4_matmul_xla(x: jax.Array, w: Packed, spec: PackedSpec, *, platform: str, precision: Any = None) -> jax.Array:
     """f32[M, N] = x[M, K] @ W[K, N] for lowering on `platform` ("cpu", "tpu" or "gpu")."""
+    rows, columns = x.shape[0], spec.columns(w.codes.shape)
+    if 0 in (*x.shape, columns):
+        return jnp.zeros((rows, columns), accumulator(x.dtype))
     if platform == "cpu":
         x, w = x.astype(accumulator(x.dtype)), tiles.flat_scales(w, spec)
         few = x.shape[0] <= ROW_BLOCK_ROWS and spec.orientation == "kn"
         return (by_row_blocks if few else by_column_tiles)(x, w, spec, precision)
+    if platform == "tpu" and x.shape[0] > DECODE_ROWS and makes_weights_in_the_dot(spec):
+        return by_one_dot(x, w, spec, precision)
     if tiles.holds_words(w, spec) and (spec.num_groups == 1 or spec.group_size % 8 == 0):
         return by_groups(x, tiles.squeezed_scales(w, spec), spec, precision)
     w = tiles.flat_scales(w, spec)
-    if spec.layout != NEUTRAL and (x.shape[0] <= DECODE_ROWS or (spec.layout == TPU and spec.num_groups == 1)):
+    if spec.layout != NEUTRAL and (x.shape[0] <= DECODE_ROWS or (spec.layout == TPU and fills_dots(spec))):
         return by_groups(x, w, spec, precision)
     return by_column_tiles(x, w, spec, precision, ACCELERATOR_TILE[platform])
+
+
+def makes_weights_in_the_dot(spec: PackedSpec) -> bool:
+    """Whether the compiler of the traced chip fuses all of a weight's unpacking and scaling into one dot."""
+    return spec.layout == TPU and spec.num_groups > 1 and spec.levels is None and not traced_chip().bf16_vector
+
+
+def fills_dots(spec: PackedSpec) -> bool:
+    """Whether a dot a group is worth its while with many rows."""
+    return spec.num_groups == 1 or spec.group_size >= LEAST_DOT
 
 
 def has_int4_form(spec: PackedSpec) -> bool:
@@ -100,6 +121,14 @@ def by_column_tiles(
         return _sum_of_products(parts, weights, spec, precision)  # [M, size]
 
     return tiles.over_tiles(n, tile, one, axis=-1, threads=elements is None and x.shape[0] == 1)
+
+
+def by_one_dot(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) -> jax.Array:
+    """One dot of all weights in x's dtype, of the tpu layout: for compilers that make them while they feed the dot."""
+    w = tiles.squeezed_scales(w, spec)
+    if tiles.holds_words(w, spec):
+        w = w._replace(codes=words_to_integers(w.codes, spec.length))  # as int8 they were written to memory
+    return _sum_of_products([x], tiles.weight_fields(w, spec, x.dtype), spec, precision)
 
 
 def by_row_blocks(x: jax.Array, w: Packed, spec: PackedSpec, precision: Any = None) -> jax.Array:
