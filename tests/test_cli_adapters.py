@@ -12,6 +12,7 @@ from random_model import make_random_model
 import jq4
 from jq4.cli import main
 from jq4.divergence import divergence
+from jq4.qarray import is_qarray
 from models.language_model import LanguageModel
 from models.peft import save_peft
 
@@ -114,7 +115,7 @@ def test_merging_makes_the_adapted_function_dense(capsys, source, adapted, tmp_p
         (path, "dense") for path in model.adapters.by_path
     ]
     attention = merged.params["layers"]
-    assert any(jq4.qarray.is_qarray(leaf) for leaf in jax.tree.leaves(attention, is_leaf=jq4.qarray.is_qarray))
+    assert any(is_qarray(leaf) for leaf in jax.tree.leaves(attention, is_leaf=is_qarray))
     assert main(["generate", str(tmp_path / "merged"), "--prompt", "The quick", "--max-tokens", "2"]) == 0
     assert capsys.readouterr().out.startswith("The quick")
 

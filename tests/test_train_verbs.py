@@ -14,6 +14,7 @@ from train_runs import QUICK, compiled_once, losses, printed, run, run_error
 
 import jq4
 from jq4.cli import main
+from jq4.qarray import is_qarray
 from jq4.train import TeacherCache, divergence, hidden_loss, inputs_of, next_token, stages
 from jq4.train.running.rows import ShuffledRows
 from models.decoder import Decoder
@@ -135,8 +136,8 @@ def test_bits_come_down_in_stages_from_the_dense_weights(source, staged):
     rows = [json.loads(line) for line in Path(staged["files"]["metrics"]).read_text().splitlines()]
     assert [row["stage"] for row in rows] == [1, 1, 2, 2, 3, 3]
     served = LanguageModel.from_folder(staged["out"])
-    leaves = jax.tree.leaves(served.params, is_leaf=jq4.qarray.is_qarray)
-    assert {leaf.format for leaf in leaves if jq4.qarray.is_qarray(leaf)} == {"int3"}
+    leaves = jax.tree.leaves(served.params, is_leaf=is_qarray)
+    assert {leaf.format for leaf in leaves if is_qarray(leaf)} == {"int3"}
     assert staged["stages"] == [8, 5] and staged["recipe"]["name"] == "rtn-w3g32-asym"
 
 
@@ -175,8 +176,8 @@ def test_weights_go_first_where_inputs_are_rounded_too(capsys, source, tmp_path)
     weights_alone = LanguageModel(model.config, jq4.quantize(model.params, "rtn-w4g32"))
     wanted = float(jnp.mean(divergence(weights_alone.logits(batch), model.logits(batch))))
     assert losses(data)[0] == pytest.approx(wanted, rel=1e-4)
-    leaves = jax.tree.leaves(LanguageModel.from_folder(data["out"]).params, is_leaf=jq4.qarray.is_qarray)
-    assert {leaf.activations for leaf in leaves if jq4.qarray.is_qarray(leaf)} == {"int8-token"}
+    leaves = jax.tree.leaves(LanguageModel.from_folder(data["out"]).params, is_leaf=is_qarray)
+    assert {leaf.activations for leaf in leaves if is_qarray(leaf)} == {"int8-token"}
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ class Adapted(Watched):
         if None in cut:
             return None
 
-        def of(axes: Sequence[Hashable]) -> PartitionSpec:
+        def of(axes: Sequence[Any]) -> PartitionSpec:
             return PartitionSpec(*(cut.get(axis) for axis in axes))
 
         keys = None if self.keys is None else of(self.key_axes)

@@ -98,7 +98,7 @@ class InputsInterpreter(Interpreter):
 
     # Programs within the program ----------------------------------------------------------------------------------
 
-    def within(self, jaxpr: Any, values: Values) -> tuple[Values, Frame]:
+    def within(self, jaxpr: Any, values: Sequence[Any]) -> tuple[Values, Frame]:
         outer, self.frame = self.frame, {}
         try:
             return self.evaluate(jaxpr, values), self.frame
