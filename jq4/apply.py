@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq4 import jax_compat, qarray_ops, rules_convolution, rules_product, rules_sharding, rules_structure
+from jq4.arguments import Arguments
 from jq4.errors import DensifiedError
 from jq4.interpret import Interpreter, Values
-from jq4.outputs import Outputs, is_array
+from jq4.outputs import Outputs
 from jq4.packed_leaf import PackedLeaf, is_packed
 from jq4.partition import partition_of
 from jq4.paths import leaf_path
@@ -144,19 +145,9 @@ class Quantized:
         self, interpreter: Interpreter, values: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Outputs, list[Any]]:
         """(the tree of the results, the results) of the function on `values` in the place of its arguments' leaves."""
-        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_qarray)
-        dynamic = [place for place, value in enumerate(values) if interpreter.is_special(value) or is_array(value)]
-        outputs = Outputs()
-
-        def flat_function(*arrays: Any) -> list[Any]:
-            merged = list(leaves)
-            for place, array in zip(dynamic, arrays, strict=True):
-                merged[place] = array
-            args, kwargs = jax.tree.unflatten(structure, merged)
-            return outputs.arrays_of(self.function(*args, **kwargs))
-
-        inputs = [values[place] for place in dynamic]
-        jaxpr, _ = jax_compat.trace(flat_function, *map(interpreter.aval, inputs))
+        arguments, outputs = Arguments(args, kwargs, is_qarray), Outputs()
+        inputs = [values[place] for place in arguments.traced]
+        jaxpr, _ = jax_compat.trace(arguments.taken_by(self.function, outputs), *map(interpreter.aval, inputs))
         return outputs, interpreter.evaluate(jaxpr, inputs)
 
     def _placed(self, value: Any, within: str, named: str) -> Any:
@@ -196,19 +187,10 @@ def quantized(function: Callable[..., Any], strict: bool = False, shardings: Sha
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Record:
     """The record of `quantized(function)(*args, **kwargs)` without computing anything; arrays may be shapes only."""
     transformed = function if isinstance(function, Quantized) else Quantized(function, strict=False)
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    dynamic = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
-
-    def call(arrays: list[Any]) -> list[Any]:
-        merged = list(leaves)
-        for place, array in zip(dynamic, arrays, strict=True):
-            merged[place] = array
-        args, kwargs = jax.tree.unflatten(structure, merged)
-        return [leaf for leaf in jax.tree.leaves(transformed(*args, **kwargs)) if is_array(leaf)]
-
+    arguments = Arguments(args, kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DensifiedWarning)
-        jax.eval_shape(call, [leaves[place] for place in dynamic])
+        jax.eval_shape(arguments.taken_by(transformed, Outputs()), *arguments.arrays)
     return transformed.record
 
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jq4 import jax_compat
+from jq4.arguments import Arguments
+from jq4.outputs import Outputs
 from jq4.outputs import is_array as is_array
-from jq4.paths import leaf_path
 from jq4.statistics import ContractionAxes
 from jq4.watch import Watcher
 from jq4.watched import Watched
@@ -42,27 +43,18 @@ def watched_call(
     function: Callable[..., Any], watcher: Watcher, tree: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
     """(the array leaves of all arguments, what evaluates `function` on such leaves with those of `tree` watched)."""
-    keyed, structure = jax.tree_util.tree_flatten_with_path((tree, args, kwargs))
-    leaves = [leaf for _, leaf in keyed]
-    dynamic = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
-    paths = {p: leaf_path(keyed[p][0][1:]) for p in dynamic if keyed[p][0][0].idx == 0 and is_weight(leaves[p])}  # type: ignore[attr-defined]
-
-    def flat_function(*arrays: Any) -> list[Any]:
-        merged = list(leaves)
-        for place, array in zip(dynamic, arrays, strict=True):
-            merged[place] = array
-        tree, args, kwargs = jax.tree.unflatten(structure, merged)
-        return [leaf for leaf in jax.tree.leaves(function(tree, *args, **kwargs)) if is_array(leaf)]
+    arguments = Arguments((tree, *args), kwargs)
+    paths = {place: path for place, path in arguments.paths.items() if is_weight(arguments.leaves[place])}
 
     def run(arrays: list[Any]) -> list[Any]:
-        jaxpr, _ = jax_compat.trace(flat_function, *arrays)
+        jaxpr, _ = jax_compat.trace(arguments.taken_by(function, Outputs()), *arrays)
         values = [
             Watched.whole(array, paths[place]) if place in paths else array
-            for place, array in zip(dynamic, arrays, strict=True)
+            for place, array in zip(arguments.traced, arrays, strict=True)
         ]
         return watcher.evaluate(jaxpr, values)
 
-    return [leaves[place] for place in dynamic], run
+    return arguments.arrays, run
 
 
 def is_weight(leaf: Any) -> bool:

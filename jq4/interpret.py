@@ -55,6 +55,17 @@ class Interpreter:
         """A special value of which a scan has just cut the leaves along their leading axis."""
         return value
 
+    def leaving_loop(self, value: Any, eqn: Any) -> Any:
+        """A special value of a pass of a scan, whose leaves the scan will stack, or densified."""
+        return value
+
+    def within(self, jaxpr: Any, values: Sequence[Any]) -> tuple[Values, Any]:
+        """The outputs of a program inside remat or a scan, and what leaves it besides: a pytree of arrays, or None."""
+        return self.evaluate(jaxpr, values), None
+
+    def absorb(self, found: Any, /) -> None:
+        """Takes up what left such a program besides its outputs; out of a scan it comes stacked."""
+
     def inside_shard_map(self, value: Any) -> Any:
         """A special value of which a shard_map has just cut the leaves."""
         return value
@@ -122,11 +133,13 @@ class Interpreter:
         ):  # already the backward pass: only keep it from being merged with the forward
             return self.evaluate(jaxpr, jax.lax.optimization_barrier(values))
         remat = jax.checkpoint(
-            lambda *inner: self.evaluate(jaxpr, inner),
+            lambda *inner: self.within(jaxpr, inner),
             prevent_cse=parameters.get("prevent_cse", True),
             policy=parameters["policy"],
         )
-        return remat(*values)
+        outputs, found = remat(*values)
+        self.absorb(found)
+        return outputs
 
     def eval_cond(self, eqn: Any, values: Values) -> Values:
         """Special outputs must be the same in every branch: those that pass through unchanged do not enter the cond."""
@@ -165,14 +178,16 @@ class Interpreter:
         xs = [self.before_slicing(x, eqn) if self.is_special(x) else x for x in xs]
         fixed, moving = self.split_carry(eqn, carry, jaxpr, num_consts)
 
-        def body(moving: Values, slices: Values) -> tuple[Values, Values]:
+        def body(moving: Values, slices: Values) -> tuple[Values, tuple[Values, Any]]:
             slices = [self.inside_loop(each) if self.is_special(each) else each for each in slices]
-            outputs = self.evaluate(jaxpr, [*consts, *merge_placed(fixed, moving), *slices])
+            outputs, found = self.within(jaxpr, [*consts, *merge_placed(fixed, moving), *slices])
             kept = [output for place, output in enumerate(outputs[:num_carry]) if place not in fixed]
-            return self.dense(kept, eqn, "the scan carries it on changed"), outputs[num_carry:]
+            ys = [self.leaving_loop(y, eqn) if self.is_special(y) else y for y in outputs[num_carry:]]
+            return self.dense(kept, eqn, "the scan carries it on changed"), (ys, found)
 
         options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-        moving, ys = jax.lax.scan(body, moving, xs, **options)
+        moving, (ys, found) = jax.lax.scan(body, moving, xs, **options)
+        self.absorb(found)
         return [*merge_placed(fixed, moving), *ys]
 
     def eval_while(self, eqn: Any, values: Values) -> Values:

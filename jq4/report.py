@@ -92,6 +92,44 @@ def inventory_table(data: Mapping[str, Any]) -> Table:
     return make_table(str(data["model"]), columns, rows)
 
 
+def adapters_table(adapters: Mapping[str, Any]) -> Table:
+    """The adapters beside a model's weights: see jq4.train.adapters.adapter_inventory."""
+    return make_table("adapters", ADAPTERS_HEAD, adapters_rows(adapters))
+
+
+ADAPTERS_HEAD = ("leaf", "shape", "rank", "scaling", "parameters", "bytes")
+
+
+def adapters_rows(adapters: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            leaf["path"],
+            " ".join(map(str, leaf["shape"])),
+            str(leaf["rank"]),
+            format_figure(leaf["scaling"]),
+            format_count(leaf["parameters"]),
+            format_bytes(leaf["bytes"]),
+        )
+        for leaf in adapters["leaves"]
+    ]
+
+
+def adapters_sentence(adapters: Mapping[str, Any]) -> str:
+    """Their size in words: "adapters of rank 16 beside 7 leaves, 123K parameters in 492 kB"."""
+    count, ranks = len(adapters["leaves"]), ", ".join(map(str, adapters["ranks"]))
+    size = f"{format_count(adapters['parameters'])} parameters in {format_bytes(adapters['bytes'])}"
+    return f"adapters of rank {ranks} beside {count} {'leaf' if count == 1 else 'leaves'}, {size}"
+
+
+def merge_table(data: Mapping[str, Any]) -> Table:
+    """What became of the leaves that had adapters: see jq4.train.adapters.merge_lora."""
+    rows = [
+        (leaf["path"], leaf["format"], _decibels(leaf["error"]["sqnr_db"]), _decibels(leaf["change_db"]))
+        for leaf in data["leaves"]
+    ]
+    return make_table(str(data["out"]), ("leaf", "became", "SQNR dB", "learned over lost, dB"), rows)
+
+
 def _decibels(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
@@ -202,7 +240,8 @@ def training_table(data: Mapping[str, Any]) -> Table:
         ["loss (nats a token)", format_figure(data["loss_first"]), format_figure(data["loss_last"])],
         *([label, before, after] for label, before, after in _before_and_after(data)),
         ["bits a packed weight", "", format_figure(data["bits_per_weight_packed"])],
-        ["bytes held", "", format_bytes(data["bytes"])],
+        ["bytes of weights", "", format_bytes(data["bytes"])],
+        *([["bytes of adapters", "", format_bytes(data["adapters"]["bytes"])]] if data.get("adapters") else []),
         ["steps", "", steps],
         ["tokens a second", "", format_figure(data["tokens_per_second"])],
         ["seconds of steps", "", f"{data['seconds_training']:.0f}"],

@@ -14,6 +14,7 @@ from jq4.checkpoint.manifest import MANIFEST
 from jq4.errors import JQ4Error
 from jq4.record import Record
 from jq4.train import restore_lora, save_lora, with_lora
+from jq4.train.adapters.saved_adapters import abstract_lora
 
 ADAPTERS = "adapters"
 
@@ -45,7 +46,19 @@ def save_adapters(folder: Path, adapters: Any) -> None:
 
 
 def adapters_of(folder: Path) -> Any:
-    """The adapters of a folder's weights; None where it has none.
+    """The adapters of a folder's weights; None where it has none. Raises as `place_of` does."""
+    place = place_of(folder)
+    return None if place is None else restore_lora(place)
+
+
+def abstract_adapters_of(folder: Path) -> Any:
+    """The same with shapes in the place of arrays, none of which is read."""
+    place = place_of(folder)
+    return None if place is None else abstract_lora(place)
+
+
+def place_of(folder: Path) -> Path | None:
+    """Where the adapters of a folder's weights lie; None where it has none.
 
     Raises:
       JQ4Error: they were made for other weights than lie there now.
@@ -59,4 +72,4 @@ def adapters_of(folder: Path) -> Any:
             f"{place}: adapters of other weights ({base}) than lie in {folder} ({here}): train them anew, or remove "
             f"{place} to run the weights alone"
         )
-    return restore_lora(place)
+    return place

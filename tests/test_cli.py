@@ -47,7 +47,19 @@ def test_version_and_help(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert "exit codes: 0 done, 1 an error in what was given" in " ".join(text.split())
-    for verb in ("demo", "quantize", "eval", "report", "drift", "mixed", "generate", "inspect", "plan"):
+    for verb in (
+        "demo",
+        "quantize",
+        "eval",
+        "report",
+        "drift",
+        "mixed",
+        "generate",
+        "inspect",
+        "plan",
+        "train",
+        "merge",
+    ):
         assert verb in text
         assert main([verb, "--help"]) == 0
         assert "--json" in capsys.readouterr().out

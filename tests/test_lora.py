@@ -300,6 +300,47 @@ def test_dropout_drops_inputs_of_a_alone_and_each_layers_own():
         adapters.with_dropout(1.5, jax.random.key(0))
 
 
+def test_what_is_dropped_of_a_row_depends_on_its_own_key():
+    """Of all rows at once, of a few, in another order, and under a scan over layers: the same."""
+    tree = {"kernel": packed((2, 32, 32))}
+    adapters = drawn(jq4.lora(tree, 4))
+    function = lambda tree, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, tree["kernel"])[0]  # noqa: E731
+    forward = jax.jit(jq4.with_lora(function, strict=True))
+    x, keys = jnp.asarray(RANDOM.normal(size=(6, 5, 32)), jnp.float32), jax.random.split(jax.random.key(1), 6)
+
+    def dropped(some):
+        return forward((tree, adapters.with_dropout(0.5, keys[some])), x[some])
+
+    whole = dropped(np.arange(6))
+    for some in (np.array([2]), np.array([4, 1, 5]), np.arange(6)[::-1]):
+        np.testing.assert_allclose(dropped(some), whole[some], **CLOSE)
+    assert np.abs(whole - forward((tree, adapters), x)).max() > 0.1
+    same = jnp.broadcast_to(x[:1], x.shape)
+    out = forward((tree, adapters.with_dropout(0.5, keys)), same)
+    assert all(np.abs(out[0] - other).max() > 0.01 for other in out[1:])
+    assert np.abs(out[0, 0] - forward((tree, adapters), same)[0, 0]).max() > 0.01
+    with pytest.raises(jq4.JQ4Error, match=r"dropout by the row, with 6 keys for inputs whose free axes are \[4, 5\]"):
+        forward((tree, adapters.with_dropout(0.5, keys)), x[:4])
+
+
+def test_dense_leaves_begin_at_zero_beside_a_residual():
+    """A and B would both be zero, and have no gradient, if they were what packing lost of such a leaf."""
+    params = {
+        "a": {"kernel": jnp.asarray(RANDOM.normal(size=(16, 24)), jnp.bfloat16)},
+        "b": {"kernel": jnp.ones((16, 8))},
+    }
+    recipe = jq4.Recipe.of(jq4.recipe.Rule(num_bits=2, group_size=8, targets=("a/kernel",)))
+    tree = jq4.quantize(params, recipe)
+    found = jq4.lora(tree, 2, init="residual", reference=params).by_path
+    zero = jq4.lora(tree, 2).by_path["b/kernel"]
+    np.testing.assert_array_equal(found["b/kernel"].a, zero.a)
+    assert found["a/kernel"].delta().any() and not found["b/kernel"].b.any()
+    fitted, adapters = jq4.loftq(params, recipe, 2)
+    assert fitted["a"]["kernel"].dtype == tree["a"]["kernel"].dtype
+    again = jq4.lora(fitted, 2, init="residual", reference=params)
+    jax.tree.map(np.testing.assert_array_equal, adapters, again)  # LoftQ's adapters are what its codes left
+
+
 def test_bfloat16_inputs_are_summed_in_float32():
     tree, x = {"kernel": packed((16, 32))}, rows().astype(jnp.bfloat16)
     adapters = drawn(jq4.lora(tree, 2))

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jq4
-from jq4.train import TeacherCache, digest_of_tree, divergence_from, likeliest
+from jq4.train import TeacherCache, digest_of_teacher, divergence_from, likeliest
 from jq4.train.distillation.teacher_folder import read_manifest
 
 RANDOM = np.random.default_rng(5)
@@ -37,7 +40,9 @@ def whole(tmp_path_factory):
 
 
 def test_rows_are_read_back_as_they_were_predicted(whole):
-    cache = TeacherCache.open(whole, rows=ROWS.astype(np.int32), teacher=digest_of_tree(PARAMS), verify=True)
+    cache = TeacherCache.open(
+        whole, rows=ROWS.astype(np.int32), teacher=digest_of_teacher(apply, PARAMS, LENGTH), verify=True
+    )
     logits = np.asarray(PARAMS["embed"], np.float64)[ROWS]
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     order = np.argsort(-log_p, axis=-1, kind="stable")
@@ -108,8 +113,37 @@ def test_the_cache_of_another_job_is_refused(whole):
     with pytest.raises(jq4.CheckpointError, match="rows is 11 and not 10, rows_digest is"):
         TeacherCache.open(whole, rows=ROWS[:10])
     with pytest.raises(jq4.CheckpointError, match="teacher is"):
-        TeacherCache.open(whole, teacher=digest_of_tree(other))
+        TeacherCache.open(whole, teacher=digest_of_teacher(apply, other, LENGTH))
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_teachers_of_equal_params_are_told_apart_by_their_functions(whole, tmp_path):
+    def warmer(params, tokens):
+        return params["embed"][tokens] / 2
+
+    def closing_over(table):
+        return lambda params, tokens: params["embed"][tokens] + table
+
+    def with_a_rule(rule):
+        @jax.custom_jvp
+        def twice(x):
+            return 2 * x
+
+        twice.defjvp(rule)
+        return lambda params, tokens: twice(params["embed"][tokens])
+
+    ones, twos = jnp.ones((1, 1, VOCABULARY)), jnp.full((1, 1, VOCABULARY), 2.0)
+    name = lambda function: digest_of_teacher(function, PARAMS, LENGTH)  # noqa: E731
+    rule = lambda primals, tangents: (2 * primals[0], 2 * tangents[0])  # noqa: E731
+    functions = [apply, warmer, closing_over(ones), closing_over(twos), with_a_rule(rule)]
+    assert len({name(each) for each in functions}) == len(functions)
+    assert name(closing_over(ones)) == name(closing_over(jnp.ones((1, 1, VOCABULARY))))
+    assert name(with_a_rule(rule)) == name(with_a_rule(lambda p, t: rule(p, t)))  # its text names Python's functions
+    with pytest.raises(jq4.CheckpointError, match="holds the predictions of another teacher"):
+        TeacherCache.write(whole, warmer, PARAMS, ROWS, k=K, batch_size=2, shard_bytes=SHARD)
+    script = "import test_teacher_cache as t; print(t.digest_of_teacher(t.apply, t.PARAMS, t.LENGTH))"
+    run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert run.stdout.strip() == name(apply), run.stderr
 
 
 def damaged(file, change):

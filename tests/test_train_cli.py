@@ -11,34 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_model import make_random_model
+from train_runs import QUICK, compiled_once, losses, printed, run, run_error
 
 import jq4
 from jq4.cli import main
 from jq4.cli.training.rounded import begun, rounded_forward, served
 from jq4.cli.training.run import remove_older_peft
 from jq4.divergence import divergence
-from jq4.train.running.metrics import read_metrics
 from models.decoder import Decoder
 from models.language_model import LanguageModel
 from models.peft import load_peft
 
-QUICK = ("--steps", 6, "--batch-size", 8, "--save-every", 2, "--context", 16, "--rate", 0.02, "--devices", 1)
-CACHE = {
-    "jax_compilation_cache_dir": None,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
-
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs of the same options compile the same programs."""
-    kept = {name: getattr(jax.config, name) for name in CACHE}
-    for name, value in (CACHE | {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}).items():
-        jax.config.update(name, value)
-    yield
-    for name, value in kept.items():
-        jax.config.update(name, value)
+def programs(tmp_path_factory):
+    with compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -46,35 +34,12 @@ def source(tmp_path_factory):
     return make_random_model(tmp_path_factory.mktemp("models") / "random")
 
 
-def run(capsys, verb, source, *argv):
-    assert main(["train", verb, *map(str, (source, "--text", source / "text.txt", *QUICK, *argv)), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def run_error(capsys, *argv):
-    assert main(["train", *map(str, argv)]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == "" and "Traceback" not in captured.err
-    return captured.err
-
-
-def losses(data):
-    rows = read_metrics(Path(data["files"]["metrics"]))
-    assert [row["step"] for row in rows] == list(range(1, data["steps"] + 1))
-    assert all(row["tokens_per_second"] > 0 and row["gradient_norm"] > 0 for row in rows)
-    return [row["loss"] for row in rows]
-
-
 @pytest.fixture(scope="module")
 def distilled(source, tmp_path_factory):
     """What `jq4 train distill --json` printed, of a run that nobody stopped."""
     folder = tmp_path_factory.mktemp("trained")
-    file = folder / "printed.json"
     argv = ("distill", source, "--text", source / "text.txt", *QUICK, "--held-out", 0.25, "--recipe", "rtn-w3g32-asym")
-    with file.open("w") as stream, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.stdout", stream)
-        assert main(["train", *map(str, argv), "--out", str(folder / "out"), "--json"]) == 0
-    return json.loads(file.read_text())
+    return printed(folder, *argv, "--out", folder / "out")
 
 
 def test_a_trained_folder_is_a_model(capsys, source, distilled):

@@ -222,6 +222,34 @@ def test_rows_come_once_an_epoch_in_an_order_that_the_step_tells():
         ShuffledRows(rows[0], 1)
 
 
+def test_what_is_known_of_rows_goes_along_with_them():
+    rows = np.arange(10, dtype=np.int32)[:, None] * np.ones(3, np.int32)
+    known = {"square": rows[:, 0] ** 2, "text": np.stack([rows, -rows], 1)}
+
+    class Tree:
+        def __getitem__(self, numbers):
+            return {name: held[numbers] for name, held in known.items()}
+
+    batch = ShuffledRows(rows, 4, 2, seed=5, along={"known": Tree()})[3]
+    first = batch["tokens"][..., 0]
+    np.testing.assert_array_equal(batch["known"]["square"], first**2)
+    np.testing.assert_array_equal(batch["known"]["text"][..., 1, :], -batch["tokens"])
+
+
+def test_a_run_in_two_parts_has_one_schedule():
+    """The rate of a step is that of the whole run; moments begin anew."""
+    options, tree = OptimizerOptions(0.1, "linear", clip=0, relative=False), {"w": jnp.ones((2,))}
+    whole, second = make_optimizer(options, 10), make_optimizer(options, 10, 4)
+    state, other = whole.init(tree), second.init(tree)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(4):
+            _, state = whole.update({"w": jnp.ones((2,))}, state, tree)
+        updates, _ = whole.update({"w": jnp.ones((2,))}, state, tree)
+        begun, _ = second.update({"w": jnp.ones((2,))}, other, tree)
+    np.testing.assert_allclose(begun["w"], -rate_schedule(options, 10)(4), rtol=1e-4)
+    np.testing.assert_allclose(updates["w"], begun["w"], rtol=1e-4)  # gradients that never changed
+
+
 def test_a_grain_dataset_is_batches_too(undisturbed):
     grain = pytest.importorskip("grain")
     ours = ShuffledRows(ROWS, 8, seed=3)

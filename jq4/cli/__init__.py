@@ -9,7 +9,21 @@ import sys
 from collections.abc import Sequence
 
 from jq4 import __version__
-from jq4.cli import _terminal, convert, demo, drift, eval, generate, inspect, mixed, plan, quantize, report, train
+from jq4.cli import (
+    _terminal,
+    convert,
+    demo,
+    drift,
+    eval,
+    generate,
+    inspect,
+    merge,
+    mixed,
+    plan,
+    quantize,
+    report,
+    train,
+)
 from jq4.errors import JQ4Error
 
 _VERBS = {
@@ -24,6 +38,7 @@ _VERBS = {
     "inspect": inspect,
     "plan": plan,
     "train": train,
+    "merge": merge,
 }
 _EXIT_CODES = "exit codes: 0 done, 1 an error in what was given (one line on stderr), 2 wrong usage, 130 interrupted"
 

@@ -27,6 +27,13 @@ def existing(path: str | Path) -> Path:
     return Path(path)
 
 
+def existing_adapters(path: str | Path) -> Path:
+    """The folder of adapters that is there."""
+    if not Path(path).is_dir():
+        raise JQ4Error(f"{path}: there is no such folder; give one with adapters, of PEFT or of jq4.save_lora")
+    return Path(path)
+
+
 def open_model(path: str | Path) -> "LanguageModel":
     """The LanguageModel of a folder or file; errors say what is missing, notes go to the terminal."""
     from models.language_model import LanguageModel
@@ -55,8 +62,32 @@ def laid_out(model: "LanguageModel") -> "LanguageModel":
 
 
 def function_of(model: "LanguageModel") -> Callable[[Any, Any], Any]:
-    """The model as a function of its params and tokens i32[B, T], as jq4.observe takes it."""
-    return lambda params, tokens: model.apply({"params": params}, tokens)
+    """The model as a function of its params and tokens i32[B, T], as jq4.observe takes it; its adapters are in it."""
+
+    def function(params: Any, tokens: Any, adapters: Any = model.adapters) -> Any:
+        return model.apply({"params": params if adapters is None else (params, adapters)}, tokens)
+
+    return function
+
+
+def adapters_told(adapters: Any) -> dict[str, Any] | None:
+    """What a verb tells of a model's adapters, which are counted apart from its weights; None where it has none."""
+    from jq4.train.adapters.adapter_inventory import adapter_inventory
+
+    return None if adapters is None else adapter_inventory(adapters)
+
+
+def notes_on_adapters(model: "LanguageModel", reference: "LanguageModel | None") -> list[str]:
+    """That errors of weights leave adapters out, where there are some."""
+    if reference is None:
+        return []
+    whose = [name for name, each in (("model", model), ("reference", reference)) if each.adapters is not None]
+    if not whose:
+        return []
+    return [
+        f"the {' and the '.join(whose)} run with adapters, which the errors of weights leave out: these compare the "
+        "weights that adapters stand beside"
+    ]
 
 
 def observe_inputs(
@@ -79,7 +110,7 @@ def observe_inputs(
         def batches() -> Iterator[Any]:
             for done, start in enumerate(starts):
                 step(done, len(starts))
-                yield rows[start : start + batch_size]
+                yield rows[start : start + batch_size], model.adapters
 
         return observe(function_of(model), model.params, batches(), collect=collect, programs=programs)
 
@@ -104,7 +135,10 @@ def origin(folder: Path) -> dict[str, Any]:
     if folder.is_file():
         folder, names = folder.parent, [folder.name]
     elif is_checkpoint(folder):
-        names = [MANIFEST]
+        from models.adapted import ADAPTERS
+
+        adapters = f"{ADAPTERS}/{MANIFEST}"
+        names = [MANIFEST, *[adapters] * (folder / adapters).exists()]
     else:
         names = [*sorted(path.name for path in folder.glob("*.safetensors*")), "config.json"]
     return {"folder": folder.resolve().name, "files": {name: sha256(folder / name) for name in names}}

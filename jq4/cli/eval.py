@@ -57,6 +57,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "dropped_tokens": dropped,
         **{key: held[key] for key in ("bits_per_weight", "bits_per_weight_packed", "bytes")},
         "bytes_on_disk": bytes_on_disk(arguments.model),
+        "adapters": _models.adapters_told(model.adapters),
         "went_dense": _models.went_dense(model),
         "seconds": watch.seconds,
         "versions": _terminal.versions(),

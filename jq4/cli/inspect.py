@@ -9,7 +9,8 @@ from jq4.cli import _models
 HELP = "list the leaves of a model: formats, groups, bytes, errors"
 DESCRIPTION = (
     "Formats, group sizes and bytes of every leaf, from the manifest or the files' headers alone. With "
-    "--reference the weights are read, and SQNR says how far each leaf is from the reference's."
+    "--reference the weights are read, and SQNR says how far each leaf is from the reference's. Adapters beside the "
+    "weights are listed and counted apart."
 )
 
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from jq4.cli import _terminal
-    from jq4.report import format_bytes, format_count, format_figure, inventory_table
+    from jq4.report import adapters_sentence, adapters_table, format_bytes, format_count, format_figure, inventory_table
 
     data = describe(arguments.model, arguments.reference)
     if arguments.json:
@@ -35,21 +36,28 @@ def run(arguments: argparse.Namespace) -> None:
         f"{format_bytes(data['bytes_host'])} on the host, {format_bytes(data['bytes_on_disk'])} on disk; "
         f"{data['bits_per_weight']:.3f} bits a weight, {format_figure(data['bits_per_weight_packed'])} where packed"
     )
+    if (adapters := data["adapters"]) is not None:
+        out.print(adapters_table(adapters))
+        out.print(f"{adapters_sentence(adapters)}: on disk with the weights, and in no other figure above")
 
 
 def describe(model: str, reference: str | None = None) -> dict[str, Any]:
     """What `jq4 inspect --json` prints."""
     from jq4.cli import _terminal
     from jq4.inventory import bytes_on_disk, inventory, totals, with_errors
+    from models.adapted import abstract_adapters_of
 
     folder = _models.existing(model)
     about: dict[str, Any] = {}
+    adapters = None
     if reference is not None:
         ours, theirs = _models.in_the_same_runs(_models.open_model(model), _models.open_model(reference))
         with _terminal.progress("measuring") as step:
             leaves = with_errors(inventory(ours.params), ours.params, theirs.params, step)
+        adapters, about = ours.adapters, {"notes": _models.notes_on_adapters(ours, theirs)}
     elif _models.is_checkpoint(folder):
         leaves, about = leaves_of_manifest(folder)
+        adapters = abstract_adapters_of(folder)
     else:
         leaves, about = leaves_of_headers(folder)
     return {
@@ -59,6 +67,7 @@ def describe(model: str, reference: str | None = None) -> dict[str, Any]:
         "bytes_on_disk": bytes_on_disk(folder),
         **about,
         "leaves": [leaf.as_dict() for leaf in leaves],
+        "adapters": _models.adapters_told(adapters),
     }
 
 

@@ -77,7 +77,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         errors, stats = measure_leaves(model, reference, rows, arguments.batch_size)
     runnable = _models.laid_out(model)
     found = _models.evaluated(runnable, reference, rows, arguments.batch_size)
-    mine = {"name": name_of(arguments.model), **held, **found.as_dict()}
+    adapters = _models.adapters_told(model.adapters)
+    mine = as_compared(
+        {"model": name_of(arguments.model), "totals": held, "adapters": adapters, "evaluation": found.as_dict()}
+    )
     compared = [{key: each.get(key) for key in ("name", *_COMPARED)} for each in (mine, *map(as_compared, others))]
     return compose_report(
         model=name_of(arguments.model),
@@ -87,9 +90,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         text=text,
         experts=expert_coverage(stats, list(stats)),
         totals=held,
+        adapters=adapters,
         compared=compared if others else [],
         notes=[
             *notes_on_reference(arguments.model, arguments.reference),
+            *_models.notes_on_adapters(model, reference),
             *notes_on(model, reference, _models.went_dense(runnable)),
         ],
         versions=_terminal.versions(),
@@ -193,7 +198,10 @@ def check_comparable(other: dict[str, Any], text: dict[str, Any], reference: str
 
 
 def as_compared(report: dict[str, Any]) -> dict[str, Any]:
-    return {"name": report["model"], **report.get("totals", {}), **report["evaluation"]}
+    """A report's figures in a row; bytes are of weights and adapters together."""
+    row = {"name": report["model"], **report.get("totals", {}), **report["evaluation"]}
+    adapters = report.get("adapters")
+    return row if adapters is None else row | {"bytes": row["bytes"] + adapters["bytes"]}
 
 
 def notes_on(model: Any, reference: Any, went_dense: list[dict[str, Any]]) -> list[str]:

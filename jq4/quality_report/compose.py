@@ -8,7 +8,8 @@ calibration       on what the methods were calibrated
 leaves            a row a leaf: path, shape, format, group_size, bytes, bits_per_weight, sqnr_db, output_error, ...
                   and its slices (jq4.leaf_errors)
 experts           a row a stack of experts: tokens of the least, the median and the most seen, and how many starved
-totals            parameters, bytes, bits a weight
+totals            parameters, bytes, bits a weight: of the weights, adapters apart
+adapters          ranks, parameters, bytes, and a row a leaf that has one (jq4.train.adapters.adapter_inventory)
 cost              seconds and peak memory of quantizing
 compared          other models on the same tokens: name, bits_per_weight, kld_mean, ...
 notes, versions
@@ -41,6 +42,7 @@ def compose_report(
     calibration: Mapping[str, Any] | None = None,
     experts: Sequence[Mapping[str, Any]] = (),
     totals: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, Any] | None = None,
     cost: Mapping[str, Any] | None = None,
     compared: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
@@ -64,6 +66,7 @@ def compose_report(
         "leaves": [dict(row) for row in leaves],
         "experts": [dict(row) for row in experts],
         "totals": totals,
+        "adapters": adapters,
         "cost": cost,
         "compared": [dict(row) for row in compared],
         "notes": list(notes),

@@ -4,7 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jq4.report import evaluation_rows, format_bytes, format_figure
+from jq4.report import (
+    ADAPTERS_HEAD,
+    adapters_rows,
+    adapters_sentence,
+    evaluation_rows,
+    format_bytes,
+    format_figure,
+)
 
 CALIBRATION = "calibration"  # a leaf's output errors are over the rows that it was calibrated on
 
@@ -22,7 +29,7 @@ class Section:
 
 def sections(data: Mapping[str, Any]) -> list[Section]:
     """What `data` (of compose_report) has something to say about, in order."""
-    makers = (_quality, _size, _weights, _slices, _experts, _compared, _made, _notes)
+    makers = (_quality, _size, _adapters, _weights, _slices, _experts, _compared, _made, _notes)
     return [section for make in makers if (section := make(data)) is not None]
 
 
@@ -61,6 +68,16 @@ def _size(data: Mapping[str, Any]) -> Section | None:
     )
     rows = tuple((label, word(held[key])) for key, label, word in words if held.get(key) is not None)
     return Section("Size", head=("", "value"), rows=rows)
+
+
+def _adapters(data: Mapping[str, Any]) -> Section | None:
+    adapters = data.get("adapters")
+    if adapters is None:
+        return None
+    said = (
+        f"There are {adapters_sentence(adapters)}; sizes of weights leave them out, and quality is measured with them."
+    )
+    return Section("Adapters", said, ADAPTERS_HEAD, tuple(adapters_rows(adapters)))
 
 
 def _weights(data: Mapping[str, Any]) -> Section | None:

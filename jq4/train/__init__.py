@@ -31,6 +31,7 @@ from jq4.train.distillation.teacher import Likeliest as Likeliest
 from jq4.train.distillation.teacher import divergence_from as divergence_from
 from jq4.train.distillation.teacher import likeliest as likeliest
 from jq4.train.distillation.teacher_cache import TeacherCache as TeacherCache
+from jq4.train.distillation.teacher_cache import digest_of_teacher as digest_of_teacher
 from jq4.train.distillation.teacher_cache import digest_of_tree as digest_of_tree
 from jq4.train.fake import FakeQuantized as FakeQuantized
 from jq4.train.fake import fake_quantized as fake_quantized

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jq4.cli.training.task import Task
+from jq4.cli.training.task import Phase, Task
 
 PEFT = "peft"  # the folder beside the weights
 
@@ -29,26 +29,42 @@ def open_task(arguments: argparse.Namespace) -> Task:
     check_destination(Path(arguments.model), Path(arguments.out))
     model = _models.open_model(arguments.model)
     if model.adapters is not None:
-        raise JQ4Error(f"{arguments.model}: has adapters already: merge them first, with jq4.merge_lora")
+        raise JQ4Error(f"{arguments.model}: has adapters already: merge them first, with jq4 merge")
     dense = not holds_qarrays(model.params)
     if not dense and (arguments.recipe is not None or arguments.init != "zero"):
-        raise JQ4Error(f"{arguments.model}: is packed already: --recipe and --init residual want the dense model")
+        raise JQ4Error(
+            f"{arguments.model}: is packed already: --recipe and --init residual or loftq want the dense model"
+        )
     recipe = read_recipe(arguments.recipe or RECIPE) if dense else kept_recipe(arguments.model)
-    arguments.start = None
+    check_loftq(arguments, recipe)
+    say_how_cut(arguments)
+    arguments.start, arguments.dtype = None, options.dtype_of(arguments, model)
+    reference = model.params if dense else None
     loss = losses.next_token(adapted_forward(model, arguments))
     if arguments.dropout:
         loss = dropping(loss, arguments.dropout)
+
+    def start(folder: Path, rows: Any) -> Any:
+        if not dense:
+            return model.params
+        make = fitted if arguments.init == "loftq" else started
+        return make(arguments, recipe, model, folder, rows)
+
+    def served(adapters: Any, packed: Any) -> Any:
+        return dataclasses.replace(model, params=packed, adapters=adapters)
+
     return Task(
         model=model,
         reference=None,
         text=text.read(model, arguments),
         recipe=recipe,
         given={"model": _models.origin(Path(arguments.model))},
-        loss=lambda adapters, packed, part: loss((packed, adapters), None, part),
-        start=lambda folder, rows: started(arguments, recipe, model, folder, rows) if dense else model.params,
+        phases=(Phase(arguments.steps, lambda adapters, packed, part: loss((packed, adapters), None, part)),),
+        start=start,
         fixed=lambda packed: packed,
-        begin=lambda packed: begun(packed, model.params if dense else None, arguments),
-        served=lambda adapters, packed: dataclasses.replace(model, params=packed, adapters=adapters),
+        begin=lambda packed: begun(packed, reference, arguments),
+        served=served,
+        before=lambda packed: served(begun(packed, reference, arguments), packed),
         batch_size=arguments.batch_size,
         beside=write_peft,
     )
@@ -78,24 +94,23 @@ def adapted_forward(model: Any, arguments: argparse.Namespace) -> Callable[[Any,
     from models.decoder import Decoder
     from models.layer_runs import runs_of
 
-    dtype = jnp.dtype(arguments.dtype or model.dtype)
-    decoder = Decoder(model.config, dtype=dtype, remat=arguments.remat, runs=runs_of(model.params))
+    decoder = Decoder(model.config, dtype=jnp.dtype(arguments.dtype), remat=arguments.remat, runs=runs_of(model.params))
     return with_lora(lambda params, tokens: decoder.apply({"params": params}, tokens), strict=True)
 
 
 def dropping(loss: Any, rate: float) -> Any:
-    """The loss with a share of the adapters' inputs dropped, by the keys of the part's first row."""
+    """The loss with a share of the adapters' inputs dropped, of each row by its own key."""
     import jax
 
     def dropped(pair: Any, fixed: Any, part: Any) -> Any:
         params, adapters = pair
-        return loss((params, adapters.with_dropout(rate, jax.random.wrap_key_data(part["key"][0]))), fixed, part)
+        return loss((params, adapters.with_dropout(rate, jax.random.wrap_key_data(part["key"]))), fixed, part)
 
     return dropped
 
 
 def begun(packed: Any, dense: Any, arguments: argparse.Namespace) -> Any:
-    """The adapters before the first step."""
+    """The adapters before the first step. LoftQ's are what its codes left, as the residual's are."""
     import jax
 
     from jq4.train import lora
@@ -106,6 +121,63 @@ def begun(packed: Any, dense: Any, arguments: argparse.Namespace) -> Any:
         arguments.targets,
         alpha=arguments.alpha,
         key=jax.random.key(arguments.seed),
-        init=arguments.init,
-        reference=dense if arguments.init == "residual" else None,
+        init="zero" if arguments.init == "zero" else "residual",
+        reference=None if arguments.init == "zero" else dense,
     )
+
+
+def check_loftq(arguments: argparse.Namespace, recipe: Any) -> None:
+    """Raises JQ4Error for what LoftQ cannot begin with; fills in how many turns it takes."""
+    from jq4.errors import JQ4Error
+    from jq4.train.adapters.loftq import TURNS
+
+    if arguments.init != "loftq":
+        if arguments.loftq_iter is not None:
+            raise JQ4Error("--loftq-iter is of --init loftq; give that too, or leave it out")
+        return
+    arguments.loftq_iter = TURNS if arguments.loftq_iter is None else arguments.loftq_iter
+    if arguments.loftq_iter < 1:
+        raise JQ4Error(f"--loftq-iter is {arguments.loftq_iter}, wanted 1 or more")
+    if recipe.has_steps:
+        names = ", ".join(step.step for step in (*recipe.before, *recipe.after))
+        raise JQ4Error(f"--init loftq packs by rules alone, and the recipe has steps ({names}): take one without")
+
+
+def fitted(arguments: argparse.Namespace, recipe: Any, model: Any, folder: Path, rows: Any) -> Any:
+    """The packed leaves that LoftQ fits together with adapters; made in `folder` unless they are there."""
+    import jq4
+    from jq4.cli import _models
+    from jq4.cli.training.text import spread
+    from jq4.driver.calibration_rows import may_need_rows
+    from jq4.statistics import COLLECTABLE
+    from jq4.train import loftq
+
+    if not _models.is_checkpoint(folder):
+        stats = None
+        if may_need_rows(recipe):
+            chosen = spread(rows, arguments.calibration_rows)
+            stats = _models.observe_inputs(model, chosen, arguments.batch_size, COLLECTABLE, "calibrating the start")
+        packed, _ = loftq(
+            model.params,
+            recipe,
+            arguments.rank,
+            arguments.targets,
+            alpha=arguments.alpha,
+            turns=arguments.loftq_iter,
+            stats=stats,
+        )
+        jq4.save(folder, packed, recipe=recipe)
+    return jq4.restore(folder)
+
+
+def say_how_cut(arguments: argparse.Namespace) -> None:
+    """Says that no kernel multiplies where XLA cuts the packed weights' products over devices."""
+    from jq4.cli import _terminal
+    from jq4.cli.training.descent import devices_of
+
+    devices = len(devices_of(arguments))
+    if devices > 1:
+        _terminal.say(
+            f"over {devices} devices the packed weights are multiplied by XLA's own forms, not by kernels; "
+            "--devices 1 has these, where there are some for the device"
+        )

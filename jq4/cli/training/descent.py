@@ -3,12 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jq4.cli.training.task import Task
+from jq4.cli.training.task import Phase, Task
 
 
 def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
@@ -16,26 +17,25 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any
     import jax
 
     from jq4.cli import _terminal
-    from jq4.train.running.loop import make_step, train
     from jq4.train.running.mesh import placed_over, rows_over, training_mesh
-    from jq4.train.running.optimizer import make_optimizer, rate_schedule
+    from jq4.train.running.optimizer import rate_schedule
     from jq4.train.running.rows import ShuffledRows
 
-    options = options_of(arguments)
-    optimizer, mesh = make_optimizer(options, arguments.steps), training_mesh(arguments.fsdp, devices_of(arguments))
+    rate = rate_schedule(options_of(arguments), arguments.steps)
+    mesh = training_mesh(arguments.fsdp, devices_of(arguments))
     check_rows_fit(arguments, mesh.size)
+    along = task.along()
     packed = task.start(folder.start, task.text.rows)
-    state, shardings = first_state(task.begin(packed), optimizer, mesh, folder)
     rows = rows_over(mesh)
     with _terminal.progress("training") as progress, stopping() as stop:
         progress(folder.resumed, arguments.steps)
-        state = train(
-            make_step(task.loss, optimizer, shardings),
-            state,
-            placed_over(mesh, task.fixed(packed)),
-            ShuffledRows(task.text.rows, arguments.batch_size, arguments.accumulate, arguments.seed),
-            steps=arguments.steps,
-            keeper=Reporting(folder, arguments, rate_schedule(options, arguments.steps), task.tokens_a_step, progress),
+        state = through_phases(
+            task.phases,
+            lambda: task.begin(packed),
+            Reporting(folder, arguments, rate, task.tokens_a_step, progress),
+            mesh,
+            fixed=placed_over(mesh, task.fixed(packed)),
+            batches=ShuffledRows(task.text.rows, arguments.batch_size, arguments.accumulate, arguments.seed, along),
             keep_every=arguments.save_every,
             place=lambda batch: jax.device_put(batch, rows),
             stop=stop,
@@ -45,6 +45,48 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any
         _terminal.say(f"stopped after step {int(state.step)} of {arguments.steps}; the same command goes on from there")
         raise KeyboardInterrupt
     return jax.device_put(state.trained, mesh.devices.flat[0]), packed
+
+
+def through_phases(
+    phases: Sequence[Phase],
+    begin: Callable[[], Any],
+    keeper: "Reporting",
+    mesh: Any,
+    *,
+    fixed: Any,
+    batches: Any,
+    **run: Any,
+) -> Any:
+    """The state after the last phase, or after the step at which it was asked to stop.
+
+    A state is of the phase that its step lies in, the phase's last step included: from there another process goes on as
+    this one would. `begin` makes what is trained before the first step; `run` is what the loop's `train` takes beside.
+    """
+    import jax
+
+    from jq4.train.running.loop import make_step, train
+    from jq4.train.running.optimizer import make_optimizer
+
+    enters = (phase.enter for phase in phases)
+    begun = jax.eval_shape(begin)
+    shapes = list(itertools.accumulate(enters, lambda shape, enter: jax.eval_shape(enter, shape), initial=begun))
+    arguments, folder = keeper.arguments, keeper.folder
+    state, done = None, 0
+    for number, (phase, shape) in enumerate(zip(phases, shapes[1:], strict=True), 1):
+        if folder.resumed <= phase.stop:
+            optimizer = make_optimizer(options_of(arguments), arguments.steps, done)
+            opening = Opening.of(shape, optimizer, mesh, done)
+            if state is None and folder.resumed:
+                state = folder.states.restore(folder.resumed, opening.like)
+            else:
+                state = opening.make(phase.enter(begin() if state is None else state.trained))
+            keeper.stage = number if len(phases) > 1 else None
+            step = make_step(phase.loss, optimizer, opening.shardings)
+            state = train(step, state, fixed, batches, steps=phase.stop, keeper=keeper, **run)
+            if int(state.step) < phase.stop:
+                break
+        done = phase.stop
+    return state
 
 
 def options_of(arguments: argparse.Namespace) -> Any:
@@ -81,24 +123,32 @@ def check_rows_fit(arguments: argparse.Namespace, devices: int) -> None:
         )
 
 
-def first_state(trained: Any, optimizer: Any, mesh: Any, folder: Any) -> tuple[Any, Any]:
-    """(the state to go on from, or that at the start; its shardings)."""
-    import jax
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """A state before its first step: its shapes with their shardings, and what makes it of what is trained."""
 
-    from jq4.train.running.loop import begin
-    from jq4.train.running.mesh import placed_over, shardings_over
+    like: Any
+    shardings: Any
+    make: Callable[[Any], Any]
 
-    trained = placed_over(mesh, trained)
+    @classmethod
+    def of(cls, shape: Any, optimizer: Any, mesh: Any, done: int) -> "Opening":
+        import jax
+        import jax.numpy as jnp
 
-    def begun(trained: Any) -> Any:
-        return begin(trained, optimizer)
+        from jq4.train.running.loop import begin
+        from jq4.train.running.mesh import placed_over, shardings_over
 
-    shapes = jax.eval_shape(begun, trained)
-    shardings = shardings_over(mesh, shapes)
-    like = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
-    )
-    return folder.state(like, lambda: jax.jit(begun, out_shardings=shardings)(trained)), shardings
+        def begun(trained: Any) -> Any:
+            return begin(trained, optimizer)._replace(step=jnp.int32(done))
+
+        shapes = jax.eval_shape(begun, shape)
+        shardings = shardings_over(mesh, shapes)
+        like = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
+        )
+        compiled = jax.jit(begun, out_shardings=shardings)
+        return cls(like, shardings, lambda trained: compiled(placed_over(mesh, trained)))
 
 
 @dataclasses.dataclass
@@ -110,9 +160,11 @@ class Reporting:
     rate: Callable[[Any], Any]
     tokens_a_step: int
     progress: Callable[..., None]
+    stage: int | None = None  # of several
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
         more = {"rate": float(self.rate(step - 1)), "tokens_per_second": self.tokens_a_step / figures["seconds"]}
+        more |= {} if self.stage is None else {"stage": self.stage}
         self.folder.figures(step, figures | more)
         self.progress(step, self.arguments.steps, description=f"training, loss {figures['loss']:.4f}")
         self.last = figures["loss"]

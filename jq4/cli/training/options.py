@@ -1,12 +1,14 @@
 """What the verbs of `jq4 train` are told alike."""
 
 import argparse
+from typing import Any
 
 from jq4.calibration import DEFAULT_FIELD
+from jq4.cli.training import stages
 
 DEFAULT_RECIPE = "gptq-w4g32-asym"
 SCHEDULES = ("cosine", "linear", "constant")  # of jq4.train.running.optimizer, which is slow to import
-_FILES = ("model", "teacher", "start", "text", "held_out", "out")  # what they hold is told apart
+_FILES = ("model", "teacher", "teacher_cache", "start", "text", "held_out", "out")  # what they hold is told apart
 _NO_MATTER = ("verb", "json", "restart", "save_every", "devices", "fsdp")
 
 
@@ -37,6 +39,7 @@ def add_rounding(parser: argparse.ArgumentParser) -> None:
     rounding.add_argument(
         "--calibration-rows", type=int, default=128, metavar="N", help="rows of the text for the start (default 128)"
     )
+    stages.add_arguments(parser)
 
 
 def add_descent(parser: argparse.ArgumentParser, rate: float, relative: bool = True) -> None:
@@ -82,6 +85,17 @@ def check(arguments: argparse.Namespace) -> None:
     for name in ("steps", "batch_size", "accumulate", "fsdp", "save_every"):
         if getattr(arguments, name) < 1:
             raise JQ4Error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, wanted 1 or more")
+    if arguments.context is not None and arguments.context < 2:
+        raise JQ4Error(
+            f"--context is {arguments.context}, wanted 2 or more: a token is predicted from those before it in its row"
+        )
+
+
+def dtype_of(arguments: argparse.Namespace, model: Any) -> str:
+    """What is computed in: as asked, or the model's own on this machine, which a run keeps to the end."""
+    import numpy as np
+
+    return arguments.dtype or np.dtype(model.dtype).name
 
 
 def identity_of(arguments: argparse.Namespace) -> dict[str, object]:

@@ -30,10 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     adapters.add_argument(
         "--init",
-        choices=("zero", "residual"),
+        choices=("zero", "residual", "loftq"),
         default="zero",
-        help="begin at nothing, or at what packing a dense MODEL lost (default zero)",
+        help="begin at nothing, at what packing a dense MODEL lost, or with codes and adapters fitted to it together "
+        "(default zero)",
     )
+    adapters.add_argument("--loftq-iter", type=int, metavar="N", help="turns of --init loftq (default 5)")
     options.add_descent(parser, RATE, relative=False)
 
 

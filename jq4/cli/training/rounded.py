@@ -14,43 +14,71 @@ from typing import Any
 from jq4.cli.training.task import Task
 
 Losses = Callable[[Any, Any], Any]  # (the rounded forward, the teacher's) -> loss
+Sees = Callable[[Any], Any]  # what a loss sees of a function (params, tokens) -> logits: another function of the same
 
 
-def open_task(arguments: argparse.Namespace, losses: Losses) -> Task:
-    """Opens model, teacher and text, and makes the task of them."""
-    import jax.numpy as jnp
+def open_task(
+    arguments: argparse.Namespace, losses: Losses, sees: Sees = lambda function: function, asks: Any = None
+) -> Task:
+    """Opens model, teacher and text, and makes the task of them; `asks` is told of the teacher before the first step.
 
+    Args:
+      sees: of the rounded model and of the teacher.
+      asks: (the teacher, its function, rows) -> what goes along with the rows, instead of a teacher in every step.
+    """
     from jq4.cli import _models
     from jq4.cli.quantize import check_destination
-    from jq4.cli.training import options, text
+    from jq4.cli.training import options, stages, text
+    from jq4.cli.training.task import Phase
 
     options.check(arguments)
     check_destination(Path(arguments.model), Path(arguments.out))
     recipe = recipe_of(arguments)
+    plain = without_steps(recipe)
+    planned = stages.planned(arguments, plain)
     model = dense_model(arguments.model)
     teacher_path = getattr(arguments, "teacher", None)
     teacher = model if teacher_path is None else _teacher(teacher_path, model)
     rows = text.read(model, arguments)
-    dtype = arguments.dtype or model.dtype
-    forward = rounded_forward(model, recipe, dtype, arguments.remat)
-    places = {name: path for name, path in (("model", arguments.model), ("teacher", teacher_path)) if path is not None}
-    given = {name: _models.origin(Path(path)) for name, path in places.items()}
-    if arguments.start is not None:
-        given["start"] = _models.origin(Path(arguments.start))
-    needs_teacher = arguments.training == "distill"
+    arguments.dtype = options.dtype_of(arguments, model)
+    taught = teaching(teacher, arguments.dtype, sees)
+    places = {"model": arguments.model, "teacher": teacher_path, "start": arguments.start}
+    given = {name: _models.origin(Path(path)) for name, path in places.items() if path is not None}
+    needs_teacher = arguments.training == "distill" and asks is None
+
+    def loss_of(stage: Any) -> Any:
+        return losses(rounded_forward(model, stage.recipe, arguments.dtype, arguments.remat, sees), taught)
+
     return Task(
         model=model,
         reference=teacher,
         text=rows,
         recipe=recipe,
         given=given,
-        loss=losses(forward, _models.function_of(dataclasses.replace(teacher, dtype=jnp.dtype(dtype)))),
+        phases=tuple(
+            Phase(stage.stop, loss_of(stage), stages.entering(stage, before))
+            for before, stage in zip((plain, *(each.recipe for each in planned)), planned, strict=False)
+        ),
         start=lambda folder, rows: started(arguments, recipe, model, folder, rows),
         fixed=lambda packed: teacher.weights if needs_teacher else {},
-        begin=lambda packed: begun(packed, recipe),
+        begin=lambda packed: begun(packed, recipe, model.params if arguments.stages else None),
         served=lambda trained, packed: served(model, trained, recipe),
+        before=lambda packed: dataclasses.replace(model, params=packed),
         batch_size=arguments.batch_size,
+        along=dict if asks is None else lambda: asks(teacher, taught, rows.rows),
     )
+
+
+def teaching(teacher: Any, dtype: str, sees: Sees) -> Callable[[Any, Any], Any]:
+    """(the teacher's weights, tokens) -> what is seen of it; dense or packed, with adapters or without."""
+    import jax.numpy as jnp
+
+    from jq4.train import with_lora
+    from models.decoder import Decoder
+    from models.layer_runs import runs_of
+
+    decoder = Decoder(teacher.config, dtype=jnp.dtype(dtype), runs=runs_of(teacher.params))
+    return with_lora(sees(lambda params, tokens: decoder.apply({"params": params}, tokens)))
 
 
 def recipe_of(arguments: argparse.Namespace) -> Any:
@@ -97,7 +125,7 @@ def check_bare(path: str, model: Any) -> None:
     from jq4.errors import JQ4Error
 
     if model.adapters is not None:
-        raise JQ4Error(f"{path}: has adapters, which would be left out: merge them first, with jq4.merge_lora")
+        raise JQ4Error(f"{path}: has adapters, which would be left out: merge them first, with jq4 merge")
 
 
 def _teacher(path: str, model: Any) -> Any:
@@ -112,8 +140,10 @@ def _teacher(path: str, model: Any) -> Any:
     return teacher
 
 
-def rounded_forward(model: Any, recipe: Any, dtype: Any, remat: bool) -> Callable[[Any, Any], Any]:
-    """(params, quantizers), tokens -> logits, as the packed model will give them."""
+def rounded_forward(
+    model: Any, recipe: Any, dtype: Any, remat: bool, sees: Sees = lambda function: function
+) -> Callable[[Any, Any], Any]:
+    """(params, quantizers), tokens -> logits, as the packed model will give them, or what else is seen of it."""
     import jax
     import jax.numpy as jnp
 
@@ -125,7 +155,7 @@ def rounded_forward(model: Any, recipe: Any, dtype: Any, remat: bool) -> Callabl
 
     decoder = Decoder(model.config, dtype=jnp.dtype(dtype), remat=remat, runs=runs_of(model.params))
     forward = fake_quantized(
-        lambda params, tokens: decoder.apply({"params": params}, tokens), without_steps(recipe), strict=True
+        sees(lambda params, tokens: decoder.apply({"params": params}, tokens)), without_steps(recipe), strict=True
     )
     dtypes = {leaf_path(keys): leaf.dtype for keys, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
 
@@ -150,11 +180,10 @@ def without_steps(recipe: Any) -> Any:
 
 def started(arguments: argparse.Namespace, recipe: Any, model: Any, folder: Path, rows: Any) -> Any:
     """The packed leaves that training starts from; made in `folder`, block by block, unless they are there or given."""
-    import numpy as np
-
     import jq4
     from jq4.cli import _models, _terminal
     from jq4.cli.quantize import folder_of
+    from jq4.cli.training.text import spread
     from jq4.driver import quantize_blocks
     from jq4.driver.calibration_rows import may_need_rows
     from jq4.errors import JQ4Error
@@ -167,8 +196,7 @@ def started(arguments: argparse.Namespace, recipe: Any, model: Any, folder: Path
         folder_of(arguments.model)
         if _models.is_checkpoint(arguments.model):
             raise JQ4Error(f"{arguments.model}: wanted a Hugging Face folder to make a start of, or give a --start")
-        count = min(len(rows), arguments.calibration_rows)
-        chosen = rows[np.arange(count) * len(rows) // count]
+        chosen = spread(rows, arguments.calibration_rows)
         with _terminal.progress("calibrating the start") as step:
             quantize_blocks(
                 decoder_chain(model.config),
@@ -200,11 +228,12 @@ def _start_of(path: str, model: Any) -> Any:
     return start
 
 
-def begun(packed: Any, recipe: Any) -> Any:
+def begun(packed: Any, recipe: Any, dense: Any = None) -> Any:
     """(params, quantizers) of a start, float32: every weight in the middle of what rounds to its code.
 
     Moved no farther from the dense weights than their codes ask for (jq4.move_to_codes), they would lie at the edges,
-    and the first steps would undo what the start's method chose.
+    and the first steps would undo what the start's method chose. A training that comes down from more bits begins at
+    the `dense` weights, of which the start gives the ranges alone.
     """
     import jax
     import jax.numpy as jnp
@@ -215,7 +244,7 @@ def begun(packed: Any, recipe: Any) -> Any:
     def middle(leaf: Any) -> Any:
         return leaf.dequantize(jnp.float32) if is_qarray(leaf) else jnp.asarray(leaf, jnp.float32)
 
-    params = jax.tree.map(middle, packed, is_leaf=is_qarray)
+    params = jax.tree.map(middle, packed if dense is None else dense, is_leaf=is_qarray)
     return params, quantizers(params, without_steps(recipe), start=packed)
 
 

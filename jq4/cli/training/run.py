@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -47,6 +46,7 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
         **about,
         **{key: held[key] for key in ("parameters", "bits_per_weight", "bits_per_weight_packed", "bytes")},
         "bytes_on_disk": bytes_on_disk(out),
+        "adapters": _models.adapters_told(model.adapters),
         "resumed": folder.resumed,
         "files": files,
         "went_dense": _models.went_dense(model),
@@ -80,7 +80,7 @@ def identity_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def provenance_of(identity: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says of the training."""
-    names = ("training", "steps", "batch_size", "rate", "seed", "text", "temperature", "perturbed")
+    names = ("training", "steps", "batch_size", "rate", "seed", "text", "temperature", "perturbed", "stages")
     return {name: identity[name] for name in names if name in identity}
 
 
@@ -91,9 +91,8 @@ def measure(task: Task, start: Any, model: Any, batch_size: int) -> dict[str, An
     if task.text.held_out is None:
         return {}
     found = {}
-    for name, params in (("before", start), ("after", model.params)):
-        adapters = model.adapters if name == "after" else None
-        packed = _models.laid_out(dataclasses.replace(model, params=params, adapters=adapters))
+    for name, measured in (("before", task.before(start)), ("after", model)):
+        packed = _models.laid_out(measured)
         found[name] = _models.evaluated(packed, task.reference, task.text.held_out, batch_size).as_dict()
     return found
 

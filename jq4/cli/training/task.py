@@ -9,6 +9,21 @@ from jq4.cli.training.text import Text
 
 
 @dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of a run with a loss of its own: fewer bits than in the one before, say.
+
+    Attributes:
+      stop: steps done at its end.
+      loss: of (trained, fixed, part).
+      enter: what was trained before -> what is trained in it. Moments of the optimizer begin anew there.
+    """
+
+    stop: int
+    loss: Callable[[Any, Any, Any], Any]
+    enter: Callable[[Any], Any] = lambda trained: trained
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """A training that is set up, and has not begun.
 
@@ -17,12 +32,14 @@ class Task:
       reference: whom the result is measured against on held-out rows; None for perplexity alone.
       recipe: the result's; None where nobody tells it.
       given: by name, where the model and others came from, with their files' SHA-256.
-      loss: of (trained, fixed, part).
+      phases: the last one ends with the run.
       start: (folder, rows) -> the packed params that training starts from, made in `folder` if need be.
-      fixed: those -> what the loss looks at and does not change.
+      fixed: those -> what the losses look at and do not change.
       begin: those -> what is trained.
       served: (what was trained, those) -> the model that is written.
+      before: those -> the model that held-out rows are measured by before training.
       batch_size: rows a step.
+      along: what a batch holds of its rows beside their tokens (jq4.train.running.rows); made before the first step.
       beside: (OUT, the model) -> further files that were written there, by kind.
     """
 
@@ -31,12 +48,14 @@ class Task:
     text: Text
     recipe: Any
     given: dict[str, Any]
-    loss: Callable[[Any, Any, Any], Any]
+    phases: tuple[Phase, ...]
     start: Callable[[Path, Any], Any]
     fixed: Callable[[Any], Any]
     begin: Callable[[Any], Any]
     served: Callable[[Any, Any], Any]
+    before: Callable[[Any], Any]
     batch_size: int
+    along: Callable[[], dict[str, Any]] = dict
     beside: Callable[[Path, Any], dict[str, str]] = lambda out, model: {}
 
     @property

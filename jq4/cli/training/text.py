@@ -64,3 +64,11 @@ def _share(given: str | None) -> float | None:
     if not 0 < share <= 0.5:
         raise JQ4Error(f"--held-out is {given}, wanted a share of the rows above 0 and at most 0.5, or a file")
     return share
+
+
+def spread(rows: Any, count: int) -> Any:
+    """At most `count` of the rows, at even distances."""
+    import numpy as np
+
+    count = min(len(rows), count)
+    return rows[np.arange(count) * len(rows) // count]

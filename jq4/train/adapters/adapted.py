@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jq4.packed_leaf import PackedLeaf, is_packed
-from jq4.train.adapters.adapter import RANK, Adapter
+from jq4.train.adapters.adapter import RANK, ROWS, Adapter
 from jq4.train.adapters.labelled import product
 from jq4.watched import Atom, Watched
 
@@ -40,7 +40,8 @@ class Adapted(Watched):
 
     Attributes:
       array: the weight, a PackedLeaf or a dense array.
-      a, b, keys: of the adapter, with the axes of the leaf that `a_axes`, `b_axes` and `key_axes` name.
+      a, b, keys: of the adapter, with the axes of the leaf that `a_axes`, `b_axes` and `key_axes` name; keys may have
+        ROWS besides.
       scaling: what A B is multiplied by.
       dropout: what share of A's inputs is dropped, where there are keys.
     """
@@ -50,18 +51,26 @@ class Adapted(Watched):
     keys: Any = None
     a_axes: tuple[int, ...] = ()
     b_axes: tuple[int, ...] = ()
-    key_axes: tuple[int, ...] = ()
+    key_axes: tuple[Hashable, ...] = ()
     scaling: float = 1.0
     dropout: float = 0.0
 
     @classmethod
     def of(cls, base: PackedLeaf | jax.Array, adapter: Adapter, path: str) -> "Adapted":
         whole, keys = cls.whole(base, path), adapter.dropout_keys
+        key_axes: tuple[Hashable, ...] = ()
+        if keys is not None:
+            key_axes = (*adapter.stacked, *[ROWS] * (keys.ndim - len(adapter.stacked)))
         return dataclasses.replace(
             whole, a=adapter.a, b=adapter.b, keys=keys,
-            a_axes=adapter.a_axes, b_axes=adapter.b_axes, key_axes=() if keys is None else adapter.stacked,
+            a_axes=adapter.a_axes, b_axes=adapter.b_axes, key_axes=key_axes,
             scaling=adapter.scaling, dropout=adapter.dropout,
         )  # fmt: skip
+
+    @property
+    def drops_by_row(self) -> bool:
+        """Whether each row of the inputs has a key of its own."""
+        return bool(self.dropout) and ROWS in self.key_axes
 
     @property
     def is_packed(self) -> bool:
@@ -95,7 +104,7 @@ class Adapted(Watched):
         """The value of which `take(array, axis)` cuts `size` elements along `axis`, a whole one; but the weight."""
         leaf_axis = self.whole_axis(axis)
 
-        def cut(part: Any, axes: Sequence[int]) -> Any:
+        def cut(part: Any, axes: Sequence[Hashable]) -> Any:
             return take(part, axes.index(leaf_axis)) if leaf_axis in axes else part
 
         runs = (*self.axes[:axis], (Atom((leaf_axis,), size),), *self.axes[axis + 1 :])  # type: ignore[arg-type]
@@ -108,7 +117,7 @@ class Adapted(Watched):
         axis, length = self.whole_axis(0), self.shape[0]
         assert axis is not None
 
-        def front(part: Any, axes: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
+        def front(part: Any, axes: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
             if axis not in axes:
                 return jnp.broadcast_to(part, (length, *part.shape)), (axis, *axes)
             place = axes.index(axis)
@@ -140,7 +149,7 @@ class Adapted(Watched):
         if None in cut:
             return None
 
-        def of(axes: Sequence[int]) -> PartitionSpec:
+        def of(axes: Sequence[Any]) -> PartitionSpec:
             return PartitionSpec(*(cut.get(axis) for axis in axes))
 
         keys = None if self.keys is None else of(self.key_axes)

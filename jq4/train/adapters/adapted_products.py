@@ -42,6 +42,8 @@ def dot_general(eqn: Any, values: Values) -> jax.Array:
     rows = lax.transpose(x, (*x_batch, *x_free, *x_contract)).reshape(*sizes[0], -1, *sizes[1])
     names = [*(atom.id for atom in stack), _ROWS, *(atom.id for atom in summed)]
     wanted = [*names[: len(stack) + 1], *(atom.id for atom in free)]
+    if weight.drops_by_row:
+        _check_rows(weight, [x.shape[axis] for axis in x_free])
     out = _through(weight, rows, names, wanted, eqn.params["precision"])
     of_batch, of_rows = [x.shape[axis] for axis in x_batch], [x.shape[axis] for axis in x_free]
     out = out.reshape(*of_batch, *of_rows, *(weight.shape[axis] for axis in w_free))
@@ -66,10 +68,12 @@ def ragged_dot(eqn: Any, values: Values) -> jax.Array:
     (a, b), of_expert = weight.parts(), weight.shape[groups[0]]
     if {RANK, *e, *k} != set(a.axes) or {RANK, *e, *n} != set(b.axes):
         raise NotFollowed("a ragged product of which the adapter's inputs are not contracted")
+    if weight.drops_by_row:
+        raise NotFollowed("dropout by the row, of rows that are sorted by expert")
     rank = weight.a.shape[weight.a_axes.index(RANK)]
     first = _ordered(a, [*e, *k, RANK]).reshape(of_expert, -1, rank)
     second = _ordered(b, [*e, RANK, *n]).reshape(of_expert, rank, -1)
-    rows = _dropped(weight, x if x_k[0] == 1 else x.T)
+    rows = _dropped(weight, x if x_k[0] == 1 else x.T, 0)
     options = {"precision": eqn.params["precision"], "preferred_element_type": accumulator(x.dtype)}
     dot = functools.partial(lax.ragged_dot, **options)
     hidden = dot(rows, first.astype(x.dtype), group_sizes) * weight.scaling
@@ -93,18 +97,33 @@ def _through(weight: Adapted, x: jax.Array, names: list[Any], wanted: list[Any],
         first, second = second, first
     kept = [name for name in names if name not in summed or name in second.axes]
     kept += [name for name in first.axes if name not in kept and (name in second.axes or name in wanted)]
-    rows = _dropped(weight, x)
+    rows = _dropped(weight, x, names.index(_ROWS))
     hidden = product(rows, names, first.array.astype(x.dtype), first.axes, kept, precision) * weight.scaling
     return product(hidden.astype(x.dtype), kept, second.array.astype(x.dtype), second.axes, wanted, precision)
 
 
-def _dropped(weight: Adapted, x: jax.Array) -> jax.Array:
-    """x with a share of it dropped and the rest scaled up, where there are keys."""
+def _dropped(weight: Adapted, x: jax.Array, axis: int) -> jax.Array:
+    """x, whose rows lie along `axis`, with a share of it dropped and the rest scaled up, where there are keys."""
     if weight.keys is None or not weight.dropout:
         return x
-    key = weight.keys.reshape(-1)[0]
-    kept = jax.random.bernoulli(key, 1 - weight.dropout, x.shape)
+    if weight.drops_by_row:
+        keys = weight.keys.reshape(-1, weight.keys.shape[-1])[0]  # key[R], of R * T rows
+        shape = (*x.shape[:axis], x.shape[axis] // len(keys), *x.shape[axis + 1 :])
+        kept = jax.vmap(lambda key: _drawn(weight, key, shape), out_axes=axis)(keys).reshape(x.shape)
+    else:
+        kept = _drawn(weight, weight.keys.reshape(-1)[0], x.shape)
     return jnp.where(kept, x / (1 - weight.dropout), jnp.zeros_like(x))
+
+
+def _drawn(weight: Adapted, key: Any, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.bernoulli(key, 1 - weight.dropout, shape)
+
+
+def _check_rows(weight: Adapted, sizes: list[int]) -> None:
+    """Raises NotFollowed unless the first axis of the inputs lists the rows that there are keys for."""
+    rows = weight.keys.shape[-1]
+    if not sizes or sizes[0] != rows:
+        raise NotFollowed(f"dropout by the row, with {rows} keys for inputs whose free axes are {sizes}")
 
 
 def _ordered(part: Any, names: list[Any]) -> jax.Array:

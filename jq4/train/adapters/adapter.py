@@ -22,6 +22,7 @@ from jq4.errors import JQ4Error
 from jq4.train.adapters.labelled import product
 
 RANK = 0  # the rank's own axis, among a leaf's negative ones
+ROWS = "rows"  # the axis of keys that lists the rows which they are for
 
 
 @functools.partial(
@@ -36,7 +37,7 @@ class Adapter:
     Attributes:
       a: f32[*B, *K, r], axes of the leaf `stacked`, then `inputs`, then the rank.
       b: f32[*B, r, *N], where N are its `outputs`.
-      dropout_keys: key[*B], by which inputs of A are dropped in this call; None where they are not.
+      dropout_keys: key[*B] or key[*B, R], by which inputs of A are dropped in this call; None where they are not.
       stacked, inputs, outputs: the leaf's axes, negative, ascending.
       alpha: scaling is alpha / r, or alpha / sqrt(r) with `rslora`.
       dropout: the share of the inputs that is dropped where there are keys, the rest being scaled up.
@@ -107,16 +108,25 @@ class Adapters:
     def with_dropout(self, rate: float, key: Any) -> "Adapters":
         """The same, whose products drop a share `rate` of their inputs (and A's alone) as `key` says; for one step.
 
-        Products with one leaf share what they drop, unless they are slices of a stack.
+        Products with one leaf share what they drop, unless they are slices of a stack. With key[R], a key for each of
+        R rows, what is dropped of a row depends on its key alone, and not on the rows beside it: the first axis of
+        inputs that no weight has (a batch's) is then R long.
         """
         if not 0 <= rate < 1:
             raise JQ4Error(f"dropout is {rate}, wanted a share of at least 0 and below 1")
-        dropped = {}
+        keys = self._keys_from(key) if not key.ndim else jax.vmap(self._keys_from, out_axes=-1)(key)
+        return Adapters({
+            path: dataclasses.replace(each, dropout_keys=keys[path], dropout=float(rate))
+            for path, each in self.by_path.items()
+        })  # fmt: skip
+
+    def _keys_from(self, key: Any) -> dict[str, Any]:
+        """Path -> key[*B] of each adapter."""
+        found = {}
         for each, (path, adapter) in zip(jax.random.split(key, len(self.by_path)), self.by_path.items(), strict=True):
             stack = adapter.a.shape[: len(adapter.stacked)]
-            keys = jax.random.split(each, stack) if stack else each
-            dropped[path] = dataclasses.replace(adapter, dropout_keys=keys, dropout=float(rate))
-        return Adapters(dropped)
+            found[path] = jax.random.split(each, stack) if stack else each
+        return found
 
     def __repr__(self) -> str:
         return f"Adapters({', '.join(self.by_path)})"

@@ -7,6 +7,7 @@ far from. The paper fixes the number of turns; rounding may undo a turn, so that
 least, in energy, is kept. Quantizing is the recipe's, statistics and all.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,7 +79,7 @@ def loftq(
         packed, found[path] = _by_turns(
             weight, entry, stats, turns, lambda q: of_difference(path, weight, q, rank, of_leaf, options)
         )
-        return packed
+        return dataclasses.replace(packed, dtype=jnp.dtype(leaf.dtype).name)
 
     tree = jax.tree_util.tree_map_with_path(fitted, params, is_leaf=is_qarray)
     return tree, Adapters({path: found[path] for path in meant})

@@ -2,7 +2,8 @@
 
     zero       A uniform in +-1/sqrt(K), B zero (Hu et al. 2021; PEFT's range): the function is what it was
     residual   A B the best approximation of what quantizing lost, W - dequantize(Q), W being `reference`: one step of
-               LoftQ (Li et al. 2023) that leaves the packed weights as they are. Nothing but the weights is looked at
+               LoftQ (Li et al. 2023) that leaves the packed weights as they are. Nothing but the weights is looked at;
+               leaves that stayed dense lost nothing, and begin at zero
 
 Alternating between codes and adapters changes the packed weights too, so that it is a function of its own
 (jq4.train.adapters.loftq). A's numbers depend on the key and the leaf's path, not on which other leaves have adapters.
@@ -76,7 +77,7 @@ def lora(
     for path, leaf in leaves.items():
         of_leaf = axes_of(path, leaf, axes)
         options = {"alpha": float(rank if alpha is None else alpha), "rslora": rslora}
-        if init == ZERO:
+        if init == ZERO or not is_qarray(leaf):
             found[path] = begun(path, leaf, rank, of_leaf, key, options)
         else:
             found[path] = of_difference(path, _in_reference(path, leaf, dense), leaf, rank, of_leaf, options)

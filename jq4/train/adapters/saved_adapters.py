@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jq4.checkpoint import orbax
+from jq4.checkpoint.manifest import ArrayInfo, Manifest, abstract
 from jq4.checkpoint.structure import nested
 from jq4.errors import CheckpointError
 from jq4.paths import flatten_with_paths
@@ -33,11 +34,30 @@ def restore_lora(path: Any, *, shardings: Shardings = None) -> Adapters:
     Raises:
       CheckpointError: for a folder that holds something else, or is damaged.
     """
-    recipe = orbax.read_manifest(path).recipe
-    described = recipe.get("lora") if isinstance(recipe, Mapping) else None
+    described = _descriptions(path, orbax.read_manifest(path))
+    return _assembled(path, described, dict(flatten_with_paths(orbax.restore(path, shardings=shardings))))
+
+
+def abstract_lora(path: Any) -> Adapters:
+    """The adapters that `save_lora` wrote, with shapes in the place of A and B; no array is read.
+
+    Raises:
+      CheckpointError: for a folder that holds something else.
+    """
+    held = orbax.read_manifest(path)
+    leaves = {leaf.path: abstract(leaf) for leaf in held.leaves if isinstance(leaf, ArrayInfo)}
+    return _assembled(path, _descriptions(path, held), leaves)
+
+
+def _descriptions(path: Any, held: Manifest) -> Mapping[str, Any]:
+    """What the manifest says of each adapter."""
+    described = held.recipe.get("lora") if isinstance(held.recipe, Mapping) else None
     if not isinstance(described, Mapping):
         raise CheckpointError(f"{path}: holds no adapters: wanted a folder that jq4.save_lora wrote")
-    leaves = dict(flatten_with_paths(orbax.restore(path, shardings=shardings)))
+    return described
+
+
+def _assembled(path: Any, described: Mapping[str, Any], leaves: Mapping[str, Any]) -> Adapters:
     found = {}
     for name, each in described.items():
         try:

@@ -27,11 +27,11 @@ import jax
 
 from jq4 import jax_compat, watch_rules
 from jq4.apply import Quantized
+from jq4.arguments import Arguments
 from jq4.axes import is_weight
 from jq4.errors import JQ4Error
-from jq4.interpret import Interpreter, Values, merge_placed
-from jq4.outputs import Outputs, is_array
-from jq4.paths import leaf_path
+from jq4.interpret import Interpreter, Values
+from jq4.outputs import Outputs
 from jq4.qarray import holds_qarrays
 from jq4.targets import as_patterns, matches
 from jq4.train.fake import FakeQuantized
@@ -98,49 +98,22 @@ class InputsInterpreter(Interpreter):
 
     # Programs within the program ----------------------------------------------------------------------------------
 
-    def run(self, jaxpr: Any, values: Values) -> tuple[Values, Frame]:
-        """The outputs of a jaxpr, and what was gathered in it."""
+    def within(self, jaxpr: Any, values: Sequence[Any]) -> tuple[Values, Frame]:
         outer, self.frame = self.frame, {}
         try:
             return self.evaluate(jaxpr, values), self.frame
         finally:
             self.frame = outer
 
-    def absorb(self, frame: Frame) -> None:
-        for path, inputs in frame.items():
+    def absorb(self, found: Frame, /) -> None:
+        for path, inputs in found.items():
             self.frame.setdefault(path, []).extend(inputs)
 
-    def eval_remat(self, eqn: Any, values: Values) -> Values:
-        parameters, jaxpr = jax_compat.parameters_of(eqn), jax_compat.called_jaxpr(eqn)
-        if parameters.get("differentiated"):
-            return super().eval_remat(eqn, values)
-        remat = jax.checkpoint(
-            lambda *inner: self.run(jaxpr, list(inner)),
-            prevent_cse=parameters.get("prevent_cse", True),
-            policy=parameters["policy"],
-        )
-        outputs, frame = remat(*values)
-        self.absorb(frame)
-        return outputs
+    def inside_loop(self, value: Watched) -> Watched:
+        return value.slice_of(0)
 
-    def eval_scan(self, eqn: Any, values: Values) -> Values:
-        num_consts, num_carry = jax_compat.scan_counts(eqn)
-        jaxpr = eqn.params["jaxpr"]
-        consts, carry, xs = values[:num_consts], values[num_consts:][:num_carry], values[num_consts + num_carry :]
-        xs = [self.before_slicing(x, eqn) if self.is_special(x) else x for x in xs]
-        fixed, moving = self.split_carry(eqn, carry, jaxpr, num_consts)
-
-        def body(moving: Values, slices: Values) -> Any:
-            slices = [x.slice_of(0) if self.is_special(x) else x for x in slices]
-            outputs, frame = self.run(jaxpr, [*consts, *merge_placed(fixed, moving), *slices])
-            outputs = self.dense(outputs, eqn, "what a loop gives back")
-            kept = [output for place, output in enumerate(outputs[:num_carry]) if place not in fixed]
-            return kept, (outputs[num_carry:], frame)
-
-        options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-        moving, (ys, frame) = jax.lax.scan(body, moving, xs, **options)
-        self.absorb(frame)
-        return [*merge_placed(fixed, moving), *ys]
+    def leaving_loop(self, value: Watched, eqn: Any) -> Any:
+        return self.densify(value, eqn, "what a loop gives back")
 
     def before_slicing(self, value: Watched, eqn: Any) -> Any:
         return value if value.can_be_scanned() else self.densify(value, eqn, _PART)
@@ -156,23 +129,14 @@ class InputsOf:
 
     def __call__(self, tree: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         _check_dense(tree)
-        keyed, structure = jax.tree_util.tree_flatten_with_path((tree, args, kwargs))
-        leaves = [leaf for _, leaf in keyed]
-        dynamic = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
-        paths = {p: leaf_path(keyed[p][0][1:]) for p in dynamic if keyed[p][0][0].idx == 0}  # type: ignore[attr-defined]
-        weights = {place: path for place, path in paths.items() if is_weight(leaves[place])}
+        arguments, outputs = Arguments((tree, *args), kwargs), Outputs()
+        weights = {place: path for place, path in arguments.paths.items() if is_weight(arguments.leaves[place])}
         chosen = _chosen(weights, self.names)
-        outputs = Outputs()
-
-        def flat_function(*arrays: Any) -> list[Any]:
-            merged = list(leaves)
-            for place, array in zip(dynamic, arrays, strict=True):
-                merged[place] = array
-            tree, args, kwargs = jax.tree.unflatten(structure, merged)
-            return outputs.arrays_of(self.function(tree, *args, **kwargs))
-
-        values = [Watched.whole(leaves[p], chosen[p]) if p in chosen else leaves[p] for p in dynamic]
-        jaxpr, _ = jax_compat.trace(flat_function, *(leaves[place] for place in dynamic))
+        values = [
+            Watched.whole(leaf, chosen[place]) if place in chosen else leaf
+            for place, leaf in zip(arguments.traced, arguments.arrays, strict=True)
+        ]
+        jaxpr, _ = jax_compat.trace(arguments.taken_by(self.function, outputs), *arguments.arrays)
         interpreter = InputsInterpreter()
         results = interpreter.evaluate(jaxpr, values)
         inputs = _inputs(interpreter, list(chosen.values()), self.names)

@@ -18,6 +18,7 @@ Rows that are padded at their end are predicted like any other by a causal teach
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jq4 import jax_compat
 from jq4.checkpoint.atomic import lock_folder
 from jq4.errors import CheckpointError, JQ4Error
 from jq4.paths import flatten_with_paths
@@ -45,6 +47,7 @@ from jq4.train.distillation.teacher_folder import (
 
 SHARD_BYTES = 64 * 2**20
 _CHUNK = 2**24  # bytes that are hashed at a time
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of Python functions that a program's text names
 
 
 class TeacherCache:
@@ -80,7 +83,7 @@ class TeacherCache:
           k: how many tokens are kept, at most V.
           batch_size: B; a short last batch is filled up.
           dtype: of the log-probabilities, "float16" or "float32".
-          teacher: what names the teacher; by default the SHA-256 of its params, which is computed.
+          teacher: what names the teacher; by default `digest_of_teacher`, which is computed.
           shard_bytes: a shard's size, about.
           progress: called with (rows done, rows in all) after each batch.
 
@@ -117,7 +120,7 @@ class TeacherCache:
         """The cache in `folder`, if it is whole, and of these rows i32[R, T] and this teacher where they are given.
 
         Args:
-          teacher: as `write` was given it, or `digest_of_tree` of its params.
+          teacher: as `write` was given it, or `digest_of_teacher` of its function and params.
           verify: read all of it and compare with the hashes that were taken when it was written.
 
         Raises:
@@ -183,6 +186,29 @@ def digest_of_tree(tree: Any) -> str:
     return "sha256:" + whole.hexdigest()
 
 
+def digest_of_teacher(apply: Callable[[Any, jax.Array], jax.Array], params: Any, length: int) -> str:
+    """SHA-256 of all that a teacher predicts by for rows of `length` tokens: its program and its params.
+
+    The program is the jaxpr of `apply`, as text, with the arrays that it closes over: two functions of equal params are
+    two teachers. Another version of JAX may write it otherwise, which makes of one teacher another: name it yourself
+    where a cache shall outlive that.
+    """
+    program, _ = _traced(apply, params, length)
+    return _digest_of(program, params)
+
+
+def _traced(apply: Any, params: Any, length: int) -> tuple[Any, Any]:
+    """(the jaxpr of a teacher, the shape of its logits) for a row."""
+    return jax_compat.trace(apply, params, jax.ShapeDtypeStruct((1, length), jnp.int32))
+
+
+def _digest_of(program: Any, params: Any) -> str:
+    whole = hashlib.sha256(_ADDRESS.sub("", str(program)).encode())
+    for held in (list(jax_compat.open_jaxpr(program)[1]), params):
+        whole.update(digest_of_tree(held).encode())
+    return "sha256:" + whole.hexdigest()
+
+
 def digest_of_rows(rows: np.ndarray) -> str:
     """SHA-256 of rows of tokens, whatever integers they are stored as."""
     whole = hashlib.sha256(f"{rows.shape};".encode())
@@ -206,13 +232,13 @@ def _hash(whole: Any, array: np.ndarray) -> None:
 
 
 def _job_of(apply: Any, params: Any, rows: np.ndarray, k: int, dtype: str, teacher: str | None) -> Job:
-    logits = jax.eval_shape(apply, params, jax.ShapeDtypeStruct((1, rows.shape[1]), jnp.int32))
+    program, logits = _traced(apply, params, rows.shape[1])
     if len(getattr(logits, "shape", ())) != 3 or logits.shape[:2] != (1, rows.shape[1]):
         raise JQ4Error(f"the teacher gives {logits} for tokens i32[1, {rows.shape[1]}], wanted logits [1, T, V]")
     vocabulary = logits.shape[-1]
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= vocabulary:
         raise JQ4Error(f"k is {k!r}, wanted 1 to {vocabulary}, the teacher's vocabulary")
-    teacher = digest_of_tree(params) if teacher is None else teacher
+    teacher = _digest_of(program, params) if teacher is None else teacher
     return Job(teacher, digest_of_rows(rows), rows.shape[0], rows.shape[1], vocabulary, k, dtype)
 
 

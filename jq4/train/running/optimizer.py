@@ -68,15 +68,16 @@ def rate_schedule(options: OptimizerOptions, steps: int) -> Schedule:
     return optax.join_schedules([rising, falling[options.schedule]], [options.warmup])
 
 
-def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
-    """The optax transformation."""
+def make_optimizer(options: OptimizerOptions, steps: int, done: int = 0) -> optax.GradientTransformation:
+    """The optax transformation, for a run of `steps` of which `done` were made by another state of it."""
     parts = [optax.clip_by_global_norm(options.clip)] if options.clip else []
     parts.append(optax.scale_by_adam(b1=0.9, b2=0.99))
     if options.relative:
         parts.append(optax.scale_by_param_block_rms(FLOOR))
     if options.weight_decay:
         parts.append(optax.add_decayed_weights(options.weight_decay, mask=_has_two_axes))
-    return optax.chain(*parts, optax.scale_by_learning_rate(rate_schedule(options, steps)))
+    rate = rate_schedule(options, steps)
+    return optax.chain(*parts, optax.scale_by_learning_rate(lambda count: rate(count + done) if done else rate(count)))
 
 
 def _has_two_axes(tree: Any) -> Any:

@@ -2,7 +2,9 @@
 
 Orbax copies a state to the host before `save` returns, so that the next step may take its buffers over, and writes it
 under a temporary name that it renames last; what a killed process left unfinished is removed when the folder is opened
-again. A state is restored onto whatever devices `like` lies on, which need not be those that it was saved from.
+again. The folder itself is made before `save` returns: made in the background, as is Orbax's default, a thread that
+waits for it can miss that it is there, and gives up after five minutes. A state is restored onto whatever devices
+`like` lies on, which need not be those that it was saved from.
 """
 
 import contextlib
@@ -20,7 +22,8 @@ class States:
     """The states in a folder; the last `keep` are kept."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        waiting = ocp.AsyncOptions(create_directories_asynchronously=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, async_options=waiting)
         self.folder = folder
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 

@@ -1,0 +1,135 @@
+"""jq4 merge: a model with adapters in, the same model without them out, and what that lost of each leaf."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jq4.cli import _calibration, _models
+
+HELP = "put a model's adapters into its weights, dense or packed again, and tell what that loses"
+DESCRIPTION = (
+    "Adds what the adapters of MODEL (of jq4 train qlora, or PEFT's with --adapters) learned to the weights that they "
+    "stand beside, and writes OUT, a model without adapters. These weights become dense, or with --recipe are packed "
+    "again, which loses what packing loses: of each leaf SQNR tells how far it is from the exact sum, and the last "
+    "column how much more was learned than lost. Beside packed weights, unmerged, adapters lose nothing."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder of jq4's with adapters, or any model with --adapters")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; an older one of jq4's is replaced")
+    parser.add_argument("--adapters", metavar="DIR", help="PEFT's folder, or jq4.save_lora's, instead of MODEL's own")
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", help="packs the leaves that have adapters again (default: they become dense)"
+    )
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="text, .jsonl or .npy ids, for the recipes that need them"
+    )
+    _calibration.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from jq4.cli import _terminal
+    from jq4.report import format_bytes, format_figure, merge_table
+
+    data = merge(arguments)
+    if arguments.json:
+        _terminal.print_json(data)
+        return
+    out = _terminal.console()
+    out.print(merge_table(data))
+    lost = [leaf["path"] for leaf in data["leaves"] if leaf["change_db"] < 0]
+    if lost:
+        _terminal.say(
+            f"packing again lost more than was learned of {len(lost)} leaves ({', '.join(lost[:3])}): give more bits, "
+            "or leave the adapters beside the weights"
+        )
+    out.print(
+        f"{format_bytes(data['bytes'])} held ({format_figure(data['bits_per_weight_packed'])} bits a packed weight, "
+        f"{data['bits_per_weight']:.3f} over all), {format_bytes(data['bytes_on_disk'])} in {data['out']}"
+    )
+
+
+def merge(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Merges and saves; what `jq4 merge --json` prints."""
+    from jq4.cli import _terminal
+    from jq4.cli.quantize import check_destination, read_recipe
+    from jq4.inventory import bytes_on_disk, inventory, totals
+    from jq4.train import merge_lora
+    from jq4.train.adapters.merge_lora import DENSE
+
+    watch = _terminal.Stopwatch()
+    source, out = Path(arguments.model), Path(arguments.out)
+    check_destination(source, out)
+    recipe = None if arguments.recipe is None else read_recipe(arguments.recipe)
+    check_recipe(recipe, arguments.calibration)
+    model = with_given_adapters(_models.open_model(arguments.model), arguments)
+    stats = None if recipe is None else observed(model, recipe, arguments)
+    params, report = merge_lora(model.params, model.adapters, recipe or DENSE, stats=stats)
+    merged = dataclasses.replace(model, params=params, adapters=None)
+    merged.save(out, recipe=recipe, source=_models.origin(source) | {"merged": provenance_of(arguments)})
+    held = totals(inventory(params))
+    return {
+        "model": arguments.model,
+        "out": arguments.out,
+        "recipe": None if recipe is None else recipe.to_dict(),
+        "adapters": _models.adapters_told(model.adapters),
+        "leaves": [each.as_dict() for each in report],
+        **{key: held[key] for key in ("parameters", "bits_per_weight", "bits_per_weight_packed", "bytes")},
+        "bytes_on_disk": bytes_on_disk(out),
+        "seconds": watch.seconds,
+        "versions": _terminal.versions(),
+    }
+
+
+def check_recipe(recipe: Any, calibration: str | None) -> None:
+    """Raises JQ4Error, before a model is opened, for a recipe that cannot be merged by."""
+    from jq4.driver.calibration_rows import may_need_rows
+    from jq4.errors import JQ4Error
+
+    if recipe is None:
+        if calibration is not None:
+            raise JQ4Error("--calibration is for a --recipe, and there is none; leave it out")
+        return
+    if recipe.has_steps:
+        names = ", ".join(step.step for step in (*recipe.before, *recipe.after))
+        raise JQ4Error(f"the recipe has steps ({names}), and leaves are merged by rules alone: take one without")
+    if calibration is None and may_need_rows(recipe):
+        raise JQ4Error("the recipe needs calibration, and none was given: --calibration FILE, or rtn- or hqq- presets")
+
+
+def with_given_adapters(model: Any, arguments: argparse.Namespace) -> Any:
+    """The model with the adapters that are merged: its own, or those of --adapters."""
+    from jq4.errors import JQ4Error
+    from jq4.train import restore_lora
+    from models.layer_runs import runs_of
+    from models.peft import load_peft
+
+    if arguments.adapters is None:
+        if model.adapters is None:
+            raise JQ4Error(f"{arguments.model}: has no adapters to merge; give a folder of them with --adapters")
+        return model
+    if model.adapters is not None:
+        raise JQ4Error(f"{arguments.model}: has adapters of its own; merge them first, without --adapters")
+    folder = _models.existing_adapters(arguments.adapters)
+    ours = _models.is_checkpoint(folder)
+    found = restore_lora(folder) if ours else load_peft(folder, model.config, runs=runs_of(model.params))
+    return dataclasses.replace(model, adapters=found)
+
+
+def observed(model: Any, recipe: Any, arguments: argparse.Namespace) -> Any:
+    """Statistics of the inputs that the weights meet in the model with its adapters, where the recipe looks at them."""
+    from jq4.cli import quantize
+    from jq4.statistics import COLLECTABLE
+
+    if not quantize.is_calibrated(arguments.calibration, recipe):
+        return None
+    rows = _calibration.read_rows(model.tokenizer, model.config, arguments.calibration, arguments).rows
+    return _models.observe_inputs(model, rows, arguments.batch_size, COLLECTABLE)
+
+
+def provenance_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the manifest says of the merging."""
+    given = None if arguments.adapters is None else Path(arguments.adapters).resolve().name
+    return {"adapters": given or "the model's own", "to": arguments.recipe or "dense"}
