@@ -235,7 +235,7 @@ def test_decoding_is_bound_by_the_memory_and_several_times_faster_than_bf16():
 
 @pytest.mark.aot
 def test_prefill_is_bound_by_the_mxu_where_weights_are_unpacked_in_float32():
-    """By blocks of 512 rows v5p took 6 % more bundles than its MXU takes cycles; by blocks of 256, three in a thousand."""
+    """In blocks of 512 rows v5p took 6 % more bundles than its MXU takes cycles, in blocks of 256 0.3 %."""
     skip_without_libtpu()
     (row,) = run([Job("v5p", "tpu", {"rows": 512, "k": 4096, "n": 14336, "group_size": 128})], dump=True)
     assert row["status"] == "ok" and row["us"] <= 1.01 * row["mxu_us"], row

@@ -36,12 +36,13 @@ from pallas_kernels.int4_matmul.tpu import number_of
 from pallas_kernels.int4_matmul.tpu import refusal as refusal
 from pallas_kernels.int4_matmul.tpu_blocks import fitting
 from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
-from pallas_kernels.int4_matmul.tpu_model import bytes_of_step, seconds
+from pallas_kernels.int4_matmul.tpu_model import STEP_BUNDLES, bundles_of_step, bytes_of_step, seconds
 from pallas_kernels.int4_matmul.tpu_order import in_order
 from pallas_kernels.int4_matmul.tpu_plan import EXACT, Plan, Problem
 from pallas_kernels.manual_axes import shape_varying_as
 
 SMALLEST_TILE, LARGEST_TILE = 16, 256  # rows
+EQUALLY_FAST = 1.01  # times the fastest plan's modelled time
 
 
 def grouped_int4_matmul_tpu(
@@ -94,15 +95,24 @@ def grouped_int4_matmul_tpu(
 def plan_of(problem: Problem, chip: Chip, exact: bool, integers: bool) -> Plan | None:
     """The fastest plan of an item: as for one product, but for its first block, which the item before hides.
 
-    None where no block fits.
+    Of those that HBM makes equally fast, the one of fewest bundles: items of one expert in turn read its block once,
+    which the model does not know. None where no block fits.
     """
+    plans = fitting(problem, chip, exact, integers, resident=True)
+    times = [_time_of_item(problem, plan, chip) for plan in plans]
+    fastest = [plan for plan, time in zip(plans, times, strict=True) if time <= EQUALLY_FAST * min(times)]
+    return min(fastest, key=lambda plan: _bundles_of_item(problem, plan, chip), default=None)
 
-    def time_of(plan: Plan) -> float:
-        steps_n, steps_k = pl.cdiv(problem.n, plan.block_n), pl.cdiv(problem.k, plan.block_k)
-        hidden = bytes_of_step(problem, plan, steps_n, steps_k) / chip.bandwidth
-        return (seconds(problem, plan, chip) - hidden) * (1.0 if plan.form in EXACT else 1.05)
 
-    return min(fitting(problem, chip, exact, integers, resident=True), key=time_of, default=None)
+def _time_of_item(problem: Problem, plan: Plan, chip: Chip) -> float:
+    steps_n, steps_k = pl.cdiv(problem.n, plan.block_n), pl.cdiv(problem.k, plan.block_k)
+    hidden = bytes_of_step(problem, plan, steps_n, steps_k) / chip.bandwidth
+    return (seconds(problem, plan, chip) - hidden) * (1.0 if plan.form in EXACT else 1.05)
+
+
+def _bundles_of_item(problem: Problem, plan: Plan, chip: Chip) -> float:
+    steps = pl.cdiv(problem.n, plan.block_n) * pl.cdiv(problem.k, plan.block_k)
+    return steps * (bundles_of_step(problem, plan, chip) + STEP_BUNDLES)
 
 
 def tile_rows_of(rows: int, experts: int) -> int:

@@ -1,19 +1,22 @@
 """x[M, K] @ W[K, N] on a TPU with W of 8-bit integers, int8[K, N], scales [G, 1, N]: XLA's own product or a kernel.
 
 Of one byte a weight little is left to gain. Where codes are int8 in memory XLA fuses their conversion into the dot, and
-at decode every chip then waits for HBM, as a kernel would. What its compiler does less well is many rows by groups: it
-scales the weights in a loop of its own before each dot. Modelled microseconds at 4096 x 4096 (libtpu 0.0.52; no chip
-was timed), the best of XLA's forms and the kernel's:
+at decode every chip then waits for HBM, as a kernel would (16 x 4096 x 4096 in groups of 128, modelled microseconds of
+XLA's form and the kernel's: v4 14.1 and 47.9, v5e 21.1 and 21.1, v5p 6.6 and 6.3, v6e 10.6 and 10.6, TPU7x 4.7 and
+5.2). By the column XLA's form is at the MXU's bound with many rows as well.
 
-    rows, scales          v4           v5e          v5p          v6e          tpu7x
-    16, groups of 128     14.1 / 47.9  21.1 / 21.1   6.6 / 6.3   10.6 / 10.6   4.7 / 5.2      XLA
-    512, a column         86.8 / -     87.2 / -     37.5 / -     19.4 / -     14.9 / -        XLA
-    512, groups of 128    78.9 / 119   87.2 / 87.2  37.5 / 37.5  37.4 / 26.3  25.1 / 17.7     kernel on v6e and TPU7x
-    512, the same, x int8  as above    87.2 / 67.5  37.4 / 28.9  37.4 / 26.3  as above        kernel where there is an
-                                                                                              integer MXU
+Many rows by groups are another matter, chip by chip. v4, v5e and v5p make bf16 weights while they feed one dot, and
+write none to memory, nor copy a layer out of a stack; v6e and TPU7x write them first, and have the kernel. Modelled
+microseconds at 512 x 4096 x 14336 (benchmarks/results/tpu-int8-prefill.json; libtpu 0.0.52, no chip was timed):
 
-Those are the best of several forms; the one that xla.py has for many rows by groups, tiles of columns, takes 120, 98.5,
-70.9, 36.8 and 28.3 (benchmarks/results/tpu-int8.json): on v4, v5e and v5p there is time left to win.
+                        v4       v5e      v5p      v6e      tpu7x
+    bundles             254      268      130      78.4     47.9
+    the MXU's bound     219      305      131      65.5     52.1
+    HBM                 63.9     95.9     28.4     81.1     37.4
+    what multiplies     XLA, in one dot            the kernel
+
+Whole numbers by int8 have the kernel wherever there is an integer MXU: at 512 x 4096 x 4096 67.5 on v5e and 28.9 on
+v5p, where bf16 takes 87.2 and 37.4.
 
 Activations in fp8 (e4m3) beside int4 weights, which e4m3 holds, were counted for TPU7x, whose MXU takes them at twice
 the rate, and left out. Bundles of a step of 1024 x 1024 codes, bf16 x and fp8 x: 16 rows 510 and 542 in groups of 128,
