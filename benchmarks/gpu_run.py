@@ -25,11 +25,11 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from benchmarks.gpu_compile import small_cases
 from benchmarks.gpu_lab import decoding
 from benchmarks.gpu_lab.cases import Case
 from benchmarks.gpu_lab.rivals import RIVALS, UnavailableError
 from benchmarks.gpu_lab.running import TOLERANCE, ceilings, error_of
+from benchmarks.gpu_lab.small_cases import small_cases
 from benchmarks.provenance import publish
 from pallas_kernels.int4_matmul.gpu_chips import gpu_named
 from pallas_kernels.int4_matmul.shapes import SHAPES

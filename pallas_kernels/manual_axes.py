@@ -27,6 +27,13 @@ def vary_alike(tree: Any) -> Any:
     return jax.tree.map(cast, tree)
 
 
+def varying_as(out: jax.Array, operands: Any) -> jax.Array:
+    """A result that says of itself that it varies over all manual mesh axes that any of its operands varies over."""
+    union = frozenset().union(*map(_varying, jax.tree.leaves(operands)))
+    missing = tuple(sorted(union - _varying(out)))
+    return jax.lax.pcast(out, missing, to="varying") if missing else out
+
+
 def _varying(leaf: Any) -> frozenset[str]:
     aval = jax.typeof(leaf)
     manual = getattr(aval, "manual_axis_type", None) or getattr(aval, "mat", None)  # JAX 0.10 on; `vma` between

@@ -74,11 +74,54 @@ print(json.dumps({name: compiled(kind, *programs[name]) for name in names or pro
 """
 
 
-def found_for(kind, *names):
+SHARDED = """
+import json, numpy, jax, jax.numpy as jnp
+from benchmarks import aot
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
+from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
+from pallas_kernels.int4_matmul import PackedSpec, int4_matmul
+
+target = (aot.TARGETS / "h200.txtpb").read_text()
+two = topologies.get_topology_desc("gpu", platform="cuda", target_config=target, topology="1x1x2").devices
+mesh, spec = Mesh(numpy.array(two), ("model",)), PackedSpec(256, layout="hopper")
+traced = AbstractMesh((2,), ("model",), (AxisType.Auto,), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
+
+
+def dense(x, codes, scale):
+    return int4_matmul(x, codes, scale, spec=spec)
+
+
+def experts(x, codes, scale, sizes):
+    return grouped_int4_matmul(x, codes, scale, group_sizes=sizes, spec=spec)
+
+
+def compiled(function, args, specs, out):
+    args = [jax.ShapeDtypeStruct(*a, sharding=NamedSharding(mesh, s)) for a, s in zip(args, specs)]
+    with jax.sharding.use_abstract_mesh(traced):
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out)
+        text = jax.jit(mapped).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
+    return ['custom_call_target="mosaic_gpu' in text, "all-reduce" in text]
+
+
+x = ((16, 256), jnp.bfloat16)
+one = (x, ((4, 2048), jnp.int32), ((2, 256), jnp.bfloat16))
+many = (x, ((3, 4, 2048), jnp.int32), ((3, 2, 256), jnp.bfloat16), ((3,), jnp.int32))
+columns, of_many = P(None, "model"), (P(), P(None, "model"), P(None, None, "model"), P())
+gradient = jax.grad(lambda *args: jnp.sum(experts(*args).astype(jnp.float32)))
+print(json.dumps({
+    "dense": compiled(dense, one, (P(), P("model"), columns), columns),
+    "experts": compiled(experts, many, of_many, columns),
+    "gradient": compiled(gradient, many, of_many, P()),
+}))
+"""
+
+
+def found_for(*arguments, program=PROGRAM):
     if reason := missing("h200"):
         pytest.skip(reason)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, kind, *names],
+        [sys.executable, "-c", program, *arguments],
         env=environment("h200"), cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -100,3 +143,8 @@ def test_the_kernel_serves_a_hopper_gpu_up_to_many_rows():
 def test_other_gpus_get_xla_and_nothing_aborts(kind):
     found = found_for(kind, "few", "experts", "gradient of experts")
     assert not any(one["kernel"] for one in found.values())
+
+
+def test_a_shard_of_columns_is_multiplied_by_the_kernel_and_gradients_are_summed():
+    found = found_for(program=SHARDED)
+    assert found == {"dense": [True, False], "experts": [True, False], "gradient": [True, True]}

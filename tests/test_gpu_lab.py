@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.aot import missing
-from benchmarks.gpu_compile import emulated, small_cases
+from benchmarks.gpu_compile import emulated
 from benchmarks.gpu_lab import sass
 from benchmarks.gpu_lab.alu import OPERATIONS
 from benchmarks.gpu_lab.cases import Case, operands
@@ -19,6 +19,7 @@ from benchmarks.gpu_lab.device import run_kernel
 from benchmarks.gpu_lab.host_code import DevicePointer, Launch, TensorMap, launch_of
 from benchmarks.gpu_lab.memory import WrongProgramError, swizzled
 from benchmarks.gpu_lab.ptx import parse
+from benchmarks.gpu_lab.small_cases import small_cases
 from benchmarks.gpu_lab.tensor_cores import left_fragments
 from benchmarks.gpu_lab.warpgroup import Warpgroup
 

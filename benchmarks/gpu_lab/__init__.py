@@ -1,6 +1,7 @@
-"""The Hopper kernel: through the production compiler without a GPU, and on one.
+"""The Hopper kernels: through the production compiler without a GPU, and on one.
 
 cases.py         one product to compile, and its operands as numpy arrays
+small_cases.py   those that are emulated: forms, formats and tails
 compiling.py     a process that compiles cases for an H200 and keeps what the compiler leaves: PTX and host code
 sass.py          the machine code of that PTX: instructions of the inner loop, registers, spills
 host_code.py     the compiler's host code, run: descriptors for the copy engine, grid, parameters

@@ -33,6 +33,7 @@ from pallas_kernels.int4_matmul.spec import HOPPER as LAYOUT
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.int4_matmul.xla import int4_matmul_xla
+from pallas_kernels.manual_axes import varying_as
 
 GROUPS = (32, 64, 128)  # and multiples of the last
 MOST_ROWS = 1536  # above, writing the dense weight costs less than XLA's better use of the tensor cores saves: modelled
@@ -135,7 +136,8 @@ def product(
         items=len(items[0]) if items else 0,
     )  # fmt: skip
     call = functools.partial(kernel.call, shape=shape, plan=plan)
-    out = jax.custom_batching.sequential_vmap(call)(items, rows, w.codes, scale, zero_point)
+    operands = (items, rows, w.codes, scale, zero_point)
+    out = varying_as(jax.custom_batching.sequential_vmap(call)(*operands), operands)
     return out if plan.splits == 1 else jnp.sum(out, 0).astype(dtype)
 
 

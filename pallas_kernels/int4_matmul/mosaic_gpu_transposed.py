@@ -18,6 +18,7 @@ from pallas_kernels.int4_matmul.gpu_fragments import padded_length, rows_of
 from pallas_kernels.int4_matmul.mosaic_gpu import MOST_ROWS, ROW_MULTIPLE, result_dtype, terms_of
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
+from pallas_kernels.manual_axes import varying_as
 
 LEAST_COLUMNS = 128  # of dy, two tiles: of one, its place would not be told to the copy engine
 
@@ -83,7 +84,8 @@ def product_of_transposed(
         items=len(items[0]) if items else 0,
     )  # fmt: skip
     call = functools.partial(kernel.call, shape=shape, plan=plan)
-    out = jax.custom_batching.sequential_vmap(call)(items, rows, w.codes, scale, zero_point)
+    operands = (items, rows, w.codes, scale, zero_point)
+    out = varying_as(jax.custom_batching.sequential_vmap(call)(*operands), operands)
     out = out if plan.splits == 1 else jnp.sum(out, 0).astype(dtype)
     return out[:, : spec.length]
 

@@ -1,0 +1,84 @@
+"""The matrix of products that the compile lab emulates: forms, formats and tails, small enough for that."""
+
+import itertools
+from typing import Any
+
+from benchmarks.gpu_lab.cases import Case
+
+
+def small_cases() -> list[Case]:
+    return [*dense_cases(), *grouped_cases(), *wide_cases(), *integer_cases(), *transposed_cases()]
+
+
+def dense_cases() -> list[Case]:
+    """One weight of 4 bits by floats."""
+    plans: list[dict[str, Any] | None] = [
+        None,
+        {"form": "sums", "tile_m": 16, "tile_k": 128, "strips": 2, "splits": 2},
+        {"form": "sums", "tile_m": 8, "tile_k": 256, "stages": 2},
+        {"form": "weights", "tile_m": 128, "warpgroups": 2, "tile_k": 64, "stages": 3},
+        {"form": "weights", "tile_m": 16, "warpgroups": 3, "tile_k": 256, "stages": 4},
+        {"form": "sums", "tile_m": 32, "warpgroups": 1, "strips": 2, "splits": 2},
+    ]
+    sizes = [(1, 300, 64), (1, 512, 320), (20, 300, 320), (20, 512, 64)]
+    chosen = [Case(*size, g, z) for size, g, z in itertools.product(sizes, (32, 64, 128, 0), (False, True))]
+    planned = [Case(20, 640, 192, 128, zeros, plan=plan) for plan, zeros in itertools.product(plans[1:], (False, True))]
+    halves = [
+        Case(9, 256, 128, group, True, "float16", scales) for group in (32, 128) for scales in ("float16", "float32")
+    ]
+    return [*chosen, *planned, *halves]
+
+
+def grouped_cases() -> list[Case]:
+    """Experts: tiles of several experts, experts without rows, rows without one, splits, forms."""
+    split = {"form": "sums", "tile_m": 8, "tile_k": 128, "splits": 2}
+    deep = {"form": "weights", "tile_m": 16, "warpgroups": 2, "tile_k": 128, "strips": 1, "stages": 3}
+    return [
+        *(Case(m, 256, 64, g, z, experts=4) for m, g, z in itertools.product((3, 40), (32, 128, 0), (False, True))),
+        Case(30, 300, 320, 64, True, experts=5),
+        Case(24, 512, 128, 128, True, plan=split, experts=3),
+        Case(50, 256, 192, 64, plan=deep, experts=3),
+        Case(20, 256, 128, 64, True, experts=3, bits=8),
+        Case(20, 256, 128, 64, True, experts=3, integers=True),
+        Case(9, 256, 64, 128, True, "float16", "float32", experts=2),
+    ]
+
+
+def wide_cases() -> list[Case]:
+    """Codes of 8 bits."""
+    split = {"form": "sums", "tile_m": 16, "tile_k": 128, "strips": 1, "splits": 2}
+    weights = {"form": "weights", "tile_m": 128, "warpgroups": 2, "tile_k": 64, "stages": 3}
+    chosen = itertools.product((32, 128, 0), (False, True), ("bfloat16", "float16"))
+    planned = itertools.product((split, weights), (False, True))
+    return [
+        *(Case(20, 300, 128, group, zeros, dtype, bits=8) for group, zeros, dtype in chosen),
+        *(Case(20, 640, 192, 128, zeros, plan=plan, bits=8) for plan, zeros in planned),
+        Case(1, 512, 320, 64, True, bits=8),
+    ]
+
+
+def integer_cases() -> list[Case]:
+    """Rows of int8, by codes of 4 bits, and of 8 without zero points."""
+    kinds, groups = [(4, False), (4, True), (8, False)], (64, 128, 0)
+    sizes = [(20, 300, group) for group in groups] + [(1, 512, 128), (130, 300, 64), (130, 300, 0)]
+    split = {"form": "sums", "tile_m": 16, "splits": 2}
+    return [
+        *(Case(m, k, 128, g, z, bits=bits, integers=True) for (m, k, g), (bits, z) in itertools.product(sizes, kinds)),
+        Case(20, 640, 192, 128, True, plan=split, integers=True),
+    ]
+
+
+def transposed_cases() -> list[Case]:
+    """Products by the transpose: x is dy."""
+    split = {"form": "transposed", "tile_m": 16, "tile_k": 128, "warpgroups": 2, "stages": 3, "splits": 2}
+    chosen = itertools.product((32, 64, 128, 0), (False, True))
+    return [
+        *(Case(20, 300, 320, group, zeros, transposed=True) for group, zeros in chosen),
+        Case(1, 300, 64, 128, True, transposed=True),
+        Case(130, 256, 192, 256, True, transposed=True),
+        Case(20, 200, 128, 64, True, bits=8, transposed=True),
+        Case(20, 200, 128, 64, True, "float16", "float32", transposed=True),
+        Case(20, 256, 640, 128, True, plan=split, transposed=True),
+        Case(40, 256, 192, 64, True, experts=4, transposed=True),
+        Case(24, 200, 320, 128, plan=split | {"tile_m": 8}, experts=3, transposed=True),
+    ]
