@@ -37,11 +37,11 @@ def run(words: list[str], kill_after: float | None = None) -> tuple[bool, float]
     """(whether it was killed, seconds) of a process of its own; this one has imported what takes long to import."""
     from jq4.cli import main
 
+    said = tempfile.TemporaryFile()
     begun, child = time.perf_counter(), os.fork()
     if child == 0:
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
         os._exit(main(words))
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -54,7 +54,9 @@ def run(words: list[str], kill_after: float | None = None) -> tuple[bool, float]
         time.sleep(0.002)
     killed = os.WIFSIGNALED(status)
     if not killed and os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"jq4 {' '.join(words)}: exit code {os.waitstatus_to_exitcode(status)}")
+        said.seek(0)
+        code, last = os.waitstatus_to_exitcode(status), said.read()[-3000:].decode(errors="replace")
+        raise SystemExit(f"jq4 {' '.join(words)}: exit code {code}\n{last}")
     return killed, seconds
 
 
