@@ -37,27 +37,31 @@ def run(words: list[str], kill_after: float | None = None) -> tuple[bool, float]
     """(whether it was killed, seconds) of a process of its own; this one has imported what takes long to import."""
     from jq4.cli import main
 
-    said = tempfile.TemporaryFile()
-    begun, child = time.perf_counter(), os.fork()
-    if child == 0:
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
-        os._exit(main(words))
+    with tempfile.TemporaryFile() as said:
+        begun, child = time.perf_counter(), os.fork()
+        if child == 0:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            os._exit(main(words))
+        status = waited_for(child, None if kill_after is None else begun + kill_after)
+        killed, seconds = os.WIFSIGNALED(status), time.perf_counter() - begun
+        if not killed and os.waitstatus_to_exitcode(status):
+            said.seek(0)
+            code, last = os.waitstatus_to_exitcode(status), said.read()[-3000:].decode(errors="replace")
+            raise SystemExit(f"jq4 {' '.join(words)}: exit code {code}\n{last}")
+    return killed, seconds
+
+
+def waited_for(child: int, deadline: float | None) -> int:
+    """How a process ended, which is killed at the deadline."""
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
-        seconds = time.perf_counter() - begun
         if done:
-            break
-        if kill_after is not None and seconds >= kill_after:
+            return status
+        if deadline is not None and time.perf_counter() >= deadline:
             os.kill(child, signal.SIGKILL)
-            kill_after = None
+            deadline = None
         time.sleep(0.002)
-    killed = os.WIFSIGNALED(status)
-    if not killed and os.waitstatus_to_exitcode(status):
-        said.seek(0)
-        code, last = os.waitstatus_to_exitcode(status), said.read()[-3000:].decode(errors="replace")
-        raise SystemExit(f"jq4 {' '.join(words)}: exit code {code}\n{last}")
-    return killed, seconds
 
 
 def results(out: Path) -> dict[str, Any]:
