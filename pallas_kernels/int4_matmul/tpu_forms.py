@@ -90,8 +90,10 @@ def accumulate(form: Any, block: Block, group: int, chunk: int, total: Any) -> N
         codes = block.codes[pl.ds(pl.multiple_of(index * stored, stored), stored), :]
         rows = pl.ds(pl.multiple_of(index * per, per), per) if per else slice(None)
         groups = [None if part is None else part[rows] for part in block[2:5]]
-        held = None if block.groups_held is None else block.groups_held - index * per
-        total[...] += form(Block(x, codes, *groups, block.table, held, block.columns_held), inner)
+        rest = None if block.groups_held is None else block.groups_held - index * per
+        scale, zero_point, offset = groups
+        part = block._replace(x=x, codes=codes, scale=scale, zero_point=zero_point, offset=offset, groups_held=rest)
+        total[...] += form(part, inner)
 
 
 def held_of(count: int, over: int, steps: int) -> jax.Array | None:
@@ -180,7 +182,7 @@ def _affine(block: Block, group: int, dtype: Any) -> Any:
     def weight(i: int, levels: jax.Array, groups: int = 1) -> jax.Array:
         def values(of_group: Any) -> jax.Array:
             rows = [of_group(at).astype(dtype) for at in range(i, i + groups)]
-            return _halves(*rows, levels.shape) if groups == 2 else rows[0]
+            return _halves(rows[0], rows[1], levels.shape) if groups == 2 else rows[0]
 
         if shift is not None:
             levels = levels - values(functools.partial(row_of, shift))
