@@ -71,6 +71,9 @@ def test_adapters_of_other_weights_are_refused(capsys, source, adapted, tmp_path
     jq4.save(other, jq4.quantize(LanguageModel.from_folder(source).params, "rtn-w3g32"))
     assert main(["inspect", str(other)]) == 1
     assert "adapters of other weights" in capsys.readouterr().err
+    jq4.save_lora(other / "adapters", model.adapters, source="a note")
+    assert main(["inspect", str(other)]) == 1
+    assert "adapters of other weights (None)" in capsys.readouterr().err
 
 
 def test_a_report_measures_with_them_and_says_what_leaves_them_out(capsys, source, adapted, tmp_path):
@@ -185,13 +188,15 @@ def test_what_is_merged_is_not_written_over(capsys, source, adapted, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "trained").rglob("*") if path.is_file()} == held
 
 
-def test_merging_over_a_trained_folder_leaves_nothing_of_its_training(capsys, source, adapted, tmp_path):
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+def test_what_replaces_a_trained_folder_leaves_nothing_of_its_training(capsys, source, adapted, tmp_path, verb):
     model = LanguageModel.from_folder(adapted)
     model.save(tmp_path / "out")
     save_peft(tmp_path / "out" / "peft", model.config, model.adapters)
     (tmp_path / "out" / "training").mkdir()
     for name in ("metrics.jsonl", "run.json", "loss.png"):
         (tmp_path / "out" / "training" / name).write_text("of an earlier training")
-    run_json(capsys, "merge", adapted, tmp_path / "out")
+    argv = {"merge": (adapted, tmp_path / "out"), "quantize": (source, tmp_path / "out", "--recipe", "rtn-w4g64")}
+    run_json(capsys, verb, *argv[verb])
     assert LanguageModel.from_folder(tmp_path / "out").adapters is None
     assert not any((tmp_path / "out" / name).exists() for name in ("adapters", "peft", "training"))

@@ -99,7 +99,7 @@ def adapted_forward(model: Any, arguments: argparse.Namespace) -> Callable[[Any,
 
 
 def dropping(loss: Any, rate: float) -> Any:
-    """The loss with a share of the adapters' inputs dropped, of each row by its own key (experts': the part's first)."""
+    """The loss with a share of the adapters' inputs dropped, of each row by its own key (experts': by the first)."""
     import jax
 
     def dropped(pair: Any, fixed: Any, part: Any) -> Any:
