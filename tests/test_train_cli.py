@@ -213,6 +213,8 @@ def test_what_adapters_cannot_have_is_refused_before_anything_is_packed(capsys, 
         (("--rank", 0), "rank is 0, wanted"),
         (("--alpha", 0), "alpha is 0.0, wanted a number above 0"),
         (("--dropout", 1), "--dropout is 1.0, wanted a share of at least 0 and below 1"),
+        (("--rank", 33), "rank 33 of matrices 64 x 32, wanted at most 32"),
+        (("--targets", "nothing_proj"), "no leaf is a matrix that targets ['nothing_proj'] mean"),
     ):
         assert message in run_error(capsys, "qlora", source, *text, *given)
     assert list(tmp_path.iterdir()) == []
