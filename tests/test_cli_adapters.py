@@ -188,15 +188,13 @@ def test_what_is_merged_is_not_written_over(capsys, source, adapted, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "trained").rglob("*") if path.is_file()} == held
 
 
-@pytest.mark.parametrize("verb", ["merge", "quantize"])
-def test_what_replaces_a_trained_folder_leaves_nothing_of_its_training(capsys, source, adapted, tmp_path, verb):
+def test_merging_over_a_trained_folder_leaves_nothing_of_its_training(capsys, source, adapted, tmp_path):
     model = LanguageModel.from_folder(adapted)
     model.save(tmp_path / "out")
     save_peft(tmp_path / "out" / "peft", model.config, model.adapters)
     (tmp_path / "out" / "training").mkdir()
     for name in ("metrics.jsonl", "run.json", "loss.png"):
         (tmp_path / "out" / "training" / name).write_text("of an earlier training")
-    argv = {"merge": (adapted, tmp_path / "out"), "quantize": (source, tmp_path / "out", "--recipe", "rtn-w4g64")}
-    run_json(capsys, verb, *argv[verb])
+    run_json(capsys, "merge", adapted, tmp_path / "out")
     assert LanguageModel.from_folder(tmp_path / "out").adapters is None
     assert not any((tmp_path / "out" / name).exists() for name in ("adapters", "peft", "training"))

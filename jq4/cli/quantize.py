@@ -97,9 +97,7 @@ def pack_folder(arguments: argparse.Namespace, recipe: Any) -> tuple[dict[str, A
     """A Hugging Face folder, block by block."""
     from jq4.chain import BlockSource
     from jq4.cli import _models, _terminal
-    from jq4.cli.training.run import remove_older
     from jq4.driver import quantize_blocks
-    from models.adapted import save_adapters
     from models.chain import decoder_chain
     from models.folder_source import FolderSource, UntiedSource
     from models.folds import untied_config
@@ -137,8 +135,6 @@ def pack_folder(arguments: argparse.Namespace, recipe: Any) -> tuple[dict[str, A
             provenance=provenance,
             progress=step,
         )
-    save_adapters(destination, None)
-    remove_older(destination)
     told = {**result.as_dict(), "calibration": None if calibration is None else calibration.as_dict()}
     return account(arguments, recipe, result.report, watch) | told, result.report
 
@@ -151,7 +147,6 @@ def rotates(recipe: Any) -> bool:
 def pack_again(arguments: argparse.Namespace, recipe: Any) -> tuple[dict[str, Any], Any]:
     """A folder that is packed already: refused, unless just as this recipe says."""
     from jq4.cli import _models, _terminal
-    from jq4.cli.training.run import remove_older
     from jq4.errors import JQ4Error
     from jq4.quantize import quantize
     from jq4.quantize_report import QuantizeReport
@@ -164,7 +159,6 @@ def pack_again(arguments: argparse.Namespace, recipe: Any) -> tuple[dict[str, An
     report = QuantizeReport()
     packed = dataclasses.replace(model, params=quantize(model.params, recipe, report=report, donate=True))
     packed.save(arguments.destination, recipe=recipe, source=_models.origin(Path(arguments.source)))
-    remove_older(Path(arguments.destination))
     return account(arguments, recipe, report, watch), report
 
 
