@@ -75,6 +75,17 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
+def constants_of(jaxpr: Any) -> list[Any]:
+    """The arrays that a program closes over, and those that the programs within it do, in order."""
+    opened, held = open_jaxpr(jaxpr)
+    found = list(held)
+    for eqn in opened.eqns:
+        found += [atom.val for atom in eqn.invars if is_literal(atom) and jax.numpy.ndim(atom.val)]
+        for inner in jax.tree.leaves(list(parameters_of(eqn).values())):
+            found += constants_of(inner) if hasattr(open_jaxpr(inner)[0], "eqns") else []
+    return found
+
+
 def method_of(eqn: Any) -> str | None:
     """The interpreter's method for a call-like equation; None for any other."""
     name = eqn.primitive.name

@@ -5,7 +5,7 @@ weights, such as a save that was killed halfway or another model put over this o
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ def place_of(folder: Path) -> Path | None:
     place = folder / ADAPTERS
     if not (place / MANIFEST).exists():
         return None
-    base, here = (orbax.read_manifest(place).source or {}).get("base"), orbax.read_manifest(folder).data
+    source, here = orbax.read_manifest(place).source, orbax.read_manifest(folder).data
+    base = source.get("base") if isinstance(source, Mapping) else None
     if base != here:
         raise JQ4Error(
             f"{place}: adapters of other weights ({base}) than lie in {folder} ({here}): train them anew, or remove "

@@ -55,7 +55,7 @@ def checkpoint_of_folder(folder: str | FilePath, *, verify: bool = True) -> Chec
     if (folder / ADAPTERS).exists():
         raise JQ4Error(
             f"{folder}: holds adapters, which a checkpoint of weights would leave out: merge them first, with "
-            f"jq4.merge_lora, or remove {folder / ADAPTERS}"
+            f"jq4 merge, or remove {folder / ADAPTERS}"
         )
     manifest = orbax.verify(folder) if verify else orbax.read_manifest(folder)
     data = folder / manifest.data

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,9 @@ def test_adapters_of_other_weights_are_refused(capsys, source, adapted, tmp_path
     jq4.save(other, jq4.quantize(LanguageModel.from_folder(source).params, "rtn-w3g32"))
     assert main(["inspect", str(other)]) == 1
     assert "adapters of other weights" in capsys.readouterr().err
+    jq4.save_lora(other / "adapters", model.adapters, source="a note")
+    assert main(["inspect", str(other)]) == 1
+    assert "adapters of other weights (None)" in capsys.readouterr().err
 
 
 def test_a_report_measures_with_them_and_says_what_leaves_them_out(capsys, source, adapted, tmp_path):
@@ -126,7 +130,7 @@ def test_merging_into_few_bits_tells_what_it_loses(capsys, source, adapted, tmp_
     assert main(["merge", str(adapted), str(tmp_path / "merged"), "--recipe", "rtn-w2g32"]) == 0
     captured = capsys.readouterr()
     assert "learned over lost, dB" in captured.out and "int2" in captured.out
-    assert ("packing again lost more than was learned" in captured.err) == any(each.change_db < 0 for each in report)
+    assert ("rounding lost more than was learned" in captured.err) == any(each.change_db < 0 for each in report)
     merged = LanguageModel.from_folder(tmp_path / "merged")
     jax.tree.map(np.testing.assert_array_equal, merged.params, wanted)
     text = ("--calibration", source / "text.txt", "--context", 16)
@@ -172,3 +176,25 @@ def test_what_cannot_be_merged_is_told_in_a_line(capsys, source, adapted, tmp_pa
     assert not (tmp_path / "out").exists()
     assert main(["merge", str(adapted), str(adapted / "inside")]) == 1
     assert "choose another folder" in capsys.readouterr().err
+
+
+def test_what_is_merged_is_not_written_over(capsys, source, adapted, tmp_path):
+    shutil.copytree(adapted, tmp_path / "trained")
+    held = {path: path.read_bytes() for path in (tmp_path / "trained").rglob("*") if path.is_file()}
+    for out in ("trained", "trained/adapters", "trained/adapters/merged"):
+        argv = ["merge", source, tmp_path / out, "--adapters", tmp_path / "trained" / "adapters"]
+        assert main([*map(str, argv)]) == 1
+        assert "is, lies in or holds" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "trained").rglob("*") if path.is_file()} == held
+
+
+def test_merging_over_a_trained_folder_leaves_nothing_of_its_training(capsys, source, adapted, tmp_path):
+    model = LanguageModel.from_folder(adapted)
+    model.save(tmp_path / "out")
+    save_peft(tmp_path / "out" / "peft", model.config, model.adapters)
+    (tmp_path / "out" / "training").mkdir()
+    for name in ("metrics.jsonl", "run.json", "loss.png"):
+        (tmp_path / "out" / "training" / name).write_text("of an earlier training")
+    run_json(capsys, "merge", adapted, tmp_path / "out")
+    assert LanguageModel.from_folder(tmp_path / "out").adapters is None
+    assert not any((tmp_path / "out" / name).exists() for name in ("adapters", "peft", "training"))

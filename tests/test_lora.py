@@ -323,6 +323,19 @@ def test_what_is_dropped_of_a_row_depends_on_its_own_key():
         forward((tree, adapters.with_dropout(0.5, keys)), x[:4])
 
 
+def test_experts_inputs_are_dropped_by_the_first_key():
+    """Rows come sorted by expert: they are dropped as with that key alone, and not left whole."""
+    m = model("experts")
+    axes = jq4.contraction_axes(m.function, m.tree, m.x)
+    adapters = drawn(jq4.lora(m.qtree, 2, ignore=["router"], axes=axes))
+    forward = jax.jit(jq4.with_lora(m.function, strict=True))
+    keys = jax.random.split(jax.random.key(1), 2)
+    one, both = (forward((m.qtree, adapters.with_dropout(0.5, key)), m.x) for key in (keys[0], keys))
+    np.testing.assert_allclose(both, one, **CLOSE)
+    other = forward((m.qtree, adapters.with_dropout(0.5, keys[::-1])), m.x)
+    assert np.abs(both - other).max() > 0.01 and np.abs(both - forward((m.qtree, adapters), m.x)).max() > 0.01
+
+
 def test_dense_leaves_begin_at_zero_beside_a_residual():
     """A and B would both be zero, and have no gradient, if they were what packing lost of such a leaf."""
     params = {

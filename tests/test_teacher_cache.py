@@ -135,7 +135,8 @@ def test_teachers_of_equal_params_are_told_apart_by_their_functions(whole, tmp_p
     ones, twos = jnp.ones((1, 1, VOCABULARY)), jnp.full((1, 1, VOCABULARY), 2.0)
     name = lambda function: digest_of_teacher(function, PARAMS, LENGTH)  # noqa: E731
     rule = lambda primals, tangents: (2 * primals[0], 2 * tangents[0])  # noqa: E731
-    functions = [apply, warmer, closing_over(ones), closing_over(twos), with_a_rule(rule)]
+    within = [jax.jit(jax.checkpoint(jax.jit(closing_over(table)))) for table in (ones, twos)]
+    functions = [apply, warmer, closing_over(ones), closing_over(twos), *within, with_a_rule(rule)]
     assert len({name(each) for each in functions}) == len(functions)
     assert name(closing_over(ones)) == name(closing_over(jnp.ones((1, 1, VOCABULARY))))
     assert name(with_a_rule(rule)) == name(with_a_rule(lambda p, t: rule(p, t)))  # its text names Python's functions

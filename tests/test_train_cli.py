@@ -16,7 +16,7 @@ from train_runs import QUICK, compiled_once, losses, printed, run, run_error
 import jq4
 from jq4.cli import main
 from jq4.cli.training.rounded import begun, rounded_forward, served
-from jq4.cli.training.run import remove_older_peft
+from jq4.cli.training.run import remove_older
 from jq4.divergence import divergence
 from models.decoder import Decoder
 from models.language_model import LanguageModel
@@ -196,12 +196,15 @@ def test_adapters_of_a_teacher_teach_and_others_are_refused(capsys, source, tmp_
     assert isinstance(adapters, jq4.Adapters)
 
 
-def test_peft_files_of_an_older_training_go(tmp_path):
-    (tmp_path / "peft").mkdir()
-    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
-    remove_older_peft(tmp_path)
+def test_what_an_older_training_left_goes(tmp_path):
+    for folder, name in (("peft", "adapter_config.json"), ("training", "run.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("{}")
+    (tmp_path / "training" / "notes.txt").write_text("the user's own")
+    remove_older(tmp_path)
     assert not (tmp_path / "peft").exists()
-    remove_older_peft(tmp_path)
+    assert [path.name for path in (tmp_path / "training").iterdir()] == ["notes.txt"]
+    remove_older(tmp_path)
 
 
 def test_what_adapters_cannot_have_is_refused_before_anything_is_packed(capsys, source, tmp_path):
@@ -210,6 +213,8 @@ def test_what_adapters_cannot_have_is_refused_before_anything_is_packed(capsys, 
         (("--rank", 0), "rank is 0, wanted"),
         (("--alpha", 0), "alpha is 0.0, wanted a number above 0"),
         (("--dropout", 1), "--dropout is 1.0, wanted a share of at least 0 and below 1"),
+        (("--rank", 33), "rank 33 of matrices 64 x 32, wanted at most 32"),
+        (("--targets", "nothing_proj"), "no leaf is a matrix that targets ['nothing_proj'] mean"),
     ):
         assert message in run_error(capsys, "qlora", source, *text, *given)
     assert list(tmp_path.iterdir()) == []

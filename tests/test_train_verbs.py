@@ -104,7 +104,9 @@ def test_hidden_states_are_held_to_the_teachers(capsys, source, tmp_path):
     text = ("--text", source / "text.txt", *QUICK, "--out", tmp_path / "other")
     told = run_error(capsys, "distill", source, *text, *TEXT_ALONE, "--hidden", "nothing_proj")
     assert "no weight is called 'nothing_proj'" in told and not (tmp_path / "other.partial").exists()
-    assert "--hidden-weight is 0.0" in run_error(capsys, "distill", source, *text, "--hidden-weight", 0)
+    weight = ("--hidden-weight", 0)
+    assert "--hidden-weight is 0.0" in run_error(capsys, "distill", source, *text, "--hidden", "down_proj", *weight)
+    assert "--hidden-weight is of --hidden, and there is none" in run_error(capsys, "distill", source, *text, *weight)
 
 
 # Stages -------------------------------------------------------------------------------------------------------------
@@ -183,7 +185,8 @@ def test_weights_go_first_where_inputs_are_rounded_too(capsys, source, tmp_path)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--recipe", "rtn-w4g32", "--stages", "4"], "--stages 4: the recipe's weights have as many bits, wanted more"),
+        (["--recipe", "rtn-w4g32", "--stages", "4"], "--stages 4: the recipe has no integers of fewer bits"),
+        (["--recipe", "nf4", "--stages", "8"], "--stages 8: the recipe has no integers of fewer bits"),
         (["--recipe", "rtn-w4g32", "--stages", "6", "8"], "bits are (6, 8), wanted falling numbers from 8 to 2"),
         (["--recipe", "rtn-w4g32", "--stages", "8", "7", "6", "--steps", "3"], "3 steps for 4 stages"),
         (["--recipe", "rtn-w4g32", "--weights-first"], "the recipe rounds no inputs"),
@@ -253,6 +256,21 @@ def test_rows_of_one_token_predict_nothing(capsys, source, tmp_path, verb):
     assert "--context is 1, wanted 2 or more: a token is predicted from those before it" in run_error(
         capsys, verb, source, *given
     )
+
+
+@pytest.mark.parametrize("verb", ["qat", "distill", "qlora"])
+def test_no_rows_calibrate_nothing(capsys, source, tmp_path, verb):
+    given = ("--text", source / "text.txt", *QUICK, "--out", tmp_path / "out", "--calibration-rows", 0)
+    assert "--calibration-rows is 0, wanted 1 or more" in run_error(capsys, verb, source, *given)
+
+
+@pytest.mark.parametrize("option", ["--start", "--teacher"])
+def test_what_a_training_reads_is_not_written_over(capsys, source, tmp_path, option):
+    packed = tmp_path / "packed"
+    jq4.save(packed, {"kernel": jnp.ones((2, 2))})
+    for out in (packed, packed / "trained"):
+        given = ("--text", source / "text.txt", *QUICK, "--out", out, option, packed)
+        assert "is, lies in or holds" in run_error(capsys, "distill", source, *given)
 
 
 def test_what_was_computed_in_is_told(staged):

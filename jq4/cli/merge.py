@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     lost = [leaf["path"] for leaf in data["leaves"] if leaf["change_db"] < 0]
     if lost:
         _terminal.say(
-            f"packing again lost more than was learned of {len(lost)} leaves ({', '.join(lost[:3])}): give more bits, "
-            "or leave the adapters beside the weights"
+            f"rounding lost more than was learned of {len(lost)} leaves ({', '.join(lost[:3])}): "
+            f"{'give more bits, or ' * bool(data['recipe'])}leave the adapters beside the weights"
         )
     out.print(
         f"{format_bytes(data['bytes'])} held ({format_figure(data['bits_per_weight_packed'])} bits a packed weight, "
@@ -55,13 +55,15 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     """Merges and saves; what `jq4 merge --json` prints."""
     from jq4.cli import _terminal
     from jq4.cli.quantize import check_destination, read_recipe
+    from jq4.cli.training.run import remove_older
     from jq4.inventory import bytes_on_disk, inventory, totals
     from jq4.train import merge_lora
     from jq4.train.adapters.merge_lora import DENSE
 
     watch = _terminal.Stopwatch()
     source, out = Path(arguments.model), Path(arguments.out)
-    check_destination(source, out)
+    for read in filter(None, (arguments.model, arguments.adapters)):
+        check_destination(Path(read), out)
     recipe = None if arguments.recipe is None else read_recipe(arguments.recipe)
     check_recipe(recipe, arguments.calibration)
     model = with_given_adapters(_models.open_model(arguments.model), arguments)
@@ -69,6 +71,7 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     params, report = merge_lora(model.params, model.adapters, recipe or DENSE, stats=stats)
     merged = dataclasses.replace(model, params=params, adapters=None)
     merged.save(out, recipe=recipe, source=_models.origin(source) | {"merged": provenance_of(arguments)})
+    remove_older(out)
     held = totals(inventory(params))
     return {
         "model": arguments.model,

@@ -251,7 +251,7 @@ def check_destination(source: Path, destination: Path) -> None:
     here, there = source.resolve(), destination.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise JQ4Error(
-            f"{destination}: lies in, or is, the source {source}; choose another folder for the packed model"
+            f"{destination}: is, lies in or holds {source}, which is read; choose another folder for the packed model"
         )
     check_ours(there)
 

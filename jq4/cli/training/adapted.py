@@ -37,6 +37,7 @@ def open_task(arguments: argparse.Namespace) -> Task:
         )
     recipe = read_recipe(arguments.recipe or RECIPE) if dense else kept_recipe(arguments.model)
     check_loftq(arguments, recipe)
+    check_targets(arguments, model.params)
     say_how_cut(arguments)
     arguments.start, arguments.dtype = None, options.dtype_of(arguments, model)
     reference = model.params if dense else None
@@ -99,7 +100,7 @@ def adapted_forward(model: Any, arguments: argparse.Namespace) -> Callable[[Any,
 
 
 def dropping(loss: Any, rate: float) -> Any:
-    """The loss with a share of the adapters' inputs dropped, of each row by its own key."""
+    """The loss with a share of the adapters' inputs dropped, of each row by its own key (experts': by the first)."""
     import jax
 
     def dropped(pair: Any, fixed: Any, part: Any) -> Any:
@@ -124,6 +125,15 @@ def begun(packed: Any, dense: Any, arguments: argparse.Namespace) -> Any:
         init="zero" if arguments.init == "zero" else "residual",
         reference=None if arguments.init == "zero" else dense,
     )
+
+
+def check_targets(arguments: argparse.Namespace, params: Any) -> None:
+    """Raises JQ4Error, before anything is packed, for leaves that are not there or too small for the rank."""
+    import jax
+
+    from jq4.train import lora
+
+    jax.eval_shape(lambda params: lora(params, arguments.rank, arguments.targets), params)
 
 
 def check_loftq(arguments: argparse.Namespace, recipe: Any) -> None:

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leaves, such as down_proj, whose inputs shall be the teacher's too (default: none)",
     )
     teaching.add_argument(
-        "--hidden-weight", type=float, default=1.0, metavar="X", help="what their relative error counts (default 1)"
+        "--hidden-weight", type=float, metavar="X", help="what their relative error counts (default 1)"
     )
     cache = parser.add_argument_group("a teacher on disk")
     cache.add_argument(
@@ -85,6 +85,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise JQ4Error(f"--perturbed is {arguments.perturbed}, wanted a share of the tokens from 0 to 1")
     if not 0 < arguments.temperature < float("inf"):
         raise JQ4Error(f"--temperature is {arguments.temperature}, wanted a number above 0")
+    if arguments.hidden_weight is not None and not arguments.hidden:
+        raise JQ4Error("--hidden-weight is of --hidden, and there is none; name leaves too, or leave it out")
+    if arguments.hidden_weight is None:
+        arguments.hidden_weight = 1.0
     if not 0 < arguments.hidden_weight < float("inf"):
         raise JQ4Error(f"--hidden-weight is {arguments.hidden_weight}, wanted a number above 0")
     if not cached:

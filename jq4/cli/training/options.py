@@ -82,7 +82,7 @@ def check(arguments: argparse.Namespace) -> None:
     """Raises JQ4Error for numbers that cannot be."""
     from jq4.errors import JQ4Error
 
-    for name in ("steps", "batch_size", "accumulate", "fsdp", "save_every"):
+    for name in ("steps", "batch_size", "accumulate", "fsdp", "save_every", "calibration_rows"):
         if getattr(arguments, name) < 1:
             raise JQ4Error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, wanted 1 or more")
     if arguments.context is not None and arguments.context < 2:

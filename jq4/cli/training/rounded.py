@@ -32,18 +32,20 @@ def open_task(
     from jq4.cli.training.task import Phase
 
     options.check(arguments)
-    check_destination(Path(arguments.model), Path(arguments.out))
+    teacher_path = getattr(arguments, "teacher", None)
+    places = {"model": arguments.model, "teacher": teacher_path, "start": arguments.start}
+    places = {name: Path(path) for name, path in places.items() if path is not None}
+    for read in places.values():
+        check_destination(read, Path(arguments.out))
     recipe = recipe_of(arguments)
     plain = without_steps(recipe)
     planned = stages.planned(arguments, plain)
     model = dense_model(arguments.model)
-    teacher_path = getattr(arguments, "teacher", None)
     teacher = model if teacher_path is None else _teacher(teacher_path, model)
     rows = text.read(model, arguments)
     arguments.dtype = options.dtype_of(arguments, model)
     taught = teaching(teacher, arguments.dtype, sees)
-    places = {"model": arguments.model, "teacher": teacher_path, "start": arguments.start}
-    given = {name: _models.origin(Path(path)) for name, path in places.items() if path is not None}
+    given = {name: _models.origin(path) for name, path in places.items()}
     needs_teacher = arguments.training == "distill" and asks is None
 
     def loss_of(stage: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jq4.cli.training.task import Task
 
-TRAINING = "training"  # the folder beside the weights
+TRAINING, PICTURE = "training", "loss.png"  # the folder beside the weights, and the loss in it
 
 
 def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
         rows = read_metrics(partial / METRICS)
         about = {**identity, **measured, **summary_of(rows)}
         model.save(out, recipe=task.recipe, source=task.given["model"] | {"training": provenance_of(identity)})
-        remove_older_peft(out)
+        remove_older(out)
         files = task.beside(out, model) | write_figures(out, about, rows, partial / METRICS)
     clear(partial)
     with contextlib.suppress(OSError):
@@ -55,15 +55,17 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def remove_older_peft(out: Path) -> None:
-    """Removes the PEFT files that an earlier training left in OUT: they belong to weights that are no more."""
+def remove_older(out: Path) -> None:
+    """Removes what an earlier training left beside the weights in OUT: PEFT's files and figures, of weights no more."""
     from jq4.cli.training.adapted import PEFT
+    from jq4.train.running.run_folder import METRICS, RUN
     from models.peft import CONFIG, WEIGHTS
 
-    for name in (CONFIG, WEIGHTS):
-        (out / PEFT / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        (out / PEFT).rmdir()
+    for folder, names in ((out / PEFT, (CONFIG, WEIGHTS)), (out / TRAINING, (METRICS, RUN, PICTURE))):
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def identity_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -115,14 +117,15 @@ def write_figures(out: Path, about: dict[str, Any], rows: list[dict[str, Any]], 
     """Writes OUT/training; its files by kind."""
     from jq4.checkpoint.atomic import replace_file
     from jq4.cli.training import picture
+    from jq4.train.running.run_folder import RUN
 
     folder = out / TRAINING
     folder.mkdir(exist_ok=True)
-    files = {"metrics": folder / metrics.name, "run": folder / "run.json"}
+    files = {"metrics": folder / metrics.name, "run": folder / RUN}
     contents = {"metrics": metrics.read_bytes(), "run": (json.dumps(about, indent=2) + "\n").encode()}
     drawn = picture.draw(rows, about)
     if drawn is not None:
-        files["picture"], contents["picture"] = folder / "loss.png", drawn
+        files["picture"], contents["picture"] = folder / PICTURE, drawn
     for kind, file in files.items():
         replace_file(file, contents[kind])
     return {kind: str(file) for kind, file in files.items()}

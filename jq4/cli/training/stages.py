@@ -37,7 +37,7 @@ def planned(arguments: argparse.Namespace, recipe: Any) -> Any:
         )
     found = stages(recipe, arguments.steps, bits, weights_first=arguments.weights_first)
     if bits and stages(recipe, arguments.steps) == stages(recipe, arguments.steps, bits):
-        raise JQ4Error(f"--stages {' '.join(map(str, bits))}: the recipe's weights have as many bits, wanted more")
+        raise JQ4Error(f"--stages {' '.join(map(str, bits))}: the recipe has no integers of fewer bits")
     return found
 
 

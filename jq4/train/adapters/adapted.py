@@ -68,9 +68,14 @@ class Adapted(Watched):
         )  # fmt: skip
 
     @property
+    def drops(self) -> bool:
+        """Whether inputs are dropped."""
+        return bool(self.dropout) and self.keys is not None
+
+    @property
     def drops_by_row(self) -> bool:
         """Whether each row of the inputs has a key of its own."""
-        return bool(self.dropout) and ROWS in self.key_axes
+        return self.drops and ROWS in self.key_axes
 
     @property
     def is_packed(self) -> bool:

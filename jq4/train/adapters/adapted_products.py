@@ -54,7 +54,10 @@ def dot_general(eqn: Any, values: Values) -> jax.Array:
 
 
 def ragged_dot(eqn: Any, values: Values) -> jax.Array:
-    """Rows x[M, K] sorted by expert, by A[E, K, r] and B[E, r, N] of their experts."""
+    """Rows x[M, K] sorted by expert, by A[E, K, r] and B[E, r, N] of their experts.
+
+    Sorted, nothing tells a row's key: what is dropped of all rows is drawn by the first one.
+    """
     x, weight, group_sizes = values[:3]
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_k, w_k), batch = numbers.dot_dimension_numbers
@@ -68,12 +71,11 @@ def ragged_dot(eqn: Any, values: Values) -> jax.Array:
     (a, b), of_expert = weight.parts(), weight.shape[groups[0]]
     if {RANK, *e, *k} != set(a.axes) or {RANK, *e, *n} != set(b.axes):
         raise NotFollowed("a ragged product of which the adapter's inputs are not contracted")
-    if weight.drops_by_row:
-        raise NotFollowed("dropout by the row, of rows that are sorted by expert")
     rank = weight.a.shape[weight.a_axes.index(RANK)]
     first = _ordered(a, [*e, *k, RANK]).reshape(of_expert, -1, rank)
     second = _ordered(b, [*e, RANK, *n]).reshape(of_expert, rank, -1)
-    rows = _dropped(weight, x if x_k[0] == 1 else x.T, 0)
+    rows = x if x_k[0] == 1 else x.T
+    rows = _kept(weight, rows, _drawn(weight, weight.keys.reshape(-1)[0], rows.shape)) if weight.drops else rows
     options = {"precision": eqn.params["precision"], "preferred_element_type": accumulator(x.dtype)}
     dot = functools.partial(lax.ragged_dot, **options)
     hidden = dot(rows, first.astype(x.dtype), group_sizes) * weight.scaling
@@ -104,7 +106,7 @@ def _through(weight: Adapted, x: jax.Array, names: list[Any], wanted: list[Any],
 
 def _dropped(weight: Adapted, x: jax.Array, axis: int) -> jax.Array:
     """x, whose rows lie along `axis`, with a share of it dropped and the rest scaled up, where there are keys."""
-    if weight.keys is None or not weight.dropout:
+    if not weight.drops:
         return x
     if weight.drops_by_row:
         keys = weight.keys.reshape(-1, weight.keys.shape[-1])[0]  # key[R], of R * T rows
@@ -112,6 +114,10 @@ def _dropped(weight: Adapted, x: jax.Array, axis: int) -> jax.Array:
         kept = jax.vmap(lambda key: _drawn(weight, key, shape), out_axes=axis)(keys).reshape(x.shape)
     else:
         kept = _drawn(weight, weight.keys.reshape(-1)[0], x.shape)
+    return _kept(weight, x, kept)
+
+
+def _kept(weight: Adapted, x: jax.Array, kept: jax.Array) -> jax.Array:
     return jnp.where(kept, x / (1 - weight.dropout), jnp.zeros_like(x))
 
 

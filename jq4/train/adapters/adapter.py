@@ -110,7 +110,7 @@ class Adapters:
 
         Products with one leaf share what they drop, unless they are slices of a stack. With key[R], a key for each of
         R rows, what is dropped of a row depends on its key alone, and not on the rows beside it: the first axis of
-        inputs that no weight has (a batch's) is then R long.
+        inputs that no weight has (a batch's) is then R long. Rows sorted by expert are dropped by the first key alone.
         """
         if not 0 <= rate < 1:
             raise JQ4Error(f"dropout is {rate}, wanted a share of at least 0 and below 1")

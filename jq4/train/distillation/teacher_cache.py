@@ -189,9 +189,9 @@ def digest_of_tree(tree: Any) -> str:
 def digest_of_teacher(apply: Callable[[Any, jax.Array], jax.Array], params: Any, length: int) -> str:
     """SHA-256 of all that a teacher predicts by for rows of `length` tokens: its program and its params.
 
-    The program is the jaxpr of `apply`, as text, with the arrays that it closes over: two functions of equal params are
-    two teachers. Another version of JAX may write it otherwise, which makes of one teacher another: name it yourself
-    where a cache shall outlive that.
+    The program is the jaxpr of `apply`, as text, with the arrays that it and the programs within it close over: two
+    functions of equal params are two teachers. Another version of JAX may write it otherwise, which makes of one
+    teacher another: name it yourself where a cache shall outlive that.
     """
     program, _ = _traced(apply, params, length)
     return _digest_of(program, params)
@@ -204,7 +204,7 @@ def _traced(apply: Any, params: Any, length: int) -> tuple[Any, Any]:
 
 def _digest_of(program: Any, params: Any) -> str:
     whole = hashlib.sha256(_ADDRESS.sub("", str(program)).encode())
-    for held in (list(jax_compat.open_jaxpr(program)[1]), params):
+    for held in (jax_compat.constants_of(program), params):
         whole.update(digest_of_tree(held).encode())
     return "sha256:" + whole.hexdigest()
 

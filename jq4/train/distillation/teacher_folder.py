@@ -35,7 +35,7 @@ class Job:
     """Whose predictions, of what.
 
     Attributes:
-      teacher: what names the teacher's weights, such as their SHA-256.
+      teacher: what names the teacher, such as the SHA-256 of its program and weights (`digest_of_teacher`).
       rows_digest: SHA-256 of the rows of tokens.
       rows, length: how many rows, of how many tokens.
       vocabulary, k: tokens that there are, and the likeliest of them that are kept.
