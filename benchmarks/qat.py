@@ -27,6 +27,8 @@ What was tried there, w2g32, KLD 0.496 as calibrated (`quantize_blocks`):
                           the first losses are much lower (0.43, not 0.54), the last ones are not
 
 At 3 bits (0.098 as calibrated), 200 steps of 8 rows: 0.087 at 1e-3, 0.093 at 3e-4, 0.093 from the middles at 1e-3.
+At 4 bits with inputs of 4 (0.338), 200 steps: 0.297 at 1e-3; of 8 (0.025), 150: 0.029 at 1e-4, 0.030 from the middles
+at 3e-4, so that nothing is gained there. torchao's rates at 2 bits: 0.786 at 1e-3, 0.587 at 3e-3, 0.536 at 1e-2.
 
 `--peer` runs torchao's fake quantization in a Python that holds it, on the same batches, with the same optimizer and
 loss (benchmarks.peer_qat). `--speed` times a step of training (8 rows, next-token loss, gradients and Adam),
