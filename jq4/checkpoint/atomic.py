@@ -63,6 +63,11 @@ def check_ours(target: Path) -> None:
     )
 
 
+def overlap(one: Path, other: Path) -> bool:
+    """Whether a folder is another one or lies in it, or the other in it; both resolved."""
+    return one == other or one in other.parents or other in one.parents
+
+
 def install(prepared: Path, target: Path, data: str, files: Mapping[str, FileInfo], manifest: bytes) -> None:
     """Makes the synced folder `prepared` the data folder `data` of `target` and switches to it."""
     place, switch = target / data, prepared.parent / MANIFEST

@@ -245,11 +245,11 @@ def read_recipe(given: str) -> Any:
 
 def check_destination(source: Path, destination: Path) -> None:
     """Refuses what would destroy something, before any work is done."""
-    from jq4.checkpoint.atomic import check_ours
+    from jq4.checkpoint.atomic import check_ours, overlap
     from jq4.errors import JQ4Error
 
-    here, there = source.resolve(), destination.resolve()
-    if here == there or here in there.parents or there in here.parents:
+    there = destination.resolve()
+    if overlap(source.resolve(), there):
         raise JQ4Error(
             f"{destination}: is, lies in or holds {source}, which is read; choose another folder for the packed model"
         )

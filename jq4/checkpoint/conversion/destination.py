@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from jq4.checkpoint.atomic import check_ours, sync_folder
+from jq4.checkpoint.atomic import check_ours, overlap, sync_folder
 from jq4.checkpoint.conversion.progress import REPLACED, Journal, folder_of
 from jq4.checkpoint.manifest import MANIFEST
 from jq4.errors import CheckpointError, JQ4Error
@@ -22,9 +22,9 @@ def check_destination(source: Path, destination: Path) -> None:
     here, there = source.resolve(), destination.resolve()
     if not there.name:
         raise JQ4Error(f"{destination}: is no folder to write to; give a name")
-    if here == there or here in there.parents or there in here.parents:
+    if overlap(here, there):
         raise JQ4Error(f"{destination}: lies in, or is, the source {source}; choose another folder for the result")
-    if folder_of(there) == here or here in folder_of(there).parents or folder_of(there) in here.parents:
+    if overlap(here, folder_of(there)):
         raise JQ4Error(f"{source}: is the unfinished work for {destination}; choose another folder for the result")
     if not os.path.lexists(destination):
         return

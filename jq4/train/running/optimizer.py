@@ -77,7 +77,7 @@ def make_optimizer(options: OptimizerOptions, steps: int, done: int = 0) -> opta
     if options.weight_decay:
         parts.append(optax.add_decayed_weights(options.weight_decay, mask=_has_two_axes))
     rate = rate_schedule(options, steps)
-    return optax.chain(*parts, optax.scale_by_learning_rate(lambda count: rate(count + done) if done else rate(count)))
+    return optax.chain(*parts, optax.scale_by_learning_rate(lambda count: rate(count + done)))
 
 
 def _has_two_axes(tree: Any) -> Any:
