@@ -141,9 +141,14 @@ def _value(x, w: Packed, group_sizes, spec: PackedSpec, implementation, precisio
         run = functools.partial(mosaic_gpu.grouped_int4_matmul_mosaic_gpu, precision=precision, dtype=dtype)
         return run(x, w, sizes, spec, integers=integers).astype(dtype)
 
+    return _on_the_platform(by_tpu, by_mosaic_gpu, by_xla, spec, implementation, x, w, group_sizes)
+
+
+def _on_the_platform(by_tpu: Any, by_mosaic_gpu: Any, by_xla: Any, spec: PackedSpec, name: str | None, *args) -> Any:
+    """The form of the implementation called `name`, or the preferred one, for the platform being lowered for."""
     kernels = {"tpu": by_tpu, "tpu_interpret": functools.partial(by_tpu, interpret=True), "mosaic_gpu": by_mosaic_gpu}
-    forms = _forms(kernels, by_xla, spec, implementation)
-    return by_lowering_platform(forms, x, w, group_sizes, refusal=functools.partial(_unsupported_on, implementation))
+    forms = _forms(kernels, by_xla, spec, name)
+    return by_lowering_platform(forms, *args, refusal=functools.partial(_unsupported_on, name))
 
 
 def _forms(
@@ -200,10 +205,8 @@ def _backward(spec, implementation, precision, dtype, integers, residuals, dy):
     def by_mosaic_gpu(dy, held, sizes):
         return grouped_int4_matmul_mosaic_gpu_transposed(dy, held, sizes, spec, dtype=x.dtype)
 
-    kernels = {"tpu": by_tpu, "tpu_interpret": functools.partial(by_tpu, interpret=True), "mosaic_gpu": by_mosaic_gpu}
     exact = "xla" if asks_for_float32(x.dtype, precision) else implementation
-    forms, refusal = _forms(kernels, to_input, spec, exact), functools.partial(_unsupported_on, implementation)
-    dx = by_lowering_platform(forms, dy, held, group_sizes, refusal=refusal)
+    dx = _on_the_platform(by_tpu, by_mosaic_gpu, to_input, spec, exact, dy, held, group_sizes)
 
     def to_scale(pair):
         expert, weight = pair

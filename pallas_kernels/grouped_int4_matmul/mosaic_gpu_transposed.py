@@ -14,12 +14,8 @@ from pallas_kernels.grouped_int4_matmul.mosaic_gpu import gathered
 from pallas_kernels.grouped_int4_matmul.work_items import work_items
 from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan
 from pallas_kernels.int4_matmul.gpu_chips import Gpu
-from pallas_kernels.int4_matmul.mosaic_gpu import result_dtype, terms_of
-from pallas_kernels.int4_matmul.mosaic_gpu_transposed import (
-    plan_of_transposed,
-    product_of_transposed,
-    spread_over_rows,
-)
+from pallas_kernels.int4_matmul.mosaic_gpu import plan_of, result_dtype, terms_of
+from pallas_kernels.int4_matmul.mosaic_gpu_transposed import product_of_transposed, spread_over_rows
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 
@@ -41,7 +37,7 @@ def grouped_int4_matmul_mosaic_gpu_transposed(
     rows, sizes = dy.shape[0], group_sizes.astype(jnp.int32)
     terms = list(terms_of(dy.astype(dtype), None))
     out_dtype = result_dtype(dtype, len(terms))
-    plan = plan or plan_of_transposed(terms[0], w, spec, out_dtype, gpu)
+    plan = plan or plan_of(terms[0], w, spec, out_dtype, gpu, transposed=True)
     items = work_items(sizes, rows, plan.tile_m)
     own = (items.tile, items.expert, items.used)
     tiles = [product_of_transposed(term, w, spec, plan, out_dtype, own) for term in terms]

@@ -27,7 +27,7 @@ from jax import lax
 
 from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan, GpuProblem, choose_plan
 from pallas_kernels.int4_matmul.gpu_chips import HOPPER, Gpu, gpu_named, refusal_of_device, traced_kind
-from pallas_kernels.int4_matmul.gpu_fragments import TILE_K, in_order_of_bytes, rows_of
+from pallas_kernels.int4_matmul.gpu_fragments import TILE_K, in_order_of_bytes, padded_length, rows_of
 from pallas_kernels.int4_matmul.precision import bf16_terms
 from pallas_kernels.int4_matmul.spec import HOPPER as LAYOUT
 from pallas_kernels.int4_matmul.spec import PackedSpec
@@ -109,12 +109,15 @@ def int4_matmul_mosaic_gpu(
     return out.astype(jnp.float32) + jnp.matmul(sums_of_groups(x, spec), offset, precision=lax.Precision.HIGHEST)
 
 
-def plan_of(rows: jax.Array, w: Packed, spec: PackedSpec, dtype: Any, gpu: Gpu | None) -> GpuPlan:
+def plan_of(
+    rows: jax.Array, w: Packed, spec: PackedSpec, dtype: Any, gpu: Gpu | None, transposed: bool = False
+) -> GpuPlan:
     """The chosen plan, on `gpu` or that of the trace; codes with a leading axis are experts'."""
-    m, k = rows.shape
+    m, depth = rows.shape
+    columns = padded_length(spec.length) if transposed else spec.columns(w.codes.shape)
     problem = GpuProblem(
-        m, k, spec.columns(w.codes.shape), spec.num_groups, spec.group_size,
-        scale_bytes=jnp.dtype(w.scale.dtype).itemsize, out_bytes=dtype.itemsize, bits=spec.bits,
+        m, depth, columns, spec.num_groups, spec.group_size, bits=spec.bits, transposed=transposed,
+        scale_bytes=jnp.dtype(w.scale.dtype).itemsize, out_bytes=dtype.itemsize,
         integers=rows.dtype == jnp.int8, experts=w.codes.shape[0] if w.codes.ndim == 3 else 0,
     )  # fmt: skip
     return choose_plan(problem, gpu or gpu_named(traced_kind()) or HOPPER[0])
@@ -126,12 +129,20 @@ def product(
     """The kernel's result: dtype[ceil8(M), N], or [items * tile_m, N] of work items (see mosaic_gpu_kernel.call)."""
     from pallas_kernels.int4_matmul import mosaic_gpu_kernel as kernel  # a second's import, for Hopper alone
 
-    (m, k), n = rows.shape, spec.columns(w.codes.shape)
+    m, k = rows.shape
     rows = jnp.pad(rows, ((0, -m % ROW_MULTIPLE), (0, -k % COLUMN_MULTIPLE)))
     rows = in_order_of_bytes(rows) if rows.dtype == jnp.int8 else rows
+    return called(kernel, rows, w, spec, plan, dtype, items, k=rows.shape[1], n=spec.columns(w.codes.shape))
+
+
+def called(
+    kernel: Any, rows: jax.Array, w: Packed, spec: PackedSpec, plan: GpuPlan, dtype: Any,
+    items: tuple[jax.Array, ...], *, k: int, n: int,
+) -> jax.Array:  # fmt: skip
+    """What a kernel's module gives for padded rows and a weight [k, n], partial sums added up."""
     scale, zero_point = (None if part is None else jnp.broadcast_to(part, (*part.shape[:-1], n)) for part in w[1:3])
     shape = kernel.Shape(
-        m=rows.shape[0], k=rows.shape[1], n=n, group_size=spec.group_size, groups=spec.num_groups,
+        m=rows.shape[0], k=k, n=n, group_size=spec.group_size, groups=spec.num_groups,
         dtype=rows.dtype, out_dtype=dtype, zero_points=zero_point is not None, bits=spec.bits,
         items=len(items[0]) if items else 0,
     )  # fmt: skip

@@ -4,7 +4,6 @@ Weights are rounded to the dtype of dy as dense ones are. float32 dy is the sum 
 forward product. What offsets add is a product of its own, [M, N] by [N, G].
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -12,13 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.int4_matmul import gradients
-from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan, GpuProblem, choose_plan
-from pallas_kernels.int4_matmul.gpu_chips import HOPPER, Gpu, gpu_named, traced_kind
+from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan
+from pallas_kernels.int4_matmul.gpu_chips import Gpu
 from pallas_kernels.int4_matmul.gpu_fragments import padded_length, rows_of
-from pallas_kernels.int4_matmul.mosaic_gpu import MOST_ROWS, ROW_MULTIPLE, result_dtype, terms_of
+from pallas_kernels.int4_matmul.mosaic_gpu import MOST_ROWS, ROW_MULTIPLE, called, plan_of, result_dtype, terms_of
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
-from pallas_kernels.manual_axes import varying_as
 
 LEAST_COLUMNS = 128  # of dy, two tiles: of one, its place would not be told to the copy engine
 
@@ -48,7 +46,7 @@ def int4_matmul_mosaic_gpu_transposed(
         return gradients.of_input(dy, *rows_of(w, spec), dtype=dtype).astype(dtype)
     out_dtype = result_dtype(dtype, count)
     rows = terms.reshape(count * m, n)
-    plan = plan or plan_of_transposed(rows, w, spec, out_dtype, gpu)
+    plan = plan or plan_of(rows, w, spec, out_dtype, gpu, transposed=True)
     out = product_of_transposed(rows, w, spec, plan, out_dtype)[: count * m]
     out = out if count == 1 else jnp.sum(out.reshape(count, m, -1), 0)
     if w.offset is not None:
@@ -56,17 +54,6 @@ def int4_matmul_mosaic_gpu_transposed(
         sums = jnp.matmul(dy.astype(jnp.float32), offset, precision=lax.Precision.HIGHEST)  # [M, G]
         out = out + spread_over_rows(sums, spec)
     return out.astype(dtype)
-
-
-def plan_of_transposed(rows: jax.Array, w: Packed, spec: PackedSpec, dtype: Any, gpu: Gpu | None) -> GpuPlan:
-    """The chosen plan, on `gpu` or that of the trace; codes with a leading axis are experts'."""
-    m, n = rows.shape
-    problem = GpuProblem(
-        m, n, padded_length(spec.length), spec.num_groups, spec.group_size, bits=spec.bits, transposed=True,
-        scale_bytes=jnp.dtype(w.scale.dtype).itemsize, out_bytes=dtype.itemsize,
-        experts=w.codes.shape[0] if w.codes.ndim == 3 else 0,
-    )  # fmt: skip
-    return choose_plan(problem, gpu or gpu_named(traced_kind()) or HOPPER[0])
 
 
 def product_of_transposed(
@@ -77,16 +64,7 @@ def product_of_transposed(
 
     m, n = rows.shape
     rows = jnp.pad(rows, ((0, -m % ROW_MULTIPLE), (0, max(0, LEAST_COLUMNS - n))))
-    scale, zero_point = (None if part is None else jnp.broadcast_to(part, (*part.shape[:-1], n)) for part in w[1:3])
-    shape = kernel.Shape(
-        m=rows.shape[0], k=padded_length(spec.length), n=n, group_size=spec.group_size, groups=spec.num_groups,
-        dtype=rows.dtype, out_dtype=dtype, zero_points=zero_point is not None, bits=spec.bits,
-        items=len(items[0]) if items else 0,
-    )  # fmt: skip
-    call = functools.partial(kernel.call, shape=shape, plan=plan)
-    operands = (items, rows, w.codes, scale, zero_point)
-    out = varying_as(jax.custom_batching.sequential_vmap(call)(*operands), operands)
-    out = out if plan.splits == 1 else jnp.sum(out, 0).astype(dtype)
+    out = called(kernel, rows, w, spec, plan, dtype, items, k=padded_length(spec.length), n=n)
     return out[:, : spec.length]
 
 
