@@ -16,7 +16,8 @@ from then: by it the defaults below were chosen, on TinyStories-656K at 2 bits.
     optimizer  Adam, b2 of 0.99, one rate for params and quantizers that falls along a cosine from RATES
     margin     0.5 (jq4.train.lsq)
 
-What was tried there, w2g32, KLD 0.496 as calibrated (`quantize_blocks`):
+What was tried there, w2g32, KLD 0.496 as calibrated (the middles of codes, and text written from nothing, by a script
+that is not kept):
 
     400 steps of 2 rows   0.351; earlier, from another start: 0.348 at twice the rate; 0.378 where the quantizers' rate
                           is four times the params', 0.340 against 0.340 at a quarter of it; 0.344 from the dense
