@@ -95,15 +95,13 @@ def grouped_int4_matmul_tpu(
 def plan_of(problem: Problem, chip: Chip, exact: bool, integers: bool) -> Plan | None:
     """The fastest plan of an item: as for one product, but for its first block, which the item before hides.
 
-    Of whole numbers, of those that HBM makes equally fast the one of fewest bundles: items of one expert in turn read
-    its block once, which the model does not know. None where no block fits.
+    Of those that HBM makes equally fast, the one of fewest bundles: items of one expert in turn read its block once,
+    which the model does not know. None where no block fits.
     """
     plans = fitting(problem, chip, exact, integers, resident=True)
     times = [_time_of_item(problem, plan, chip) for plan in plans]
-    if not integers or not plans:
-        return min(zip(times, range(len(plans)), plans, strict=True), default=(0.0, 0, None))[2]
     fastest = [plan for plan, time in zip(plans, times, strict=True) if time <= EQUALLY_FAST * min(times)]
-    return min(fastest, key=lambda plan: _bundles_of_item(problem, plan, chip))
+    return min(fastest, key=lambda plan: _bundles_of_item(problem, plan, chip), default=None)
 
 
 def _time_of_item(problem: Problem, plan: Plan, chip: Chip) -> float:
