@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks import aot
 from benchmarks.gpu_lab import sass
 from benchmarks.gpu_lab.cases import Case, operands
-from benchmarks.gpu_lab.compiling import DEVICE, compiled
+from benchmarks.gpu_lab.compiling import compiled
 from benchmarks.gpu_lab.device import run_kernel
 from benchmarks.gpu_lab.host_code import launch_of
 from benchmarks.gpu_lab.ptx import parse

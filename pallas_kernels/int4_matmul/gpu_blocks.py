@@ -21,7 +21,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from pallas_kernels.int4_matmul.gpu_chips import LANES, MACS, Gpu
+from pallas_kernels.int4_matmul.gpu_chips import LANES, Gpu
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
 
 
@@ -147,7 +147,7 @@ def modelled_seconds(problem: GpuProblem, plan: GpuPlan, gpu: Gpu) -> float:
     w_bytes = weights * (problem.bits / 8 + problem.scale_bytes / min(problem.group_size, problem.k))
     step = max(
         instructions * weights / (LANES * gpu.clock),
-        rows * weights * problem.x_bytes / (2 * MACS * TENSOR_SHARE * gpu.clock),
+        rows * weights * problem.x_bytes / (2 * gpu.macs * TENSOR_SHARE * gpu.clock),
         busy * w_bytes / gpu.bandwidth / max(1, row_blocks / problem.matrices / 2),
         busy * (w_bytes + x_bytes) / gpu.cache_bandwidth,
     )

@@ -108,11 +108,13 @@ def _block(x: Any, words: Any, *rest: Any, shape: Shape, plan: GpuPlan, staged: 
 
 
 def _rows_of_step(by_row: list[Any], strip: Any, step: Any, shape: Shape, plan: GpuPlan) -> Rows:
-    """Scales and zero points of a step's groups, from memory."""
-    count = max(1, plan.tile_k // shape.group_size)
-    group = lax.div(step * plan.tile_k, jnp.int32(shape.group_size))
+    """Scales and zero points of a step's groups, from memory; of rows that only fill up the last tile, the last's."""
+    first = lax.div(step * plan.tile_k, jnp.int32(shape.group_size))
+    groups = [first + i for i in range(max(1, plan.tile_k // shape.group_size))]
+    if shape.groups * shape.group_size < shape.k:
+        groups = [jnp.minimum(group, shape.groups - 1) for group in groups]
     at = pl.ds(strip * STRIP, STRIP)
-    return Rows(*([load(ref.at[group + i, at], ROW, optimized=False) for i in range(count)] for ref in by_row))
+    return Rows(*([load(ref.at[group, at], ROW, optimized=False) for group in groups] for ref in by_row))
 
 
 def _step(shape: Shape, plan: GpuPlan, x: Any, codes: list[Any], rows_of: list[Rows], sums: list[Any]) -> list[Any]:
