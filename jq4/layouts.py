@@ -5,7 +5,7 @@
     tpu       i32[*B, ceil(K/8), N]   [*B, G, 1, N]               rows of scales that a kernel can address one by one
               int8[*B, K, N]          the same                    of 8-bit integers, code - 128
     gpu       int4[*B, N, K]          [*B, N, G]                  K contiguous, as the tensor cores read it
-    hopper    i32[*B, N/64, 2*b*Kp]   [*B, G, N]                  the order in which wgmma and mma take their left operand
+    hopper    i32[*B, N/64, 2*b*Kp]   [*B, G, N]                  how wgmma and mma take their left operand
 
 Words hold eight codes, row 8r + j in bits 4j to 4j + 3 of word r, which is how a TPU holds int4: from a stack of layers
 its compiler reads 32-bit words in place, and copies the layer where they are int4. What no TPU kernel takes (groups of

@@ -4,6 +4,7 @@ The compiler is told by the environment where to leave its PTX and host code, be
 aborts takes its process along.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,20 +12,39 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import aot
 from benchmarks.gpu_lab import sass
 from benchmarks.gpu_lab.cases import Case
+from pallas_kernels.int4_matmul.gpu_chips import AMPERE, gpu_named, refusal_of_jax
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def missing(device: str) -> str | None:
+    """Why this machine cannot compile the kernels of a device, or None."""
+    by_mma = gpu_named(aot.DEVICE_KINDS[device], AMPERE) is not None
+    return aot.missing(device) or (refusal_of_jax() if by_mma else None)
+
+
 def compiled(cases: Iterable[Case], folder: Path) -> Iterator[dict[str, Any]]:
     """A row for each case: its plan, "ptx", "host" (texts), "registers"; or "error"."""
-    environment = aot.environment("h200") | {  # the same for all of them
+    with contextlib.ExitStack() as stack:
+        workers: dict[str, Callable[[Case], dict[str, Any]]] = {}
+        for case in cases:
+            if case.device not in workers:
+                workers[case.device] = stack.enter_context(_worker(case.device, folder / case.device))
+            yield workers[case.device](case)
+
+
+@contextlib.contextmanager
+def _worker(device: str, folder: Path) -> Iterator[Callable[[Case], dict[str, Any]]]:
+    """A process for one GPU: Mosaic GPU keeps telling ptxas the first that it compiled for."""
+    folder.mkdir()
+    environment = aot.environment(device) | {
         "MOSAIC_GPU_DUMP_TO": str(folder),
         "MOSAIC_GPU_DUMP_PTX": "1",
         "MOSAIC_GPU_DUMP_HOST_LLVM": "1",
@@ -36,15 +56,19 @@ def compiled(cases: Iterable[Case], folder: Path) -> Iterator[dict[str, Any]]:
             [sys.executable, "-m", "benchmarks.gpu_lab.compiling"],
             env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
         )  # fmt: skip
-        assert worker.stdin is not None and worker.stdout is not None
+        asked, answers = worker.stdin, worker.stdout
+        assert asked is not None and answers is not None
+
+        def row_of(case: Case) -> dict[str, Any]:
+            print(json.dumps(dataclasses.asdict(case)), file=asked, flush=True)
+            line = answers.readline()
+            if not line:
+                log.seek(0)
+                raise RuntimeError(f"the compiler ended its process at {case}:\n{log.read()[-3000:]}")
+            return json.loads(line)
+
         try:
-            for case in cases:
-                print(json.dumps(dataclasses.asdict(case)), file=worker.stdin, flush=True)
-                line = worker.stdout.readline()
-                if not line:
-                    log.seek(0)
-                    raise RuntimeError(f"the compiler ended its process at {case}:\n{log.read()[-3000:]}")
-                yield json.loads(line)
+            yield row_of
         finally:
             worker.kill()
             worker.communicate()
@@ -104,8 +128,8 @@ def _arguments(case: Case) -> list[Any]:
 
 def _product(case: Case, plan: Any, gpu: Any, x: Any, w: Any) -> Any:
     from pallas_kernels.grouped_int4_matmul.mosaic_gpu import grouped_int4_matmul_mosaic_gpu
-    from pallas_kernels.int4_matmul import gpu_blocks_mma
     from pallas_kernels.grouped_int4_matmul.mosaic_gpu_transposed import grouped_int4_matmul_mosaic_gpu_transposed
+    from pallas_kernels.int4_matmul import gpu_blocks_mma
     from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu
     from pallas_kernels.int4_matmul.mosaic_gpu_mma import int4_matmul_mosaic_gpu_mma
     from pallas_kernels.int4_matmul.mosaic_gpu_transposed import int4_matmul_mosaic_gpu_transposed

@@ -2,13 +2,13 @@
 
 What is emulated as the PTX ISA tells it: registers of 128 threads at a time, shared memory with the copy engine's
 swizzles, tiled copies with zeros beyond the ends, mbarriers with their transaction bytes, named barriers, wgmma with
-its fragments and descriptors, cp.async with its groups, and mma. What is asynchronous on the chip is so here, and in an order drawn at random: copies
-happen some time after they were asked for, products at the last moment that the program allows. Shared memory
-begins as NaNs. So a program that does not wait for what it reads, or gives away what is still being read, computes
-something else.
+its fragments and descriptors, cp.async with its groups, and mma. What is asynchronous on the chip is so here, and in an
+order drawn at random: copies happen some time after they were asked for, products of wgmma at the last moment that the
+program allows. Shared memory begins as NaNs. So a program that does not wait for what it reads, or gives away what is
+still being read, computes something else.
 
 Not emulated: time, the memory model's fences, and clusters. Threads of a warpgroup must take the same branches, and run
-in step: that warps of a block of one warpgroup do not wait for each other is noticed by races.py.
+in step: whether the warps of a block of one warpgroup wait for each other is for races.py to say.
 """
 
 from collections.abc import Sequence

@@ -14,14 +14,13 @@ of eight rows has 512 weights; loads of x; scaling of sums). No GPU was timed: s
 The kernel asks for no bounds, so blocks and splits divide N and K.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
 
 from pallas_kernels.int4_matmul.gpu_blocks import ADDING, FILLING, GpuPlan, GpuProblem
 from pallas_kernels.int4_matmul.gpu_chips import LANES, Gpu
-from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K, padded_length
+from pallas_kernels.int4_matmul.gpu_fragments import STRIP, padded_length
 
 RESIDENT = 2
 UNPACKING = {4: 1.6, 8: 2.7}  # instructions a weight, by bits
@@ -55,21 +54,30 @@ def choose_plan(problem: GpuProblem, gpu: Gpu) -> GpuPlan:
 
 
 def modelled_seconds(problem: GpuProblem, plan: GpuPlan, gpu: Gpu) -> float:
-    steps = padded_length(problem.k) // plan.tile_k // plan.splits
     row_blocks = problem.row_blocks(plan.tile_m)
-    blocks = row_blocks * (problem.n // plan.columns) * plan.splits
-    busy = min(blocks, RESIDENT * gpu.cores)
-    weights = plan.columns * plan.tile_k
+    blocks, places = row_blocks * (problem.n // plan.columns) * plan.splits, RESIDENT * gpu.cores
+    waves, rest = divmod(blocks, places)
+    seconds = waves * _wave_seconds(problem, plan, gpu, places) + _wave_seconds(problem, plan, gpu, rest)
+    if plan.splits == 1:
+        return seconds
+    return seconds + ADDING + 8 * plan.splits * row_blocks * plan.tile_m * problem.n / gpu.bandwidth
+
+
+def _wave_seconds(problem: GpuProblem, plan: GpuPlan, gpu: Gpu, blocks: int) -> float:
+    """Of so many blocks that run at the same time, at most as many as there are places."""
+    if not blocks:
+        return 0.0
+    steps = padded_length(problem.k) // plan.tile_k // plan.splits
+    weights, shared_by = plan.columns * plan.tile_k, max(1, problem.row_blocks(plan.tile_m) / 2)
     x_bytes = 2 * plan.tile_m * plan.tile_k
     w_bytes = weights * (problem.bits / 8 + problem.scale_bytes / min(problem.group_size, problem.k))
     step = max(
         RESIDENT * instructions(problem, plan) * weights / (LANES * gpu.clock),
         RESIDENT * plan.tile_m * weights / (gpu.macs * TENSOR_SHARE * gpu.clock),
-        busy * w_bytes / gpu.bandwidth / max(1, row_blocks / 2),
-        busy * (w_bytes + x_bytes) / gpu.cache_bandwidth,
+        blocks * w_bytes / gpu.bandwidth / shared_by,
+        blocks * (w_bytes + x_bytes) / gpu.cache_bandwidth,
     )
-    adding = ADDING + 8 * plan.splits * row_blocks * plan.tile_m * problem.n / gpu.bandwidth if plan.splits > 1 else 0.0
-    return -(-blocks // (RESIDENT * gpu.cores)) * (steps * step + FILLING) + adding
+    return steps * step + FILLING
 
 
 def instructions(problem: GpuProblem, plan: GpuPlan) -> float:
@@ -92,14 +100,14 @@ def shared_bytes(problem: GpuProblem, plan: GpuPlan) -> int:
 def _plans(problem: GpuProblem, gpu: Gpu) -> Iterator[GpuPlan]:
     limit = next((rows for rows in BLOCKS if rows >= problem.m), MOST_ROWS)
     length = padded_length(problem.k)
-    for tile_m in (rows for rows in BLOCKS if limit // 2 <= rows <= max(limit, 16)):
+    for tile_m in (rows for rows in BLOCKS if min(limit // 2, 32) <= rows <= max(limit, 16)):
         form = form_of(problem, tile_m)
         for strips, tile_k, splits in itertools.product(*BLOCKS[tile_m], SPLITS):
             divides = problem.n % (strips * STRIP) == 0 and length % (splits * tile_k) == 0
             if not divides or _spills(form, tile_m, strips):
                 continue
             plans = (GpuPlan(form, tile_m, 1, tile_k, stages, splits, strips) for stages in STAGES)
-            fitting = (plan for plan in plans if RESIDENT * (shared_bytes(problem, plan)) <= gpu.shared_memory)
+            fitting = (plan for plan in plans if RESIDENT * shared_bytes(problem, plan) <= gpu.shared_memory)
             if (plan := next(fitting, None)) is not None:
                 yield plan
 

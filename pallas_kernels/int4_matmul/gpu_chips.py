@@ -92,15 +92,22 @@ def refusal_of_mma(kind: str) -> str | None:
         return f"runs on GPUs of compute capability 8.0 and 8.9, and this is traced for {kind!r}" + (
             f" ({found})" if found else ""
         )
-    if jax.__version_info__ < FIRST_WITH_MMA:
-        wanted = ".".join(map(str, FIRST_WITH_MMA))
-        return f"takes JAX {wanted}, whose Mosaic GPU first has mma.sync, or later; this is {jax.__version__}"
+    if reason := refusal_of_jax():
+        return reason
     if not _compiler_is_told(kind):
         return (
             f"cannot be compiled here for {kind!r}: Mosaic GPU takes a device that does not say its compute capability "
             "for a Hopper GPU; compile on one of its kind"
         )
     return None
+
+
+def refusal_of_jax() -> str | None:
+    """Why this JAX has nothing to write the kernel of Ampere and Ada in, or None."""
+    if jax.__version_info__ >= FIRST_WITH_MMA:
+        return None
+    wanted = ".".join(map(str, FIRST_WITH_MMA))
+    return f"takes JAX {wanted} or later, whose Mosaic GPU has mma.sync, and this is JAX {jax.__version__}"
 
 
 def _capability_of(kind: str) -> str:

@@ -33,9 +33,7 @@ from pallas_kernels.int4_matmul.mosaic_gpu_seams import left_layout, load, mma, 
 
 LINE = 32  # words of a row of codes in shared memory: 128 bytes
 # Word 4 t + i of 512 lies in thread t: of 16 lines each warp has four, each of their eight threads 16 bytes.
-WORDS = plgpu.Layout.TILED(
-    Tiling(((16, LINE), (4, LINE), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
+WORDS = plgpu.Layout.TILED(Tiling(((16, LINE), (4, LINE), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def call(
