@@ -1,8 +1,8 @@
 """Do warps of a block wait for each other? Who touched which byte of shared memory since the last barrier.
 
 A byte that one warp writes, another may read or write only after a barrier; one that a warp reads, another may write
-only after a barrier. What cp.async writes is written from when it was asked for, and once more, for those who read it,
-when its warp has waited for its group. The emulator runs a warpgroup's warps in step, which hides such races: here they
+only after a barrier. What cp.async writes is written from when it was asked for until its warp has waited for its
+group, and nobody may read it before. The emulator runs a warpgroup's warps in step, which hides such races: here they
 are errors.
 """
 
@@ -28,14 +28,16 @@ class Races(NoRaces):
 
     def __init__(self, size: int) -> None:
         self.reads, self.writes = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
-        self.copies: list[tuple[int, np.ndarray, np.ndarray]] = []  # of cp.async, not waited for: group, bytes, warps
+        self.awaited = np.zeros(size, bool)  # what a copy of cp.async is still writing
+        self.copies: list[tuple[int, np.ndarray, np.ndarray]] = []  # those copies: group, bytes, warps
 
     def barrier(self) -> None:
         self.reads[:] = self.writes[:] = 0
 
     def read(self, addresses: np.ndarray, size: int, warps: np.ndarray) -> None:
         where, bits = _bytes_of(addresses, size, warps)
-        self._refuse(self.writes[where] & ~bits, "read what another warp wrote")
+        _refuse(self.awaited[where], "reads what it has not waited for")
+        _refuse(self.writes[where] & ~bits, "reads what another warp wrote, with no barrier between")
         np.bitwise_or.at(self.reads, where, bits)
 
     def write(self, addresses: np.ndarray, size: int, warps: np.ndarray, group: int | None = None) -> None:
@@ -43,22 +45,25 @@ class Races(NoRaces):
         where, bits = _bytes_of(addresses, size, warps)
         if group is not None:
             self.copies.append((group, where, bits))
+            self.awaited[where] = True
         self._mark(where, bits)
 
     def settle(self, group: int) -> None:
         """Groups of cp.async before this one have been waited for."""
         for _, where, bits in (copy for copy in self.copies if copy[0] < group):
             self._mark(where, bits)
+            self.awaited[where] = False
         self.copies = [copy for copy in self.copies if copy[0] >= group]
 
     def _mark(self, where: np.ndarray, bits: np.ndarray) -> None:
-        self._refuse((self.reads[where] | self.writes[where]) & ~bits, "writes what another warp reads or writes")
+        others = (self.reads[where] | self.writes[where]) & ~bits
+        _refuse(others, "writes what another warp read or wrote, with no barrier between")
         np.bitwise_or.at(self.writes, where, bits)
 
-    @staticmethod
-    def _refuse(others: np.ndarray, what: str) -> None:
-        if others.any():
-            raise WrongProgramError(f"a warp {what} with no barrier between")
+
+def _refuse(found: np.ndarray, what: str) -> None:
+    if found.any():
+        raise WrongProgramError(f"a warp {what}")
 
 
 def _bytes_of(addresses: np.ndarray, size: int, warps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
