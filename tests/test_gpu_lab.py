@@ -27,6 +27,7 @@ from benchmarks.gpu_lab.warpgroup import Warpgroup
 CHOSEN = [
     Case(1, 512, 320, 128),
     Case(20, 300, 64, 64, True),
+    Case(20, 768, 128, 384, True),
     Case(20, 300, 320, 32, True),
     Case(1, 512, 64, 0, True, "float16", "float32"),
     Case(20, 640, 192, 128, True, plan={"form": "sums", "tile_m": 16, "splits": 2}),
@@ -118,7 +119,7 @@ def test_the_emulator_notices_a_program_that_does_not_wait(rows):
 
 @pytest.mark.aot
 def test_the_emulator_notices_that_registers_are_never_given_back(rows):
-    case, row = CHOSEN[4], rows[4]
+    case, row = CHOSEN[5], rows[5]
     greedy, count = re.subn(r"(setmaxnreg\.inc\S*\s+)224;", r"\g<1>232;", row["ptx"])
     assert row["plan"]["warpgroups"] == 2 and count > 0
     with pytest.raises(WrongProgramError, match=r"nothing can go on: .*setmaxnreg\.inc"):

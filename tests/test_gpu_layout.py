@@ -280,22 +280,24 @@ KINDS: list[dict[str, Any]] = [{}, {"bits": 8}, {"integers": True}, {"experts": 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("gpu", HOPPER, ids=lambda gpu: gpu.kind)
 def test_every_plan_fits_its_gpu(gpu, kind):
-    for m, k, n, group in [(1, 4096, 4096, 128), (16, 8192, 28672, 128), (64, 28672, 8192, 64), (700, 4096, 14336, 32)]:
+    sizes = [(1, 4096, 4096, 128), (16, 8192, 28672, 128), (64, 28672, 8192, 64), (700, 4096, 14336, 32)]
+    for m, k, n, group in [*sizes, (20, 4608, 4096, 384)]:
         for size in (max(group, 64) if kind.get("integers") else group, k):
             problem = GpuProblem(m, k, n, -(-k // size), size, **kind)
             plan = choose_plan(problem, gpu)
             assert shared_bytes(problem, plan) <= gpu.shared_memory
             assert plan.tile_m % 8 == 0 and plan.tile_m <= 256 and plan.tile_k % 64 == 0
-            assert plan.tile_k % min(size, plan.tile_k) == 0 or size % plan.tile_k == 0
+            assert kind.get("transposed") or plan.tile_k % size == 0 or size % plan.tile_k == 0 or size == k
 
 
 @pytest.mark.parametrize("gpu", AMPERE, ids=lambda gpu: gpu.kind)
 def test_every_plan_of_mma_fits_its_gpu_twice_and_divides_the_product(gpu):
-    sizes = [(4096, 4096, 128), (28672, 8192, 64), (384, 64, 32), (14336, 4096, 128), (4000, 192, 4000)]
+    sizes = [(4096, 4096, 128), (28672, 8192, 64), (4608, 4096, 384), (384, 64, 32), (4000, 192, 4000)]
     for (k, n, group), m, bits, out_bytes in itertools.product(sizes, (1, 16, 60, 300), (4, 8), (2, 4)):
         problem = GpuProblem(m, k, n, -(-k // group), group, bits=bits, out_bytes=out_bytes)
         plan = gpu_blocks_mma.choose_plan(problem, gpu)
         assert 2 * gpu_blocks_mma.shared_bytes(problem, plan) <= gpu.shared_memory
+        assert plan.tile_k % group == 0 or group % plan.tile_k == 0 or group >= k
         assert n % plan.columns == 0 and -(-k // 128) * 128 % (plan.tile_k * plan.splits) == 0
         assert (plan.tile_m // 8) * (plan.tile_k // 64) % 4 == 0  # tiles of x, of which each warp copies some
 

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def missing(device: str) -> str | None:
     """Why this machine cannot compile the kernels of a device, or None."""
-    by_mma = gpu_named(aot.DEVICE_KINDS[device], AMPERE) is not None
-    return aot.missing(device) or (refusal_of_jax() if by_mma else None)
+    reason = None if gpu_named(aot.DEVICE_KINDS[device], AMPERE) is None else refusal_of_jax()
+    return aot.missing(device) or (reason and f"the kernel of {device} {reason}")
 
 
 def compiled(cases: Iterable[Case], folder: Path) -> Iterator[dict[str, Any]]:

@@ -29,7 +29,7 @@ def dense_cases() -> list[Case]:
     halves = [
         Case(9, 256, 128, group, True, "float16", scales) for group in (32, 128) for scales in ("float16", "float32")
     ]
-    return [*chosen, *planned, *halves]
+    return [*chosen, *planned, *halves, Case(20, 768, 128, 384, True)]
 
 
 def grouped_cases() -> list[Case]:
@@ -106,6 +106,7 @@ def mma_cases(device: str) -> list[Case]:
             Case(40, 512, 128, _group_of(form), True, plan=mma_plan(form, *block), device=device)
             for form, *block in blocks
         ),
+        Case(20, 768, 128, 384, True, device=device),
         Case(20, 768, 128, 128, True, plan=mma_plan("sums", 16, 2, 128) | {"splits": 3}, device=device),
     ]
 

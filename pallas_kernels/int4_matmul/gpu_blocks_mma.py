@@ -18,7 +18,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 
-from pallas_kernels.int4_matmul.gpu_blocks import ADDING, FILLING, GpuPlan, GpuProblem
+from pallas_kernels.int4_matmul.gpu_blocks import ADDING, FILLING, GpuPlan, GpuProblem, in_whole_groups
 from pallas_kernels.int4_matmul.gpu_chips import LANES, Gpu
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, padded_length
 
@@ -104,7 +104,7 @@ def _plans(problem: GpuProblem, gpu: Gpu) -> Iterator[GpuPlan]:
         form = form_of(problem, tile_m)
         for strips, tile_k, splits in itertools.product(*BLOCKS[tile_m], SPLITS):
             divides = problem.n % (strips * STRIP) == 0 and length % (splits * tile_k) == 0
-            if not divides or _spills(form, tile_m, strips):
+            if not divides or not in_whole_groups(problem, tile_k) or _spills(form, tile_m, strips):
                 continue
             plans = (GpuPlan(form, tile_m, 1, tile_k, stages, splits, strips) for stages in STAGES)
             fitting = (plan for plan in plans if RESIDENT * shared_bytes(problem, plan) <= gpu.shared_memory)

@@ -117,10 +117,10 @@ def _rows_of_step(by_row: list[Any], strip: Any, step: Any, shape: Shape, plan: 
 
 def _step(shape: Shape, plan: GpuPlan, x: Any, codes: list[Any], rows_of: list[Rows], sums: list[Any]) -> list[Any]:
     """One step's products: chains of a group each, scaled and added; or one chain, of scaled weights or of levels."""
-    tiles, piece = plan.tile_k // TILE_K, min(TILE_K, shape.group_size)
     chain = min(shape.group_size, plan.tile_k) if plan.form == "sums" else 0
+    piece = min(TILE_K, chain) if chain else TILE_K
     totals, partial = list(sums), list(sums)
-    for tile in range(tiles):
+    for tile in range(plan.tile_k // TILE_K):
         right = load(x.at[:, pl.ds(tile * TILE_K, TILE_K)].T, right_layout(shape.dtype))
         left = [_weights(shape, plan, ref, rows, tile) for ref, rows in zip(codes, rows_of, strict=True)]
         for start in range(0, TILE_K, piece):
@@ -150,6 +150,7 @@ def _zeros(plan: GpuPlan) -> jax.Array:
 
 
 def _write(part: jax.Array, staged: Any, out: Any, rows: Any, strip: Any) -> None:
+    """[64, tile_m], transposed, to a tile of rows and a strip of `out`, by way of shared memory."""
     tile_m = staged.shape[-2]
     store(staged.T, plgpu.layout_cast(part.astype(staged.dtype), plgpu.Layout.WGMMA_TRANSPOSED))
     at = (pl.ds(rows * tile_m, tile_m), pl.ds(strip * STRIP, STRIP))
