@@ -16,6 +16,8 @@ as a whole.
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -39,7 +41,10 @@ DEVICE_KINDS = {
     "v6e": "TPU v6 lite",
     "tpu7x": "TPU7x",
     "h200": "NVIDIA H200",
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "l40s": "NVIDIA L40S",
 }
+CAPABILITIES = {"h200": "9.0", "a100": "8.0", "l40s": "8.9"}
 
 
 def environment(device: str) -> dict[str, str]:
@@ -101,6 +106,29 @@ def abstractly(target: Any) -> Any:
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((1,), ("chip",), auto, abstract_device=described)
     return jax.sharding.use_abstract_mesh(mesh)
+
+
+def traced_for_gpu(device: str, cores: int) -> Any:
+    """The context in which kernels are traced for a GPU target, which tells its compute capability.
+
+    Mosaic GPU asks the traced device for it, and takes what does not tell, as JAX's AbstractDevice, for a Hopper GPU.
+    """
+    import jax
+
+    described = _telling_device()(DEVICE_KINDS[device], cores, "gpu", CAPABILITIES[device])
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), auto, abstract_device=described))
+
+
+@functools.cache
+def _telling_device() -> Any:
+    import jax
+
+    @dataclasses.dataclass(frozen=True)
+    class TellingDevice(jax.sharding.AbstractDevice):
+        compute_capability: str = ""
+
+    return TellingDevice
 
 
 def packed_weight(

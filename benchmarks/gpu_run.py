@@ -1,4 +1,4 @@
-"""The Hopper kernel on a Hopper GPU: right first, then fast, against what else there is.
+"""The GPU kernels on a Hopper, Ampere or Ada GPU: right first, then fast, against what else there is.
 
     python -m benchmarks.gpu_run --json FILE --plot FILE.png
 
@@ -11,8 +11,9 @@ Needs no network, and of jq4's dependencies all; torch and gemlite are compared 
                   the transpose; and rows of experts, of Mixtral's and Qwen3's sizes
     decoding      tokens a second of an 8B-shaped decoder with random weights, packed and bf16
 
-Without a Hopper GPU XLA's forms serve in the kernel's stead (`device` and `kernel` in the figures say so), which tests
-this script alone.
+On Ampere and Ada, whose kernel has none of the others, the speed of w4a16 and w8a16 alone is taken. Without a GPU of
+these XLA's forms serve in the kernel's stead (`device` and `kernel` in the figures say so), which tests this script
+alone.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from benchmarks.gpu_lab.rivals import RIVALS, UnavailableError
 from benchmarks.gpu_lab.running import TOLERANCE, ceilings, error_of
 from benchmarks.gpu_lab.small_cases import small_cases
 from benchmarks.provenance import publish
-from pallas_kernels.int4_matmul.gpu_chips import gpu_named
+from pallas_kernels.int4_matmul.gpu_chips import gpu_named, refusal_of_mma
 from pallas_kernels.int4_matmul.shapes import SHAPES
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -49,12 +50,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "gradient": {"transposed": True},
     "experts": {},
 }
+OF_MMA = ("w4a16", "w8a16")
 EXPERTS = {"mixtral-8x7b": (8, 4096, 14336), "qwen3-30b-a3b": (128, 2048, 768)}  # experts, K, N of up_proj
 
 
-def correctness_cases() -> list[Case]:
+def kernel_of(kind: str) -> str | None:
+    """The implementation that serves a device kind, or None."""
+    if gpu_named(kind) is not None:
+        return "mosaic_gpu"
+    return "mosaic_gpu_mma" if refusal_of_mma(kind) is None else None
+
+
+def correctness_cases(kernel: str | None) -> list[Case]:
     """Those that the compile lab emulates, other numbers of rows, and float32 rows; plans are the chosen ones."""
-    chosen = [case for case in small_cases() if case.plan is None]
+    device = "a100" if kernel == "mosaic_gpu_mma" else "h200"
+    chosen = [case for case in small_cases() if case.plan is None and case.device == device]
     more = [Case(rows, 1024, 768, group, True) for rows, group in itertools.product((7, 64, 100, 300), (32, 128, 0))]
     return [*chosen, *more, *(Case(rows, 512, 256, 128, True, "float32") for rows in (1, 20))]
 
@@ -84,9 +94,9 @@ def timed(case: Case, rivals: list[str], repeats: int) -> dict[str, Any]:
     return row
 
 
-def speed_cases(options: argparse.Namespace) -> Iterator[tuple[str, str, Case]]:
+def speed_cases(kinds: list[str], options: argparse.Namespace) -> Iterator[tuple[str, str, Case]]:
     """(kind, product, case) of everything that is timed."""
-    for kind, group, count in itertools.product(options.kind, options.group_size, options.rows):
+    for kind, group, count in itertools.product(kinds, options.group_size, options.rows):
         if kind == "experts":
             sizes = {name: (k, n, experts) for name, (experts, k, n) in EXPERTS.items() if count > 1}
         else:
@@ -134,16 +144,17 @@ def plot(rows: list[dict[str, Any]], file: str) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    kind = jax.devices()[0].device_kind
-    found: dict[str, Any] = {"kernel": "mosaic_gpu" if gpu_named(kind) else "xla's forms: no Hopper GPU here"}
+    kernel = kernel_of(jax.devices()[0].device_kind)
+    found: dict[str, Any] = {"kernel": kernel or "xla's forms: no GPU here that a kernel serves"}
     found["ceilings"] = ceilings(options.repeats, options.ceiling_size, options.ceiling_megabytes)
     console.print(found)
-    cases = correctness_cases()[: options.cases]
+    cases = correctness_cases(kernel)[: options.cases]
     found["correctness"] = {"cases": len(cases), "wrong": wrong_cases(cases, console, options.seed)}
     if found["correctness"]["wrong"]:
         return found
     found["rows"] = []
-    for kind, name, case in speed_cases(options):
+    kinds = [kind for kind in options.kind if kernel != "mosaic_gpu_mma" or kind in OF_MMA]
+    for kind, name, case in speed_cases(kinds, options):
         row = {"product": name, "kind": kind, **timed(case, options.rival, options.repeats)}
         found["rows"].append(with_rates(row, found["ceilings"]))
         console.print(found["rows"][-1])

@@ -5,7 +5,7 @@
     tpu       i32[*B, ceil(K/8), N]   [*B, G, 1, N]               rows of scales that a kernel can address one by one
               int8[*B, K, N]          the same                    of 8-bit integers, code - 128
     gpu       int4[*B, N, K]          [*B, N, G]                  K contiguous, as the tensor cores read it
-    hopper    i32[*B, N/64, 2*b*Kp]   [*B, G, N]                  the order in which wgmma takes its left operand
+    hopper    i32[*B, N/64, 2*b*Kp]   [*B, G, N]                  how wgmma and mma take their left operand
 
 Words hold eight codes, row 8r + j in bits 4j to 4j + 3 of word r, which is how a TPU holds int4: from a stack of layers
 its compiler reads 32-bit words in place, and copies the layer where they are int4. What no TPU kernel takes (groups of
@@ -16,7 +16,7 @@ for [..., K, N], -1 for [..., N, K]. The order in memory is the layout's, so tha
 nothing.
 
 The hopper layout (pallas_kernels/int4_matmul/gpu_fragments.py; b bits, 4 or 8; Kp is K filled up to a multiple of 128)
-is made only where `prepare` is told so, as its kernel has not run on a GPU; a weight that it does not take (64 must
+is made only where `prepare` is told so, as its kernels have not run on a GPU; a weight that it does not take (64 must
 divide N, one scale for each column and group) gets the gpu layout.
 
 A CPU reads neutral bytes as fast as any other order (benchmarks/cpu_matmul.py: even and odd codes are multiplied by
@@ -36,7 +36,7 @@ from jq4.errors import JQ4Error
 from jq4.qarray import NEUTRAL, QArray, is_qarray
 from jq4.qarray_ops import plain_scales
 from pallas_kernels import packing
-from pallas_kernels.int4_matmul.gpu_chips import gpu_named
+from pallas_kernels.int4_matmul.gpu_chips import KNOWN, gpu_named
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, of_fragments, padded_length, to_fragments
 from pallas_kernels.int4_matmul.mosaic_gpu import layout_refusal
 from pallas_kernels.int4_matmul.spec import GPU, HOPPER, TPU, PackedSpec
@@ -74,15 +74,16 @@ def prepare(tree: Any, device_kind: str, *, layout: str | None = None) -> Any:
     Args:
       tree: any pytree; leaves that are not QArrays are returned as they are.
       device_kind: "cpu", "TPU v6 lite", "NVIDIA H200", ...: what `jax.devices()[0].device_kind` says.
-      layout: "hopper" for the Mosaic GPU kernel of Hopper GPUs; None is the device's own.
+      layout: "hopper" for the Mosaic GPU kernels of Hopper, Ampere and Ada GPUs; None is the device's own.
 
     Raises:
       JQ4Error: an unknown device kind, or a layout that is not for it; the message lists the known ones.
     """
     own = layout_of_device(device_kind)
-    if layout not in (None, own) and (layout != HOPPER or gpu_named(device_kind) is None):
+    if layout not in (None, own) and (layout != HOPPER or gpu_named(device_kind, KNOWN) is None):
         raise JQ4Error(
-            f"layout {layout!r} is not for {device_kind!r}: wanted None, {own!r}, or 'hopper' on a Hopper GPU"
+            f"layout {layout!r} is not for {device_kind!r}: wanted None, {own!r}, or 'hopper' on a Hopper, Ampere or "
+            f"Ada GPU ({', '.join(gpu.kind for gpu in KNOWN)})"
         )
     layout = layout or own
 

@@ -33,7 +33,7 @@ from jq4.qarray_ops import NoPackedForm as NoPackedForm
 from jq4.record import note_relay
 from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
 from pallas_kernels.int4_matmul import PackedSpec, int4_matmul
-from pallas_kernels.int4_matmul.registry import choose, refusal
+from pallas_kernels.int4_matmul.registry import OF_FRAGMENTS, choose, refusal
 
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
@@ -170,7 +170,7 @@ def ragged_dot(
     if 0 in wanted.shape:
         return jnp.zeros(wanted.shape, wanted.dtype)
     q = _with_whole_batch(q)
-    _note_unpacked(q, implementation)
+    _note_unpacked(q, implementation, OF_FRAGMENTS[:1])
     x, step = _ragged_inputs(x, q, group_sizes)
     accumulator = _accumulator(wanted.dtype, step is not None)
 
@@ -215,10 +215,13 @@ def spec_of(q: QArray) -> PackedSpec:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _note_unpacked(q: QArray, implementation: Any) -> None:
-    if q.layout == "hopper" and choose(implementation, "gpu", spec_of(q)) != "mosaic_gpu":
-        reason = refusal("mosaic_gpu", "gpu", spec_of(q)) or f"{implementation} was asked for"
-        note_relay(q, f"unpacked from the hopper layout at every call: {reason}")
+def _note_unpacked(q: QArray, implementation: Any, readers: Sequence[str] = OF_FRAGMENTS) -> None:
+    """Notes that a weight of the hopper layout is unpacked at every call, where none of `readers` reads it."""
+    if q.layout != "hopper" or choose(implementation, "gpu", spec_of(q)) in readers:
+        return
+    reasons = [refusal(name, "gpu", spec_of(q)) for name in readers]
+    reason = "; ".join(filter(None, reasons)) if all(reasons) else f"{implementation} was asked for"
+    note_relay(q, f"unpacked from the hopper layout at every call: {reason}")
 
 
 def _with_whole_batch(q: QArray) -> QArray:

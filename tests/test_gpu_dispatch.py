@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from benchmarks.aot import environment, missing
+from benchmarks.aot import DEVICE_KINDS, environment, missing
+from pallas_kernels.int4_matmul.gpu_chips import FIRST_WITH_MMA
 
 pytestmark = pytest.mark.aot
 
@@ -21,7 +23,8 @@ from benchmarks import aot
 from jq4.layouts import prepare
 from jq4.matmul import ragged_dot
 
-placed = jax.sharding.SingleDeviceSharding(aot.compile_device("h200"))
+kind, target, *names = sys.argv[1:]  # a target that is not h200 tells its compute capability
+placed = jax.sharding.SingleDeviceSharding(aot.compile_device(target))
 
 
 def weight(bits=4):
@@ -31,12 +34,17 @@ def weight(bits=4):
     return prepare(q, "NVIDIA H200", layout="hopper")
 
 
-def compiled(kind, function, *args):
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), args)
+def traced():
+    if target != "h200":
+        return aot.traced_for_gpu(target, 108)
     described, auto = jax.sharding.AbstractDevice(kind, 132, "gpu"), (jax.sharding.AxisType.Auto,)
-    mesh = jax.sharding.AbstractMesh((1,), ("chip",), auto, abstract_device=described)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), auto, abstract_device=described))
+
+
+def compiled(function, *args):
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), args)
     jax.clear_caches()
-    with jax.sharding.use_abstract_mesh(mesh):
+    with traced():
         program = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compile()
     kernel = 'custom_call_target="mosaic_gpu' in program.as_text()
     return {"kernel": kernel, "temp": program.memory_analysis().temp_size_in_bytes}
@@ -69,8 +77,7 @@ programs = {
     "gradient of experts": (jax.grad(ragged_loss), rows(12), stack),
     "gradient of many": (jax.grad(loss), rows(4096), q),
 }
-kind, *names = sys.argv[1:]
-print(json.dumps({name: compiled(kind, *programs[name]) for name in names or programs}))
+print(json.dumps({name: compiled(*programs[name]) for name in names or programs}))
 """
 
 
@@ -129,7 +136,7 @@ def found_for(*arguments, program=PROGRAM):
 
 
 def test_the_kernel_serves_a_hopper_gpu_up_to_many_rows():
-    found = found_for("NVIDIA H200")
+    found = found_for("NVIDIA H200", "h200")
     served = {name: one["kernel"] for name, one in found.items()}
     assert served == {
         "few": True, "float16": True, "float32": True, "eight bits": True, "many": False, "batch": True,
@@ -141,8 +148,21 @@ def test_the_kernel_serves_a_hopper_gpu_up_to_many_rows():
 
 @pytest.mark.parametrize("kind", ["NVIDIA B200", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S"])
 def test_other_gpus_get_xla_and_nothing_aborts(kind):
-    found = found_for(kind, "few", "experts", "gradient of experts")
+    found = found_for(kind, "h200", "few", "experts", "gradient of experts")
     assert not any(one["kernel"] for one in found.values())
+
+
+@pytest.mark.parametrize("target", ["a100", "l40s"])
+def test_ampere_and_ada_are_served_by_mma_up_to_many_rows_and_gradients_by_xla(target):
+    names = ("few", "float32", "eight bits", "many", "batch", "experts", "gradient")
+    found = found_for(DEVICE_KINDS[target], target, *names)
+    served = {name: one["kernel"] for name, one in found.items()}
+    if jax.__version_info__ < FIRST_WITH_MMA:
+        assert not any(served.values())
+        return
+    of_kernel = {"few", "float32", "eight bits", "batch"}
+    assert served == {name: name in of_kernel for name in names}
+    assert max(found[name]["temp"] for name in ("few", "eight bits")) < 2 * 1024 * 512  # nothing dense
 
 
 def test_a_shard_of_columns_is_multiplied_by_the_kernel_and_gradients_are_summed():

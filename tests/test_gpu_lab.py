@@ -9,23 +9,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks.aot import missing
+from benchmarks import aot
 from benchmarks.gpu_compile import emulated
 from benchmarks.gpu_lab import sass
 from benchmarks.gpu_lab.alu import OPERATIONS
 from benchmarks.gpu_lab.cases import Case, operands
-from benchmarks.gpu_lab.compiling import DEVICE, compiled
+from benchmarks.gpu_lab.compiling import compiled, missing
 from benchmarks.gpu_lab.device import run_kernel
 from benchmarks.gpu_lab.host_code import DevicePointer, Launch, TensorMap, launch_of
 from benchmarks.gpu_lab.memory import WrongProgramError, swizzled
 from benchmarks.gpu_lab.ptx import parse
-from benchmarks.gpu_lab.small_cases import small_cases
-from benchmarks.gpu_lab.tensor_cores import left_fragments
+from benchmarks.gpu_lab.races import Races
+from benchmarks.gpu_lab.small_cases import mma_plan, small_cases
+from benchmarks.gpu_lab.tensor_cores import left_fragments, right_fragments
 from benchmarks.gpu_lab.warpgroup import Warpgroup
 
 CHOSEN = [
     Case(1, 512, 320, 128),
     Case(20, 300, 64, 64, True),
+    Case(20, 768, 128, 384, True),
     Case(20, 300, 320, 32, True),
     Case(1, 512, 64, 0, True, "float16", "float32"),
     Case(20, 640, 192, 128, True, plan={"form": "sums", "tile_m": 16, "splits": 2}),
@@ -39,23 +41,66 @@ CHOSEN = [
     Case(20, 200, 192, 64, True, transposed=True),
     Case(24, 200, 128, 64, True, experts=3, transposed=True),
 ]
+CHOSEN_BY_MMA = [
+    Case(1, 512, 128, 128, device="a100"),
+    Case(1, 1536, 128, 128, plan=mma_plan("sums", 8, 2, 256), device="a100"),
+    Case(20, 300, 64, 64, True, device="a100"),
+    Case(16, 512, 128, 128, plan=mma_plan("sums", 16, 2, 256), device="a100"),
+    Case(20, 768, 128, 32, True, plan=mma_plan("sums", 16, 2, 128) | {"splits": 3}, device="a100"),
+    Case(20, 300, 128, 32, True, bits=8, device="a100"),
+    Case(20, 300, 320, 32, True, device="l40s"),
+    Case(1, 512, 64, 0, True, "float16", "float32", device="l40s"),
+    Case(130, 256, 64, 32, device="l40s"),
+]
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    if reason := missing(DEVICE):
+    return rows_of(CHOSEN, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def rows_by_mma(tmp_path_factory):
+    return rows_of(CHOSEN_BY_MMA, tmp_path_factory)
+
+
+def rows_of(cases, tmp_path_factory):
+    if reason := next(filter(None, (missing(case.device) for case in cases)), None):
         pytest.skip(reason)
-    return list(compiled(CHOSEN, tmp_path_factory.mktemp("dump")))
+    return list(compiled(cases, tmp_path_factory.mktemp("dump")))
+
+
+def check_product(case, row):
+    assert "error" not in row, row["error"]
+    rounding = 2**-10 if case.dtype == "float16" else 2**-8
+    assert emulated(case, row, seed=3) < (1e-6 if row["plan"]["splits"] > 1 else rounding)
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
 def test_the_compiled_kernel_computes_the_product(rows, case):
     row = rows[CHOSEN.index(case)]
-    assert "error" not in row, row["error"]
+    check_product(case, row)
     assert (".s32.s8.s8" in row["ptx"]) == case.integers
-    rounding = 2**-10 if case.dtype == "float16" else 2**-8
-    assert emulated(case, row, seed=3) < (1e-6 if row["plan"]["splits"] > 1 else rounding)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("case", CHOSEN_BY_MMA, ids=str)
+def test_the_compiled_kernel_of_mma_computes_the_product(rows_by_mma, case):
+    row = rows_by_mma[CHOSEN_BY_MMA.index(case)]
+    check_product(case, row)
+    assert f".target sm_{aot.CAPABILITIES[case.device].replace('.', '')}" in row["ptx"]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("what, found", [("cp.async.wait_group", "has not waited for"), ("bar.sync", "no barrier")])
+def test_the_emulator_notices_warps_that_do_not_wait(rows_by_mma, what, found):
+    case, row = CHOSEN_BY_MMA[1], rows_by_mma[1]
+    hasty, count = re.subn(rf"^\s*{re.escape(what)}\s.*$", "", row["ptx"], flags=re.M)
+    given = operands(case, row["plan"])
+    assert count > 1
+    with pytest.raises(WrongProgramError, match=f"a warp .*{found}"):
+        run_kernel(parse(hasty), launch_of(row["host"]), given.arrays)
 
 
 @pytest.mark.aot
@@ -74,7 +119,7 @@ def test_the_emulator_notices_a_program_that_does_not_wait(rows):
 
 @pytest.mark.aot
 def test_the_emulator_notices_that_registers_are_never_given_back(rows):
-    case, row = CHOSEN[4], rows[4]
+    case, row = CHOSEN[5], rows[5]
     greedy, count = re.subn(r"(setmaxnreg\.inc\S*\s+)224;", r"\g<1>232;", row["ptx"])
     assert row["plan"]["warpgroups"] == 2 and count > 0
     with pytest.raises(WrongProgramError, match=r"nothing can go on: .*setmaxnreg\.inc"):
@@ -92,6 +137,18 @@ def test_few_rows_take_few_instructions_and_nothing_is_spilled(rows):
         assert counts.loop["IGMMA" if case.integers else "HGMMA"] == strips * depth // (32 if case.integers else 16)
         if case.rows == 1:
             assert counts.instructions / (strips * depth / 2) <= {1: 2.7, 2: 2.1}[strips]
+
+
+@pytest.mark.aot
+def test_mma_of_few_rows_takes_few_instructions_and_nothing_is_spilled(rows_by_mma):
+    if reason := sass.missing():
+        pytest.skip(reason)
+    for case, row in zip(CHOSEN_BY_MMA, rows_by_mma, strict=True):
+        counts, plan = sass.counts_of(row["ptx"]), row["plan"]
+        assert counts.spilled_bytes == counts.stack_bytes == 0
+        if case.k == 1536:  # the only one with more steps than are unrolled
+            assert counts.loop["HMMA"] == plan["strips"] * (plan["tile_m"] // 8) * (plan["tile_k"] // 16)
+            assert counts.instructions / (plan["strips"] * plan["tile_k"] / 2) <= 2.7
 
 
 def test_the_matrix_has_every_form_and_format():
@@ -132,6 +189,39 @@ def test_instructions_do_what_the_isa_says():
     assert run("selp.b32", (7, U32), (9, U32), (False, np.bool_)) == 9
     assert run("setp.eq.and.b32", (1, U32), (1, U32), (True, np.bool_)) == 1
     assert run("mad.lo.s32", (3, U32), (5, U32), (0xFFFFFFFF, U32)) == 14
+
+
+def test_fragments_of_mma_lie_as_the_isa_draws_them():
+    """m16n8k16's right operand: lane 5 of warp 1 holds rows 2, 3 and 10, 11 of column 1."""
+    registers = np.zeros((128, 2), np.uint32)
+    registers[37] = [0x40003F80, 0x40804040]  # bf16: 1, 2; 3, 4
+    matrix = right_fragments(registers, "bf16")
+    assert matrix.shape == (4, 16, 8) and np.count_nonzero(matrix) == 4
+    np.testing.assert_array_equal(matrix[1, [2, 3, 10, 11], 1], [1, 2, 3, 4])
+
+
+def test_warps_may_touch_what_others_touched_after_a_barrier_alone():
+    def touched(*steps):
+        races = Races(64)
+        for name, *given in steps:
+            getattr(races, name)(*given)
+
+    def at(place, warp):
+        return np.array([place]), 4, np.array([warp])
+
+    touched(("write", *at(0, 0)), ("read", *at(0, 0)), ("read", *at(4, 1)), ("barrier",), ("write", *at(0, 1)))
+    touched(("write", *at(0, 0), 0), ("settle", 1), ("barrier",), ("read", *at(0, 1)))
+    with pytest.raises(WrongProgramError, match="a warp reads what it has not waited for"):
+        touched(("write", *at(0, 0), 0), ("barrier",), ("read", *at(0, 0)))
+    racing = [
+        [("write", *at(0, 0)), ("read", *at(3, 1))],
+        [("read", *at(0, 0)), ("write", *at(0, 1))],
+        [("read", *at(0, 0)), ("write", *at(0, 1), 0)],
+        [("write", *at(0, 0), 0), ("barrier",), ("settle", 1), ("read", *at(0, 1))],
+    ]
+    for steps in racing:
+        with pytest.raises(WrongProgramError, match=r"a warp .* with no barrier between"):
+            touched(*steps)
 
 
 def test_int8_fragments_lie_as_the_isa_draws_them():

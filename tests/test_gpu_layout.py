@@ -1,6 +1,7 @@
-"""Oracle: the register fragments of wgmma as NVIDIA's PTX ISA draws them, gathered in numpy, thread by thread."""
+"""Oracle: the register fragments of wgmma and mma as NVIDIA's PTX ISA draws them, gathered in numpy by thread."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -11,15 +12,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packed_oracle import pack_bits
 
 import jq4
+from benchmarks.aot import traced_for_gpu
 from jq4.apply import quantized
 from jq4.errors import JQ4Error
 from jq4.layouts import prepare, to_neutral
 from jq4.matmul import ragged_dot
 from jq4.partition import check_grouped_axis, part_specs
 from jq4.qarray import QArray
-from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, int4_matmul
+from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, gpu_blocks_mma, int4_matmul
 from pallas_kernels.int4_matmul.gpu_blocks import GpuProblem, choose_plan, shared_bytes
-from pallas_kernels.int4_matmul.gpu_chips import HOPPER, gpu_named
+from pallas_kernels.int4_matmul.gpu_chips import AMPERE, FIRST_WITH_MMA, HOPPER, gpu_named
 from pallas_kernels.int4_matmul.gpu_fragments import in_order_of_bytes, of_fragments, rows_of, to_fragments
 from pallas_kernels.int4_matmul.registry import choose, refusal
 from pallas_kernels.int4_matmul.tiles import Packed
@@ -58,6 +60,24 @@ def test_shifted_words_are_the_fragments_of_wgmma():
         held = (tiles[strip, tile, thread, step] >> (4 * register) & 0x000F000F) >> (16 * half) & 0xFFFF
         row, column = fragment(thread, register, half)
         assert held == codes[64 * tile + 16 * step + column, 64 * strip + row]
+
+
+def mma_fragment(lane: int, index: int) -> tuple[int, int]:
+    """(row, column) of mma.m16n8k16's A operand that a lane has as element `index` of eight (PTX ISA, .bf16)."""
+    row = lane // 4 if index < 2 or 4 <= index < 6 else lane // 4 + 8
+    return row, 2 * (lane % 4) + index % 2 + (8 if index >= 4 else 0)
+
+
+def test_lines_of_words_are_the_fragments_of_mma_in_four_warps():
+    """A thread's 16 bytes of a tile's lines of 128, dealt out as the kernel's layout says, feed its warp's mma."""
+    codes = np.random.default_rng(0).integers(0, 16, (128, 128)).astype(np.uint8)  # [K, N]
+    lines = np.asarray(to_fragments(jnp.asarray(codes))).view(np.uint32).reshape(2, 2, 16, 32)  # [N / 64, K / 64, ...]
+    for strip, tile, warp, lane, step, index in np.ndindex(2, 2, 4, 32, 4, 8):
+        line, chunk = 4 * warp + lane // 8, lane % 8
+        word = lines[strip, tile, line, 4 * chunk + step]
+        row, column = mma_fragment(lane, index)
+        held = word >> (4 * (index // 2)) >> (16 * (index % 2)) & 0xF
+        assert held == codes[64 * tile + 16 * step + column, 64 * strip + 16 * warp + row]
 
 
 def test_shifted_words_of_wide_codes_are_the_fragments_of_wgmma():
@@ -160,7 +180,10 @@ def test_what_has_no_fragments_gets_the_gpu_layout():
     groups = prepare(hopper((128, 64), group_size=16), "NVIDIA H200", layout="hopper")
     assert (uneven.layout, groups.layout) == ("gpu", "gpu")
     assert prepare(hopper((128, 64)), "NVIDIA H200").layout == "gpu"
-    with pytest.raises(JQ4Error, match="layout 'hopper' is not for 'NVIDIA B200': wanted None, 'gpu'"):
+    assert prepare(hopper((128, 64)), "NVIDIA A100-SXM4-80GB", layout="hopper").layout == "hopper"
+    assert prepare(hopper((128, 64)), "NVIDIA A100-SXM4-80GB").layout == "gpu"
+    wanted = "layout 'hopper' is not for 'NVIDIA B200': wanted None, 'gpu', or 'hopper' on a Hopper, Ampere or Ada GPU"
+    with pytest.raises(JQ4Error, match=wanted):
         prepare(hopper((128, 64)), "NVIDIA B200", layout="hopper")
     with pytest.raises(JQ4Error, match="layout 'gpu' is not for 'cpu'"):
         prepare(hopper((128, 64)), "cpu", layout="gpu")
@@ -196,6 +219,22 @@ def test_the_kernel_is_for_hopper_alone_and_says_so():
         int4_matmul(jnp.ones((1, 300), jnp.bfloat16), *w, spec=PackedSpec(300, layout="hopper"))
 
 
+def test_the_kernel_of_mma_is_for_ampere_and_ada_and_says_why_not():
+    spec, old = PackedSpec(256, layout="hopper"), jax.__version_info__ < FIRST_WITH_MMA
+    with traced_for_gpu("a100", 108):
+        assert choose(None, "gpu", spec) == ("xla" if old else "mosaic_gpu_mma")
+        assert choose(None, "gpu", PackedSpec(256, layout="gpu", orientation="nk")) == "xla"
+        reason = "mosaic_gpu_mma takes JAX 0.11.2 or later, whose Mosaic GPU has mma.sync, and this is JAX "
+        assert refusal("mosaic_gpu_mma", "gpu", spec) == (reason + jax.__version__ if old else None)
+        groups = PackedSpec(256, group_size=16, layout="hopper")
+        assert "mosaic_gpu_mma reads groups of" in str(refusal("mosaic_gpu_mma", "gpu", groups))
+    with traced_for("NVIDIA B200"):
+        assert "traced for 'NVIDIA B200' (10.0)" in str(refusal("mosaic_gpu_mma", "gpu", spec))
+    with traced_for("NVIDIA L40S"):
+        untold = "cannot be compiled here for 'NVIDIA L40S': Mosaic GPU takes a device that does not say"
+        assert ("takes JAX 0.11.2" if old else untold) in str(refusal("mosaic_gpu_mma", "gpu", spec))
+
+
 def test_a_hopper_weight_elsewhere_is_reported_as_unpacked_at_every_call():
     product = quantized(lambda x, w: x @ w["layer"])
     tree = {"layer": prepare(hopper((128, 64)), "NVIDIA H200", layout="hopper")}
@@ -204,7 +243,7 @@ def test_a_hopper_weight_elsewhere_is_reported_as_unpacked_at_every_call():
     assert "this is traced for 'cpu'" in product.record.relaid[0].reason
     with traced_for("NVIDIA L40S"):
         jax.eval_shape(product, jax.ShapeDtypeStruct((4, 128), jnp.float32), tree)
-    assert "'NVIDIA L40S' (8.9, which has no wgmma)" in product.record.relaid[0].reason
+    assert "'NVIDIA L40S' (8.9, which has no wgmma); mosaic_gpu_mma " in product.record.relaid[0].reason
     with traced_for("NVIDIA H200"):
         jax.eval_shape(product, jax.ShapeDtypeStruct((3, 128), jnp.float32), tree)
     assert not product.record.relaid
@@ -241,13 +280,26 @@ KINDS: list[dict[str, Any]] = [{}, {"bits": 8}, {"integers": True}, {"experts": 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("gpu", HOPPER, ids=lambda gpu: gpu.kind)
 def test_every_plan_fits_its_gpu(gpu, kind):
-    for m, k, n, group in [(1, 4096, 4096, 128), (16, 8192, 28672, 128), (64, 28672, 8192, 64), (700, 4096, 14336, 32)]:
+    sizes = [(1, 4096, 4096, 128), (16, 8192, 28672, 128), (64, 28672, 8192, 64), (700, 4096, 14336, 32)]
+    for m, k, n, group in [*sizes, (20, 4608, 4096, 384)]:
         for size in (max(group, 64) if kind.get("integers") else group, k):
             problem = GpuProblem(m, k, n, -(-k // size), size, **kind)
             plan = choose_plan(problem, gpu)
             assert shared_bytes(problem, plan) <= gpu.shared_memory
             assert plan.tile_m % 8 == 0 and plan.tile_m <= 256 and plan.tile_k % 64 == 0
-            assert plan.tile_k % min(size, plan.tile_k) == 0 or size % plan.tile_k == 0
+            assert kind.get("transposed") or plan.tile_k % size == 0 or size % plan.tile_k == 0 or size == k
+
+
+@pytest.mark.parametrize("gpu", AMPERE, ids=lambda gpu: gpu.kind)
+def test_every_plan_of_mma_fits_its_gpu_twice_and_divides_the_product(gpu):
+    sizes = [(4096, 4096, 128), (28672, 8192, 64), (4608, 4096, 384), (384, 64, 32), (4000, 192, 4000)]
+    for (k, n, group), m, bits, out_bytes in itertools.product(sizes, (1, 16, 60, 300), (4, 8), (2, 4)):
+        problem = GpuProblem(m, k, n, -(-k // group), group, bits=bits, out_bytes=out_bytes)
+        plan = gpu_blocks_mma.choose_plan(problem, gpu)
+        assert 2 * gpu_blocks_mma.shared_bytes(problem, plan) <= gpu.shared_memory
+        assert plan.tile_k % group == 0 or group % plan.tile_k == 0 or group >= k
+        assert n % plan.columns == 0 and -(-k // 128) * 128 % (plan.tile_k * plan.splits) == 0
+        assert (plan.tile_m // 8) * (plan.tile_k // 64) % 4 == 0  # tiles of x, of which each warp copies some
 
 
 def test_experts_take_tiles_of_their_share_of_the_rows():

@@ -1,12 +1,15 @@
-"""One product by the Hopper kernel: its sizes, its plan, and random operands with the float64 result."""
+"""One product by a kernel: its sizes, its plan, the GPU, and random operands with the float64 result."""
 
 import dataclasses
 from typing import Any
 
 import numpy as np
 
+from benchmarks.aot import DEVICE_KINDS
 from pallas_kernels.grouped_int4_matmul.work_items import place_of_rows, work_items
+from pallas_kernels.int4_matmul import gpu_blocks, gpu_blocks_mma
 from pallas_kernels.int4_matmul.gpu_blocks import GpuProblem
+from pallas_kernels.int4_matmul.gpu_chips import AMPERE, KNOWN, Gpu, gpu_named
 from pallas_kernels.int4_matmul.gpu_fragments import in_order_of_bytes, padded_length, to_fragments
 from pallas_kernels.int4_matmul.mosaic_gpu import COLUMN_MULTIPLE, ROW_MULTIPLE
 from pallas_kernels.int4_matmul.mosaic_gpu_transposed import LEAST_COLUMNS
@@ -31,6 +34,18 @@ class Case:
     bits: int = 4
     integers: bool = False  # x is whole numbers, multiplied as int8
     transposed: bool = False  # x is dy[rows, n], by the codes' transpose
+    device: str = "h200"  # what it is compiled for
+
+    @property
+    def gpu(self) -> Gpu:
+        found = gpu_named(DEVICE_KINDS[self.device], KNOWN)
+        assert found is not None
+        return found
+
+    @property
+    def model(self) -> Any:
+        """What chooses its plan and tells the time it takes."""
+        return gpu_blocks_mma if self.gpu in AMPERE else gpu_blocks
 
     @property
     def group(self) -> int:
@@ -87,7 +102,7 @@ def operands(case: Case, plan: dict[str, Any], seed: int = 0) -> Operands:
     x = _rows(case, random)
     sizes, splits, tile_m = group_sizes(case, random), plan["splits"], plan["tile_m"]
     items, place = _items(sizes, case.rows, tile_m)
-    padded = _padded(x, case)
+    padded = _padded(x, case, tile_m if case.gpu in AMPERE else ROW_MULTIPLE)
     width = padded_length(case.k) if case.transposed else case.n
     shape = (splits,) * (splits > 1) + (len(items[0]) * tile_m if items else len(padded), width)
     out = np.full(shape, np.nan, np.float32 if splits > 1 else np.dtype(case.dtype))
@@ -114,10 +129,10 @@ def _rows(case: Case, random: np.random.Generator) -> np.ndarray:
     return random.normal(size=(case.rows, case.n if case.transposed else case.k)).astype(np.dtype(case.dtype))
 
 
-def _padded(x: np.ndarray, case: Case) -> np.ndarray:
-    """As mosaic_gpu.py pads and orders them."""
+def _padded(x: np.ndarray, case: Case, rows: int) -> np.ndarray:
+    """As mosaic_gpu.py pads and orders them: a multiple of `rows`."""
     missing = max(0, LEAST_COLUMNS - case.n) if case.transposed else -case.k % COLUMN_MULTIPLE
-    padded = np.pad(x, ((0, -case.rows % ROW_MULTIPLE), (0, missing)))
+    padded = np.pad(x, ((0, -case.rows % rows), (0, missing)))
     return np.array(in_order_of_bytes(padded)) if case.integers else padded
 
 

@@ -1,9 +1,10 @@
-"""Compiles cases for an H200 and keeps what the compiler leaves; a process of its own, told by lines of JSON.
+"""Compiles cases for their GPUs and keeps what the compiler leaves; a process of its own, told by lines of JSON.
 
 The compiler is told by the environment where to leave its PTX and host code, before jax is imported, and one that
 aborts takes its process along.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,21 +12,39 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import aot
 from benchmarks.gpu_lab import sass
 from benchmarks.gpu_lab.cases import Case
+from pallas_kernels.int4_matmul.gpu_chips import AMPERE, gpu_named, refusal_of_jax
 
-DEVICE = "h200"
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def missing(device: str) -> str | None:
+    """Why this machine cannot compile the kernels of a device, or None."""
+    reason = None if gpu_named(aot.DEVICE_KINDS[device], AMPERE) is None else refusal_of_jax()
+    return aot.missing(device) or (reason and f"the kernel of {device} {reason}")
 
 
 def compiled(cases: Iterable[Case], folder: Path) -> Iterator[dict[str, Any]]:
     """A row for each case: its plan, "ptx", "host" (texts), "registers"; or "error"."""
-    environment = aot.environment(DEVICE) | {
+    with contextlib.ExitStack() as stack:
+        workers: dict[str, Callable[[Case], dict[str, Any]]] = {}
+        for case in cases:
+            if case.device not in workers:
+                workers[case.device] = stack.enter_context(_worker(case.device, folder / case.device))
+            yield workers[case.device](case)
+
+
+@contextlib.contextmanager
+def _worker(device: str, folder: Path) -> Iterator[Callable[[Case], dict[str, Any]]]:
+    """A process for one GPU: Mosaic GPU keeps telling ptxas the first that it compiled for."""
+    folder.mkdir()
+    environment = aot.environment(device) | {
         "MOSAIC_GPU_DUMP_TO": str(folder),
         "MOSAIC_GPU_DUMP_PTX": "1",
         "MOSAIC_GPU_DUMP_HOST_LLVM": "1",
@@ -37,15 +56,19 @@ def compiled(cases: Iterable[Case], folder: Path) -> Iterator[dict[str, Any]]:
             [sys.executable, "-m", "benchmarks.gpu_lab.compiling"],
             env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
         )  # fmt: skip
-        assert worker.stdin is not None and worker.stdout is not None
+        asked, answers = worker.stdin, worker.stdout
+        assert asked is not None and answers is not None
+
+        def row_of(case: Case) -> dict[str, Any]:
+            print(json.dumps(dataclasses.asdict(case)), file=asked, flush=True)
+            line = answers.readline()
+            if not line:
+                log.seek(0)
+                raise RuntimeError(f"the compiler ended its process at {case}:\n{log.read()[-3000:]}")
+            return json.loads(line)
+
         try:
-            for case in cases:
-                print(json.dumps(dataclasses.asdict(case)), file=worker.stdin, flush=True)
-                line = worker.stdout.readline()
-                if not line:
-                    log.seek(0)
-                    raise RuntimeError(f"the compiler ended its process at {case}:\n{log.read()[-3000:]}")
-                yield json.loads(line)
+            yield row_of
         finally:
             worker.kill()
             worker.communicate()
@@ -55,20 +78,16 @@ def compile_case(case: Case, folder: Path) -> dict[str, Any]:
     """Compiles one case and reads what is left in `folder`."""
     import jax
 
-    from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan, choose_plan
-    from pallas_kernels.int4_matmul.gpu_chips import gpu_named
+    from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan
 
-    device = aot.compile_device(DEVICE)
-    kind = aot.DEVICE_KINDS[DEVICE]
-    gpu = gpu_named(kind)
-    assert gpu is not None
-    plan = GpuPlan(**case.plan) if case.plan else choose_plan(case.problem, gpu)
+    gpu = case.gpu
+    plan = GpuPlan(**case.plan) if case.plan else case.model.choose_plan(case.problem, gpu)
     for old in folder.iterdir():
         old.unlink()
     same = _kernel_of(case, plan)
     start = time.perf_counter()
-    with _traced_for(kind, gpu.cores):
-        sharding = jax.sharding.SingleDeviceSharding(device)
+    with aot.traced_for_gpu(case.device, gpu.cores):
+        sharding = jax.sharding.SingleDeviceSharding(aot.compile_device(case.device))
         placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in _arguments(case)]
         program = jax.jit(lambda x, *w: _product(case, plan, gpu, x, w)).trace(*placed)
         program.lower(lowering_platforms=("cuda",)).compile()
@@ -88,14 +107,6 @@ def _kernel_of(case: Case, plan: Any) -> Any:
     rows = case.rows if case.experts else -(-case.rows // ROW_MULTIPLE)
     depth = -(-case.k // COLUMN_MULTIPLE)
     return dataclasses.replace(case, rows=rows, k=depth, plan=None, group_size=case.group), case.groups, plan
-
-
-def _traced_for(kind: str, cores: int) -> Any:
-    import jax
-
-    described = jax.sharding.AbstractDevice(kind, cores, "gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("chip",), (jax.sharding.AxisType.Auto,), abstract_device=described)
-    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def _arguments(case: Case) -> list[Any]:
@@ -118,7 +129,9 @@ def _arguments(case: Case) -> list[Any]:
 def _product(case: Case, plan: Any, gpu: Any, x: Any, w: Any) -> Any:
     from pallas_kernels.grouped_int4_matmul.mosaic_gpu import grouped_int4_matmul_mosaic_gpu
     from pallas_kernels.grouped_int4_matmul.mosaic_gpu_transposed import grouped_int4_matmul_mosaic_gpu_transposed
+    from pallas_kernels.int4_matmul import gpu_blocks_mma
     from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu
+    from pallas_kernels.int4_matmul.mosaic_gpu_mma import int4_matmul_mosaic_gpu_mma
     from pallas_kernels.int4_matmul.mosaic_gpu_transposed import int4_matmul_mosaic_gpu_transposed
     from pallas_kernels.int4_matmul.spec import HOPPER, PackedSpec
     from pallas_kernels.int4_matmul.tiles import Packed
@@ -132,6 +145,8 @@ def _product(case: Case, plan: Any, gpu: Any, x: Any, w: Any) -> Any:
         return grouped_int4_matmul_mosaic_gpu(x, Packed(*w), sizes, spec, integers=case.integers, **asked)
     if case.transposed:
         return int4_matmul_mosaic_gpu_transposed(x, Packed(*w), spec, **asked)
+    if case.model is gpu_blocks_mma:
+        return int4_matmul_mosaic_gpu_mma(x, Packed(*w), spec, **asked)
     return int4_matmul_mosaic_gpu(x, Packed(*w), spec, integers=case.integers, **asked)
 
 

@@ -1,13 +1,14 @@
-"""One block of a Hopper kernel, on a CPU: its PTX, instruction by instruction, its copies and its tensor cores.
+"""One block of a kernel, on a CPU: its PTX, instruction by instruction, its copies and its tensor cores.
 
 What is emulated as the PTX ISA tells it: registers of 128 threads at a time, shared memory with the copy engine's
-swizzles, tiled copies with zeros beyond the ends, mbarriers with their transaction bytes, named barriers, and wgmma
-with its fragments and descriptors. What is asynchronous on the chip is so here, and in an order drawn at random: copies
-happen some time after they were asked for, products at the last moment that the program allows. Shared memory
-begins as NaNs. So a program that does not wait for what it reads, or gives away what is still being read, computes
-something else.
+swizzles, tiled copies with zeros beyond the ends, mbarriers with their transaction bytes, named barriers, wgmma with
+its fragments and descriptors, cp.async with its groups, and mma. What is asynchronous on the chip is so here, and in an
+order drawn at random: copies happen some time after they were asked for, products of wgmma at the last moment that the
+program allows. Shared memory begins as NaNs. So a program that does not wait for what it reads, or gives away what is
+still being read, computes something else.
 
-Not emulated: time, the memory model's fences, and clusters. Threads of a warpgroup must take the same branches.
+Not emulated: time, the memory model's fences, and clusters. Threads of a warpgroup must take the same branches, and run
+in step: whether the warps of a block of one warpgroup wait for each other is for races.py to say.
 """
 
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from benchmarks.gpu_lab.memory import (
     elements,
 )
 from benchmarks.gpu_lab.ptx import Program
+from benchmarks.gpu_lab.races import NoRaces, Races
 from benchmarks.gpu_lab.warpgroup import Warpgroup
 
 
@@ -57,6 +59,7 @@ class Block:
         self.mbarriers: dict[int, MBarrier] = {}
         self.barriers: dict[int, set[int]] = {}
         self.copies: list[Copy] = []
+        self.races = Races(len(self.shared)) if launch.threads == THREADS else NoRaces()
         self.warpgroups = [Warpgroup(self, i) for i in range(launch.threads // THREADS)]
         self.registers = [registers_at_launch(launch.threads)] * len(self.warpgroups)  # of a thread
         self.register_pool = sum(self.registers)
@@ -101,6 +104,11 @@ class Block:
         if address < ARRAY_BASE:
             return self.shared, address
         return self.memory[address // ARRAY_BASE - 1], address % ARRAY_BASE
+
+    def copy_bytes(self, source: np.ndarray, to: np.ndarray, size: int) -> None:
+        """cp.async: `size` bytes of each thread, from global to shared memory."""
+        for one, other in zip(source, to, strict=True):
+            self.load(int(other), size)[:] = self.load(int(one), size)
 
     def copy_in(self, box: TensorMap, at: Sequence[int], shared: int, barrier: MBarrier) -> None:
         size = self.itemsizes[box.array]

@@ -8,6 +8,7 @@ import numpy as np
 from benchmarks.gpu_lab.host_code import TensorMap
 
 THREADS = 128
+NO_GROUP = 1 << 30
 REGISTERS = 65536  # of a core
 SHARED_BASE = 1024  # where shared memory begins: swizzles count from multiples of 1024
 ARRAY_BASE = 1 << 40  # argument i of the kernel lies at (i + 1) * ARRAY_BASE
@@ -40,11 +41,12 @@ class MBarrier:
 
 @dataclasses.dataclass
 class Copy:
-    """A tiled copy that was asked for: what to do, and who asked."""
+    """A copy that was asked for: what to do, and who asked; of cp.async, in what group of theirs."""
 
     run: Callable[[], None]
     warpgroup: int
     is_store: bool
+    group: int = NO_GROUP
 
 
 def swizzled(address: np.ndarray, span: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the Hopper kernel is compared with, on the same shapes: XLA's forms, and torch's kernels where torch has a GPU.
+"""What the GPU kernels are compared with, on the same shapes: XLA's forms, and torch's kernels where torch has a GPU.
 
 Each is a function (case, repeats) -> seconds of one product, or raises Unavailable with the reason.
 """

@@ -7,7 +7,10 @@ from benchmarks.gpu_lab.cases import Case
 
 
 def small_cases() -> list[Case]:
-    return [*dense_cases(), *grouped_cases(), *wide_cases(), *integer_cases(), *transposed_cases()]
+    return [
+        *dense_cases(), *grouped_cases(), *wide_cases(), *integer_cases(), *transposed_cases(), *mma_cases("a100"),
+        *mma_cases("l40s"),
+    ]  # fmt: skip
 
 
 def dense_cases() -> list[Case]:
@@ -26,7 +29,7 @@ def dense_cases() -> list[Case]:
     halves = [
         Case(9, 256, 128, group, True, "float16", scales) for group in (32, 128) for scales in ("float16", "float32")
     ]
-    return [*chosen, *planned, *halves]
+    return [*chosen, *planned, *halves, Case(20, 768, 128, 384, True)]
 
 
 def grouped_cases() -> list[Case]:
@@ -82,3 +85,35 @@ def transposed_cases() -> list[Case]:
         Case(40, 256, 192, 64, True, experts=4, transposed=True),
         Case(24, 200, 320, 128, plan=split | {"tile_m": 8}, experts=3, transposed=True),
     ]
+
+
+def mma_cases(device: str) -> list[Case]:
+    """The products of Ampere and Ada: every block of gpu_blocks_mma.py, and those that are chosen."""
+    sizes = [(1, 300, 64), (1, 512, 320), (20, 300, 320), (70, 512, 128)]
+    chosen = itertools.product(sizes, (32, 64, 128, 0), (False, True))
+    wide = itertools.product((32, 128, 0), (False, True), ("bfloat16", "float16"))
+    halves = itertools.product((32, 128), ("float16", "float32"))
+    blocks: list[tuple[str, int, int, int]] = [  # form, rows, strips, depth
+        *(("sums", rows, strips, 256) for rows in (8, 16) for strips in (1, 2)),
+        *(("sums", 32, 2, 128), ("sums", 64, 1, 128), ("weights", 16, 2, 256), ("weights", 64, 2, 128)),
+        *(("weights", 128, 1, 128), ("column", 64, 2, 128), ("column", 128, 1, 128)),
+    ]
+    return [
+        *(Case(*size, group, zeros, device=device) for size, group, zeros in chosen),
+        *(Case(20, 300, 128, group, zeros, dtype, bits=8, device=device) for group, zeros, dtype in wide),
+        *(Case(9, 256, 128, group, True, "float16", scales, device=device) for group, scales in halves),
+        *(
+            Case(40, 512, 128, _group_of(form), True, plan=mma_plan(form, *block), device=device)
+            for form, *block in blocks
+        ),
+        Case(20, 768, 128, 384, True, device=device),
+        Case(20, 768, 128, 128, True, plan=mma_plan("sums", 16, 2, 128) | {"splits": 3}, device=device),
+    ]
+
+
+def _group_of(form: str) -> int:
+    return 0 if form == "column" else 128
+
+
+def mma_plan(form: str, tile_m: int, strips: int, tile_k: int) -> dict[str, Any]:
+    return {"form": form, "tile_m": tile_m, "warpgroups": 1, "tile_k": tile_k, "stages": 2, "strips": strips}

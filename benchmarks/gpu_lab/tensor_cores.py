@@ -1,5 +1,6 @@
 """Which thread holds which element of wgmma's operands: PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16",
-and k32 for int8."""
+and k32 for int8; and of mma's, "Matrix Fragments for mma.m16n8k16": a warp's left operand and sums are as a warp's of
+wgmma, the right operand is in registers too."""
 
 from typing import Any
 
@@ -27,6 +28,15 @@ def left_fragments(registers: np.ndarray, kind: str) -> np.ndarray:
         for i in range(width):
             column = _COLUMN * width // 2 + i + 4 * width * (register // 2)
             matrix[_ROW + 8 * (register % 2), column] = held[:, register, i].astype(np.float64)
+    return matrix
+
+
+def right_fragments(registers: np.ndarray, kind: str) -> np.ndarray:
+    """f64[warps, 16, 8] of mma's two registers u32[128, 2]."""
+    held = np.ascontiguousarray(registers).view(element_type(kind)).reshape(THREADS, 2, 2).astype(np.float64)
+    matrix = np.empty((THREADS // 32, 16, 8))
+    for register, half in np.ndindex(2, 2):
+        matrix[_THREAD // 32, _COLUMN + 8 * register + half, _THREAD % 32 // 4] = held[:, register, half]
     return matrix
 
 

@@ -11,7 +11,13 @@ from benchmarks.gpu_lab.alu import OPERATIONS, WIDTHS, bits_type
 from benchmarks.gpu_lab.host_code import TensorMap
 from benchmarks.gpu_lab.memory import SHARED_BASE, THREADS, Copy, MBarrier, WrongProgramError, swizzled
 from benchmarks.gpu_lab.ptx import Instruction
-from benchmarks.gpu_lab.tensor_cores import element_type, left_fragments, registers_of, sums_of
+from benchmarks.gpu_lab.tensor_cores import (
+    element_type,
+    left_fragments,
+    registers_of,
+    right_fragments,
+    sums_of,
+)
 
 _SPANS = {1: 128, 2: 64, 3: 32}  # bytes of a swizzled row, by a descriptor's mode
 
@@ -25,7 +31,9 @@ class Warpgroup:
         self.registers: dict[str, np.ndarray] = {}
         self.waits_at: int | None = None  # a named barrier that it has arrived at
         self.products: list[list[Callable[[], None]]] = [[]]  # of wgmma: committed groups, then the one being filled
+        self.copy_group = 0  # of cp.async: the one being filled
         thread = np.arange(THREADS, dtype=np.uint32) + np.uint32(THREADS * index)
+        self.warps = np.arange(THREADS) // 32 + THREADS // 32 * index
         self.special = {
             "%tid.x": thread,
             **{f"%ctaid.{axis}": self._all(i) for axis, i in zip("xyz", block.index, strict=True)},
@@ -48,7 +56,13 @@ class Warpgroup:
             return others + int(instruction.operands[0]) <= self.block.register_pool
         if instruction.name.startswith("cp.async.bulk.wait_group"):
             return not any(copy.is_store and copy.warpgroup == self.index for copy in self.block.copies)
+        if instruction.name == "cp.async.wait_group":
+            return not any(copy.group < self._awaited(instruction) for copy in self.block.copies)
         return True
+
+    def _awaited(self, instruction: Instruction) -> int:
+        """Groups of cp.async before this one are to be done."""
+        return self.copy_group - int(instruction.operands[0])
 
     def go_on(self) -> None:
         """Runs until something must be waited for."""
@@ -149,6 +163,7 @@ class Warpgroup:
             for index in arrived:
                 self.block.warpgroups[index].waits_at = None
             arrived.clear()
+            self.block.races.barrier()
 
     def _nothing(self, instruction: Instruction, words: Sequence[str], active: np.ndarray) -> None:
         """Fences and hints."""
@@ -164,6 +179,7 @@ class Warpgroup:
     def do_ld(self, instruction: Instruction, words: Sequence[str], active: np.ndarray) -> None:
         kind, names = words[-1], _listed(instruction.operands[0])
         size, addresses = WIDTHS[kind] // 8, self.address(instruction.operands[1])
+        self.block.races.read(addresses[active], size * len(names), self.warps[active])
         whole = np.stack([self.block.load(int(address), size * len(names)) for address in addresses])
         for i, name in enumerate(names):
             value = np.ascontiguousarray(whole[:, i * size : (i + 1) * size]).view(bits_type(kind))[:, 0]
@@ -173,6 +189,7 @@ class Warpgroup:
         kind, names = words[-1], _listed(instruction.operands[1])
         size, addresses = WIDTHS[kind] // 8, self.address(instruction.operands[0])
         values = np.stack([self.value(name, kind).astype(bits_type(kind)) for name in names], -1)
+        self.block.races.write(addresses[active], size * len(names), self.warps[active])
         for thread in np.flatnonzero(active):
             self.block.load(int(addresses[thread]), size * len(names))[:] = values[thread].view(np.uint8)
 
@@ -180,6 +197,7 @@ class Warpgroup:
         names = _listed(instruction.operands[0])
         places = self._matrices(instruction.operands[1], len(names), "trans" in words)
         for name, place in zip(names, places, strict=True):
+            self.block.races.read(place.reshape(-1), 2, np.repeat(self.warps, 2))
             halves = np.concatenate([self.block.load(int(address), 2) for address in place.reshape(-1)])
             self.assign(name, halves.view(np.uint32), active)
 
@@ -187,6 +205,7 @@ class Warpgroup:
         names = _listed(instruction.operands[1])
         places = self._matrices(instruction.operands[0], len(names), "trans" in words)
         for name, place in zip(names, places, strict=True):
+            self.block.races.write(place.reshape(-1), 2, np.repeat(self.warps, 2))
             halves = np.ascontiguousarray(self.value(name, "b32")).view(np.uint8).reshape(-1, 2)
             for address, half in zip(place.reshape(-1), halves, strict=True):
                 self.block.load(int(address), 2)[:] = half
@@ -220,7 +239,10 @@ class Warpgroup:
             barrier.arrive(threads)
 
     def do_cp(self, instruction: Instruction, words: Sequence[str], active: np.ndarray) -> None:
-        """cp.async.bulk.tensor in both directions; the groups of stores are waited for in `is_ready`."""
+        """cp.async of every thread, and cp.async.bulk.tensor in both directions; `is_ready` waits for their groups."""
+        if "bulk" not in words:
+            self._copy_by_threads(instruction, words, active)
+            return
         if "tensor" not in words or not active.any():
             return
         if active.sum() != 1:
@@ -237,6 +259,21 @@ class Warpgroup:
             run = functools.partial(self.block.copy_in, box, at, address, barrier)
         self.block.copies.append(Copy(run, self.index, is_store))
 
+    def _copy_by_threads(self, instruction: Instruction, words: Sequence[str], active: np.ndarray) -> None:
+        """Of a warp at a time; what a warp has waited for, others may read after a barrier."""
+        if words[-1] == "commit_group":
+            self.copy_group += 1
+        elif words[-1] == "wait_group":
+            self.block.races.settle(self._awaited(instruction))
+        else:
+            to, source = (self.address(operand) for operand in instruction.operands[:2])
+            size = int(instruction.operands[2])
+            self.block.races.write(to[active], size, self.warps[active], group=self.copy_group)
+            for warp in np.unique(self.warps[active]):
+                own = active & (self.warps == warp)
+                run = functools.partial(self.block.copy_bytes, source[own], to[own], size)
+                self.block.copies.append(Copy(run, self.index, False, self.copy_group))
+
     def _tile(self, operand: str, thread: int) -> tuple[TensorMap, list[int]]:
         """ "[map, {i, j, ...}]": the map and the signed coordinates, the contiguous axis first."""
         match = re.match(r"\[\s*([^,]+),\s*(\{.*\})\s*\]", operand)
@@ -245,6 +282,19 @@ class Warpgroup:
         return self.block.tensor_map(int(self.value(match[1], "b64")[thread])), [int(one) for one in coordinates]
 
     # --- tensor cores --------------------------------------------------------------------------------------------
+
+    def do_mma(self, instruction: Instruction, words: Sequence[str], active: np.ndarray) -> None:
+        """mma.sync m16n8k16 of each warp, in f32."""
+        shape, kinds = words[2], words[-4:]
+        assert (shape, kinds[0], kinds[3]) == ("m16n8k16", "f32", "f32") and active.all(), instruction
+        left, right, before = (
+            np.stack([self.value(name, "b32") for name in _listed(operand)], -1) for operand in instruction.operands[1:]
+        )
+        a = left_fragments(left, kinds[1]).reshape(-1, 16, 16)
+        products = (a @ right_fragments(right, kinds[2])).reshape(-1, 8)
+        total = (sums_of(before.view(np.float32)) + products).astype(np.float32)
+        for i, name in enumerate(_listed(instruction.operands[0])):
+            self.assign(name, np.ascontiguousarray(registers_of(total)[:, i]).view(np.uint32), active)
 
     def do_wgmma(self, instruction: Instruction, words: Sequence[str], active: np.ndarray) -> None:
         if words[0] == "mma_async":

@@ -21,7 +21,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from pallas_kernels.int4_matmul.gpu_chips import LANES, MACS, Gpu
+from pallas_kernels.int4_matmul.gpu_chips import LANES, Gpu
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
 
 
@@ -147,7 +147,7 @@ def modelled_seconds(problem: GpuProblem, plan: GpuPlan, gpu: Gpu) -> float:
     w_bytes = weights * (problem.bits / 8 + problem.scale_bytes / min(problem.group_size, problem.k))
     step = max(
         instructions * weights / (LANES * gpu.clock),
-        rows * weights * problem.x_bytes / (2 * MACS * TENSOR_SHARE * gpu.clock),
+        rows * weights * problem.x_bytes / (2 * gpu.macs * TENSOR_SHARE * gpu.clock),
         busy * w_bytes / gpu.bandwidth / max(1, row_blocks / problem.matrices / 2),
         busy * (w_bytes + x_bytes) / gpu.cache_bandwidth,
     )
@@ -178,6 +178,12 @@ def shared_bytes(problem: GpuProblem, plan: GpuPlan) -> int:
     return plan.stages * (x + codes + scales) + staged + dense + 2048
 
 
+def in_whole_groups(problem: GpuProblem, tile_k: int) -> bool:
+    """Whether a step has whole groups, or a group whole steps: groups of 384 rows have no steps of 256."""
+    more, fewer = max(problem.group_size, tile_k), min(problem.group_size, tile_k)
+    return problem.groups == 1 or more % fewer == 0
+
+
 def _spills(problem: GpuProblem, plan: GpuPlan) -> bool:
     """Found by compiling: two strips' totals and sums of 64 rows, with two groups' scales and zero points at a time.
 
@@ -198,6 +204,8 @@ def _plans(problem: GpuProblem, gpu: Gpu) -> Iterator[GpuPlan]:
         for tile_k, (warpgroups, strips) in itertools.product(depths, shapes):
             plan = GpuPlan(form_of(problem), tile_m, warpgroups, tile_k, MOST_STAGES, splits, strips)
             if (splits > 1 and 2 * splits * tile_k > problem.k) or _spills(problem, plan):
+                continue
+            if not problem.transposed and not in_whole_groups(problem, tile_k):
                 continue
             while plan.stages > LEAST_STAGES and shared_bytes(problem, plan) > gpu.shared_memory:
                 plan = dataclasses.replace(plan, stages=plan.stages - 1)

@@ -15,7 +15,8 @@ and the codes of its registers are where one shift and one mask find both codes 
 
 The words of all four steps of a tile (8 bits: of two and two) are neighbours in memory: loads of 16 bytes without bank
 conflicts, no shuffle between threads, no permutation of x, and a strip of 64 columns that is read from end to end.
-Marlin (Frantar et al., 2024) orders its weights so for the older mma instruction; Machete (vLLM, 2024) for wgmma.
+Marlin (Frantar et al., 2024) orders its weights so for the older mma instruction; Machete (vLLM, 2024) for wgmma. Both
+want the same here: mma (m16n8k16) takes of one warp the registers above, of its 16 columns.
 
 Codes are unsigned. Rows from K up to the next multiple of 128 hold the level zero of symmetric weights; x is zero
 there. 64 must divide N.

@@ -19,6 +19,7 @@ float32 x is the sum of two bf16 terms (three for Precision.HIGHEST), which are 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,21 +45,24 @@ COLUMN_MULTIPLE = 128  # of x, two tiles at least: of one, its place would not b
 
 def refusal(spec: PackedSpec) -> str | None:
     """Why the kernel does not take a weight, or is not for the device that is traced for, or None."""
-    if spec.layout != LAYOUT:
-        return f"mosaic_gpu reads the hopper layout, not the {spec.layout} one (jq4.prepare(..., layout='hopper'))"
-    if reason := layout_refusal(spec):
-        return reason
-    reason = refusal_of_device(traced_kind())
+    reason = refusal_of_spec(spec) or refusal_of_device(traced_kind())
     return reason and f"mosaic_gpu {reason}"
+
+
+def refusal_of_spec(spec: PackedSpec) -> str | None:
+    """Why kernels of the hopper layout do not take a weight, or None."""
+    if spec.layout != LAYOUT:
+        return f"reads the hopper layout, not the {spec.layout} one (jq4.prepare(..., layout='hopper'))"
+    return layout_refusal(spec)
 
 
 def layout_refusal(spec: PackedSpec) -> str | None:
     """Why a weight has no hopper layout, or None."""
     if spec.bits not in (4, 8) or spec.levels is not None:
         kind = "codebooks" if spec.levels else "integers"
-        return f"mosaic_gpu reads integers of 4 and 8 bits, not {spec.bits}-bit {kind}"
+        return f"reads integers of 4 and 8 bits, not {spec.bits}-bit {kind}"
     if spec.num_groups > 1 and spec.group_size not in GROUPS and spec.group_size % GROUPS[-1]:
-        return f"mosaic_gpu reads groups of {GROUPS} rows and multiples of the last, not of {spec.group_size}"
+        return f"reads groups of {GROUPS} rows and multiples of the last, not of {spec.group_size}"
     return None
 
 
@@ -95,13 +99,24 @@ def int4_matmul_mosaic_gpu(
       plan: None is chosen for the GPU and the sizes.
     """
     terms = terms_of(x, precision, integers)  # [T, M, K]
-    count, m, k = terms.shape
+    count, m, _ = terms.shape
     if count * m > MOST_ROWS and plan is None:
         return int4_matmul_xla(x, *rows_of(w, spec), platform=platform, precision=precision)
     dtype = result_dtype(dtype, count)
-    rows = in_integers(terms.reshape(count * m, k), w, spec) if integers else terms.reshape(count * m, k)
-    plan = plan or plan_of(rows, w, spec, dtype, gpu)
-    out = product(rows, w, spec, plan, dtype)[: m * count]
+
+    def multiply(rows: jax.Array) -> jax.Array:
+        rows = in_integers(rows, w, spec) if integers else rows
+        return product(rows, w, spec, plan or plan_of(rows, w, spec, dtype, gpu), dtype)
+
+    return of_terms(terms, multiply, x, w, spec)
+
+
+def of_terms(
+    terms: jax.Array, multiply: Callable[[jax.Array], jax.Array], x: jax.Array, w: Packed, spec: PackedSpec
+) -> jax.Array:
+    """[M, N] of x, which is the sum of terms [T, M, K], by `multiply` of all their rows; what offsets add is added."""
+    count, m, k = terms.shape
+    out = multiply(terms.reshape(count * m, k))[: m * count]
     out = out if count == 1 else jnp.sum(out.reshape(count, m, -1), 0)
     if w.offset is None:
         return out

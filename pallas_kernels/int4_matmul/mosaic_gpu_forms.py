@@ -86,8 +86,8 @@ def chain_step(shape: Shape, plan: GpuPlan, x: Any, codes: Sequence[Any], rows_o
     convert = _operand_of(shape, per_tile if scales_weights else 0, per_tile if shape.zero_points else 0)
     for tile in range(tiles):
         for strip, rows in enumerate(rows_of):
-            scales = [one.astype(shape.dtype) for one in _of_tile(rows.scale, tile, tiles)] if scales_weights else []
-            zeros = [_zero_of(shape, one) for one in _of_tile(rows.zero_point or [], tile, tiles)]
+            scales = [one.astype(shape.dtype) for one in of_tile(rows.scale, tile, tiles)] if scales_weights else []
+            zeros = [_zero_of(shape, one) for one in of_tile(rows.zero_point or [], tile, tiles)]
             _multiply(shape, convert, x, codes[strip], tile, [*scales, *zeros], totals[strip])
     plgpu.wgmma_wait(0)
     return totals
@@ -115,7 +115,7 @@ def _multiply(shape: Shape, convert: Any, x: Any, codes: Any, tile: int, parts: 
     plgpu.wgmma(total, weights, x.at[:, pl.ds(tile * TILE_K, TILE_K)].T)
 
 
-def _of_tile(rows: list[Any], tile: int, tiles: int) -> list[Any]:
+def of_tile(rows: list[Any], tile: int, tiles: int) -> list[Any]:
     """Those of a tile's groups; one where a group is longer than a tile."""
     first = tile * len(rows) // tiles
     return rows[first : first + max(1, len(rows) // tiles)]

@@ -16,9 +16,8 @@ Codes of 8 bits fit f16 likewise. The mantissa of bf16 has seven bits; the eight
 a second lop3 instead of the conversion to f32 and back that is usual: 1.75 instructions each. Zero points there are
 z - 128 in bf16, which is exact, and one more subtraction.
 
-In Mosaic's words: a thread's registers for a tile [64, 64] in the layout WGMMA are an array of pairs whose axis 1
-counts steps of 8 along K and whose axis 4 tells the rows 16 w + g from 16 w + g + 8; those of one value a row have an
-axis for the two rows alone.
+A thread's registers for a tile [64, 64] are sixteen pairs, register h + 2 j of step s at 4 s + 2 j + h in the order of
+Mosaic's array of them; those of one value a row are two, for the rows 16 w + g and 16 w + g + 8.
 """
 
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
 
 BIAS = {jnp.dtype(jnp.bfloat16): 0x4300, jnp.dtype(jnp.float16): 0x6400}  # 128 and 1024: the bits above a code's
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value for each of the 64 rows of a tile
+REGISTERS = 16  # of a thread, for a tile
 AND_XOR, AND_OR = 0x6A, 0xEA  # of lop3: (a & b) ^ c, (a & b) | c
 
 
@@ -48,31 +48,38 @@ def words_layout(bits: int) -> Any:
     return plgpu.Layout.WG_STRIDED(words_shape(bits), vec_size=4)
 
 
-def floats_of(dtype: Any, bits: int, scales: int, zero_points: int) -> Callable[..., jax.Array]:
-    """A function in a kernel: words i32[bits / 2, 256], scales, zero points [64] -> dtype[64, 64], transposed.
+def floats_of(
+    dtype: Any, bits: int, scales: int, zero_points: int, *, words_in: Any = None, result_in: Any = plgpu.Layout.WGMMA
+) -> Callable[..., jax.Array]:
+    """A function in a kernel: words, scales, zero points [64] -> dtype[64, 64], transposed.
 
     Args:
       dtype: bfloat16 or float16, of the result.
       bits: 4 or 8, of a code.
       scales: how many scales (of `dtype`) follow, for equal parts of the tile's rows; 0 leaves levels.
       zero_points: how many zero points (see `zero_points_of`) follow the scales, likewise; 0 is a symmetric weight.
+      words_in: the layout of the words, in which a thread holds its own; None is that of i32[bits / 2, 256].
+      result_in: the layout of the result, whose registers are those of wgmma's left operand, in their order.
     """
     dtype = jnp.dtype(dtype)
-    result = plgpu.ShapeDtypeStruct((STRIP, TILE_K), dtype, layout=plgpu.Layout.WGMMA)
     pair_of = _centered_pair if _is_wide(dtype, bits) else _biased_pair
 
-    @plgpu.inline_mgpu(arg_types=(words_layout(bits), *[ROW] * (scales + zero_points)), return_type=result)
+    @plgpu.inline_mgpu(
+        arg_types=(words_in or words_layout(bits), *[ROW] * (scales + zero_points)),
+        return_type=plgpu.ShapeDtypeStruct((STRIP, TILE_K), dtype, layout=result_in),
+    )
     def convert(ctx: Any, words: Any, *rows: Any) -> Any:
         del ctx
         scale, zero = [[_by_half(part) for part in some] for some in (rows[:scales], rows[scales:])]
-        registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((STRIP, TILE_K)), dtype=object)
-        shifted = shifted_words(words, bits)
-        for index in np.ndindex(registers.shape):
-            (step, j), h = divmod(index[1], 2), index[4]
+        layout = result_in.to_mgpu()
+        registers = np.empty(REGISTERS, dtype=object)
+        for at, shifted in enumerate(shifted_words(words, bits)):
+            step, h = at // 4, at % 2
             below = zero[step * len(zero) // 4][h] if zero else None
-            pair = pair_of(shifted[4 * step + h + 2 * j], below, dtype, bits)
-            registers[index] = arith.mulf(pair, _twice(scale[step * len(scale) // 4][h])) if scale else pair
-        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+            pair = pair_of(shifted, below, dtype, bits)
+            registers[at] = arith.mulf(pair, _twice(scale[step * len(scale) // 4][h])) if scale else pair
+        shape = layout.registers_shape((STRIP, TILE_K))
+        return mgpu.FragmentedArray(_registers=registers.reshape(shape), _layout=layout, _is_signed=None)
 
     return convert
 

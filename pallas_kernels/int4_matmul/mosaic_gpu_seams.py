@@ -16,6 +16,21 @@ def load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
     return plgpu.load(ref, *whole, layout=layout, optimized=optimized)
 
 
+def mma(total: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """total + left @ right by mma.sync, in f32; JAX 0.10 has none."""
+    return plgpu.mma(total, left, right)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def left_layout(dtype: Any) -> Any:
+    """Of the left operand of `mma`."""
+    return plgpu.Layout.MMA_LHS(dtype)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def right_layout(dtype: Any) -> Any:
+    """Of the right operand of `mma`."""
+    return plgpu.Layout.MMA_RHS(dtype)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def store(ref: Any, value: jax.Array) -> None:
     """`ref[...] = value`; from JAX 0.12 on without reading what was there."""
     if _STORES:

@@ -7,6 +7,7 @@
                              Of 8 bits it is that or XLA's form, whichever is faster (tpu_int8.py)
     mosaic_gpu   gpu         mosaic_gpu.py: one Pallas kernel, for the hopper layout, which who asks gets, and its
                              transpose, mosaic_gpu_transposed.py
+    mosaic_gpu_mma   gpu     mosaic_gpu_mma.py: likewise, for Ampere and Ada GPUs, whose transpose is XLA's
 
 A backend is a function (x[M, K], Packed, spec, *, platform, precision, dtype) -> [M, N] in f32, or in the `dtype`
 that its caller will round to in any case, and a function that says why it cannot take a spec, or None. It may have a
@@ -25,6 +26,8 @@ import jax
 from pallas_kernels.int4_matmul.gpu_fragments import rows_of
 from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu
 from pallas_kernels.int4_matmul.mosaic_gpu import refusal as mosaic_gpu_refusal
+from pallas_kernels.int4_matmul.mosaic_gpu_mma import int4_matmul_mosaic_gpu_mma
+from pallas_kernels.int4_matmul.mosaic_gpu_mma import refusal as mosaic_gpu_mma_refusal
 from pallas_kernels.int4_matmul.mosaic_gpu_transposed import int4_matmul_mosaic_gpu_transposed
 from pallas_kernels.int4_matmul.reference import int4_matmul_reference
 from pallas_kernels.int4_matmul.spec import HOPPER, PackedSpec
@@ -102,9 +105,11 @@ BACKENDS: dict[str, Backend] = {
         integers=True,
         transposed=int4_matmul_mosaic_gpu_transposed,
     ),
+    "mosaic_gpu_mma": Backend(int4_matmul_mosaic_gpu_mma, ("gpu",), mosaic_gpu_mma_refusal, partitions=False),
 }
 
-PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("xla",), "tpu": ("tpu", "xla"), "gpu": ("mosaic_gpu", "xla")}
+OF_FRAGMENTS = ("mosaic_gpu", "mosaic_gpu_mma")  # what reads the hopper layout as it lies
+PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("xla",), "tpu": ("tpu", "xla"), "gpu": (*OF_FRAGMENTS, "xla")}
 
 
 def choose(implementation: Implementation, platform: str, spec: PackedSpec) -> str | None:
