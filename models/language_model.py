@@ -32,7 +32,7 @@ from models.decoder import Decoder
 from models.filling import params_of
 from models.generate import generate
 from models.hf import load_config
-from models.layer_runs import in_runs, runs_of
+from models.layer_runs import adapters_in_runs, in_runs, runs_of
 from models.tokenizer import Tokenizer
 
 # what travels with the weights, so that a saved folder is a model
@@ -121,8 +121,11 @@ class LanguageModel:
 
     def in_runs_of(self, other: "LanguageModel") -> "LanguageModel":
         """The same model with its layers cut where the other's are too, so that their params have the same paths."""
-        runs = runs_of(other.params)
-        return dataclasses.replace(self, params=in_runs(self.config, self.params, runs)) if runs else self
+        held, runs = runs_of(self.params), runs_of(other.params)
+        if not runs:
+            return self
+        adapters = self.adapters and adapters_in_runs(self.config, self.adapters, held, runs)
+        return dataclasses.replace(self, params=in_runs(self.config, self.params, runs), adapters=adapters)
 
     def save(self, folder: str | Path, *, recipe: Any = None, source: Any = None) -> None:
         """Writes a folder of jq4's own, packed leaves packed, whole or not at all. Arguments as jq4.save's."""
