@@ -47,7 +47,17 @@ def test_a_trained_folder_is_a_model(capsys, source, distilled):
     assert main(["inspect", out, "--json"]) == 0
     inspected = json.loads(capsys.readouterr().out)
     assert {leaf["format"] for leaf in inspected["leaves"] if leaf["packed"]} == {"int3"}
-    assert inspected["recipe"]["name"] == "rtn-w3g32-asym" and inspected["source"]["training"]["steps"] == 6
+    assert inspected["recipe"]["name"] == "rtn-w3g32-asym"
+    training = json.loads((Path(out) / "training" / "run.json").read_text())
+    told = inspected["source"]["training"]
+    assert told["steps"] == 6 and told["rate"] == 0.02 and told["held_out"] == {"share": 0.25, "rows": 16}
+    assert told == {name: training[name] for name in told}
+    asked = {"weights_first", "hidden", "top_k", "perturbed", "accumulate", "clip", "schedule", "remat", "dtype"}
+    assert asked < set(told)
+    assert main(["inspect", out]) == 0
+    shown = capsys.readouterr().out
+    for words in ("rtn-w3g32-asym", "trained by", "distill", "text.txt", "held out", "rate 0.02", "perturbed 0.6"):
+        assert words in shown
     assert distilled["bytes"] == inspected["bytes"] and distilled["went_dense"] == []
     assert main(["generate", out, "--prompt", "The quick", "--max-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("The quick")
@@ -133,9 +143,9 @@ def test_qlora_writes_adapters_that_are_run_beside_the_base(capsys, source, tmp_
     assert main(["generate", str(out), "--prompt", "The quick", "--max-tokens", "2"]) == 0
     assert main(["convert", str(out), str(tmp_path / "out.gguf"), "--to", "gguf", "--type", "q4_0"]) == 1
     assert "holds adapters, which a checkpoint of weights would leave out" in capsys.readouterr().err
-    assert main(["quantize", str(source), str(out), "--recipe", "rtn-w3g32"]) == 0
-    assert main(["generate", str(out), "--prompt", "The quick"]) == 1
-    assert "adapters of other weights" in capsys.readouterr().err
+    assert main(["quantize", str(source), str(out), "--recipe", "rtn-w3g32"]) == 1
+    assert f"{out}/adapters: adapters that were trained beside the weights in {out}" in capsys.readouterr().err
+    np.testing.assert_array_equal(LanguageModel.from_folder(out).logits(ids), wanted)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     """Merges and saves; what `jq4 merge --json` prints."""
     from jq4.cli import _terminal
+    from jq4.cli.drift import recipe_of
     from jq4.cli.quantize import check_destination, read_recipe
     from jq4.cli.training.run import remove_older
     from jq4.inventory import bytes_on_disk, inventory, totals
@@ -70,7 +71,9 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     stats = None if recipe is None else observed(model, recipe, arguments)
     params, report = merge_lora(model.params, model.adapters, recipe or DENSE, stats=stats)
     merged = dataclasses.replace(model, params=params, adapters=None)
-    merged.save(out, recipe=recipe, source=_models.origin(source) | {"merged": provenance_of(arguments)})
+    before = recipe_of(arguments.model)
+    about = _models.origin(source) | {"merged": provenance_of(arguments, [each.path for each in report])}
+    merged.save(out, recipe=merged_recipe(before, recipe, report), source=about)
     remove_older(out)
     held = totals(inventory(params))
     return {
@@ -132,7 +135,34 @@ def observed(model: Any, recipe: Any, arguments: argparse.Namespace) -> Any:
     return _models.observe_inputs(model, rows, arguments.batch_size, COLLECTABLE)
 
 
-def provenance_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the manifest says of the merging."""
+def merged_recipe(before: Any, recipe: Any, report: list[Any]) -> Any:
+    """The rules that all leaves of the result were packed by; None where nothing tells of any.
+
+    Those that had adapters are named one by one, by the rules that they were merged by; the model's own follow.
+    """
+    from jq4.recipe import Recipe
+    from jq4.rule import DENSE_BITS, Rule
+    from jq4.train.adapters.merge_lora import DENSE
+
+    if before is None and recipe is None:
+        return None
+    paths: dict[Rule, list[str]] = {}
+    for leaf in report:
+        index = None if leaf.format == DENSE else recipe.index_of_rule(leaf.path)
+        rule = Rule(("*",), num_bits=DENSE_BITS) if index is None else recipe.rules[index]
+        paths.setdefault(rule, []).append(leaf.path)
+    named = tuple(dataclasses.replace(rule, targets=tuple(each), ignore=()) for rule, each in paths.items())
+    if before is None:
+        return Recipe(named)
+    kept = tuple(dataclasses.replace(rule, ignore=(*rule.ignore, *before.ignore)) for rule in before.rules)
+    return dataclasses.replace(before, rules=(*named, *kept), ignore=(), name=None)
+
+
+def provenance_of(arguments: argparse.Namespace, paths: list[str]) -> dict[str, Any]:
+    """What the manifest says of the merging, and of how the model was made before."""
+    from jq4.checkpoint.orbax import read_manifest
+
     given = None if arguments.adapters is None else Path(arguments.adapters).resolve().name
-    return {"adapters": given or "the model's own", "to": arguments.recipe or "dense"}
+    told = {"adapters": given or "the model's own", "to": arguments.recipe or "dense", "leaves": paths}
+    into = read_manifest(arguments.model).source if _models.is_checkpoint(arguments.model) else None
+    return told if into is None else told | {"into": into}

@@ -190,7 +190,7 @@ def account(arguments: argparse.Namespace, recipe: Any, report: Any, watch: Any)
     from jq4.cli.inspect import leaves_of_manifest
     from jq4.inventory import bytes_on_disk, totals
 
-    held, _ = leaves_of_manifest(Path(arguments.destination))
+    held = leaves_of_manifest(Path(arguments.destination))
     return {
         "source": arguments.source,
         "destination": arguments.destination,
