@@ -50,7 +50,7 @@ def test_a_trained_folder_is_a_model(capsys, source, distilled):
     assert inspected["recipe"]["name"] == "rtn-w3g32-asym"
     training = json.loads((Path(out) / "training" / "run.json").read_text())
     told = inspected["source"]["training"]
-    assert told["steps"] == 6 and told["rate"] == 0.02 and told["held_out"] == {"share": 0.25, "rows": 16}
+    assert told["steps"] == 6 and told["rate"] == 0.02 and told["held_out"] == {"share": 0.25, "rows": 4}
     assert told == {name: training[name] for name in told}
     asked = {"weights_first", "hidden", "top_k", "perturbed", "accumulate", "clip", "schedule", "remat", "dtype"}
     assert asked < set(told)
