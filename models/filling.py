@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq4 import host_moves
+from jq4.checkpoint.deferred import Deferred
 from jq4.checkpoint.foreign import Checkpoint, LazyWeight
 from jq4.checkpoint.structure import nested
 from models.config import DecoderConfig
@@ -55,6 +56,12 @@ def params_of(where: str, checkpoint: Checkpoint, config: DecoderConfig, dtype: 
     """The decoder's params; dense leaves in the dtype of the file, or in `dtype`. Raises as `lazy_leaves`."""
     leaves = lazy_leaves(where, checkpoint, config, dtype)
     return nested({leaf.keys: jax.tree.map(jnp.asarray, leaf.read()) for leaf in leaves})
+
+
+def deferred_params_of(where: str, checkpoint: Checkpoint, config: DecoderConfig) -> dict[str, Any]:
+    """The same, each leaf read when it is written. Raises as `lazy_leaves`."""
+    leaves = lazy_leaves(where, checkpoint, config)
+    return nested({leaf.keys: Deferred(leaf.abstract, leaf.read) for leaf in leaves})
 
 
 def lazy_leaves(where: str, checkpoint: Checkpoint, config: DecoderConfig, dtype: Any = None) -> list[LazyLeaf]:

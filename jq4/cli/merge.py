@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,11 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     """Merges and saves; what `jq4 merge --json` prints."""
     from jq4.cli import _terminal
     from jq4.cli.drift import recipe_of
+    from jq4.cli.inspect import leaves_of_manifest
     from jq4.cli.quantize import check_destination, read_recipe
     from jq4.cli.training.run import remove_older
-    from jq4.inventory import bytes_on_disk, inventory, totals
-    from jq4.train import merge_lora
-    from jq4.train.adapters.merge_lora import DENSE
+    from jq4.inventory import bytes_on_disk, totals
+    from jq4.train.adapters.merge_lora import DENSE, Merging
 
     watch = _terminal.Stopwatch()
     source, out = Path(arguments.model), Path(arguments.out)
@@ -67,15 +68,15 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
         check_destination(Path(read), out)
     recipe = None if arguments.recipe is None else read_recipe(arguments.recipe)
     check_recipe(recipe, arguments.calibration)
-    model = with_given_adapters(_models.open_model(arguments.model), arguments)
-    stats = None if recipe is None else observed(model, recipe, arguments)
-    params, report = merge_lora(model.params, model.adapters, recipe or DENSE, stats=stats)
+    model = with_given_adapters(_models.unread_model(arguments.model), arguments)
+    stats = None if recipe is None else observed(recipe, arguments)
+    merging = Merging.of(shapes_of(model.params), model.adapters, recipe or DENSE, stats=stats)
+    about = _models.origin(source) | {"merged": provenance_of(arguments, list(merging.adapters))}
+    params, report = merged_when_written(model.params, merging)
     merged = dataclasses.replace(model, params=params, adapters=None)
-    before = recipe_of(arguments.model)
-    about = _models.origin(source) | {"merged": provenance_of(arguments, [each.path for each in report])}
-    merged.save(out, recipe=merged_recipe(before, recipe, report), source=about)
+    merged.save(out, recipe=merged_recipe(recipe_of(arguments.model), recipe, merging), source=about)
     remove_older(out)
-    held = totals(inventory(params))
+    held = totals(leaves_of_manifest(out))
     return {
         "model": arguments.model,
         "out": arguments.out,
@@ -124,33 +125,63 @@ def with_given_adapters(model: Any, arguments: argparse.Namespace) -> Any:
     return dataclasses.replace(model, adapters=found)
 
 
-def observed(model: Any, recipe: Any, arguments: argparse.Namespace) -> Any:
-    """Statistics of the inputs that the weights meet in the model with its adapters, where the recipe looks at them."""
+def shapes_of(params: Any) -> Any:
+    """Deferred params as shapes."""
+    import jax
+
+    return jax.tree.map(lambda leaf: leaf.abstract, params)
+
+
+def merged_when_written(params: Any, merging: Any) -> tuple[Any, list[Any]]:
+    """(deferred params with their adapters in them, what that lost of each leaf, filled in as they are made)."""
+    import jax
+
+    from jq4.paths import leaf_path
+
+    report: list[Any] = []
+
+    def change(path: str, leaf: Any) -> Any:
+        result, told = merging.merged(path, leaf)
+        report.append(told)
+        return result
+
+    def merged(keys: Any, leaf: Any) -> Any:
+        path = leaf_path(keys)
+        return leaf.then(functools.partial(change, path)) if path in merging.adapters else leaf
+
+    return jax.tree_util.tree_map_with_path(merged, params), report
+
+
+def observed(recipe: Any, arguments: argparse.Namespace) -> Any:
+    """Statistics of the inputs that the weights meet in the model with its adapters, where the recipe looks at them.
+
+    The one part of merging that holds the whole model.
+    """
     from jq4.cli import quantize
     from jq4.statistics import COLLECTABLE
 
     if not quantize.is_calibrated(arguments.calibration, recipe):
         return None
+    model = with_given_adapters(_models.open_model(arguments.model), arguments)
     rows = _calibration.read_rows(model.tokenizer, model.config, arguments.calibration, arguments).rows
     return _models.observe_inputs(model, rows, arguments.batch_size, COLLECTABLE)
 
 
-def merged_recipe(before: Any, recipe: Any, report: list[Any]) -> Any:
+def merged_recipe(before: Any, recipe: Any, merging: Any) -> Any:
     """The rules that all leaves of the result were packed by; None where nothing tells of any.
 
     Those that had adapters are named one by one, by the rules that they were merged by; the model's own follow.
     """
     from jq4.recipe import Recipe
     from jq4.rule import DENSE_BITS, Rule
-    from jq4.train.adapters.merge_lora import DENSE
 
     if before is None and recipe is None:
         return None
     paths: dict[Rule, list[str]] = {}
-    for leaf in report:
-        index = None if leaf.format == DENSE else recipe.index_of_rule(leaf.path)
-        rule = Rule(("*",), num_bits=DENSE_BITS) if index is None else recipe.rules[index]
-        paths.setdefault(rule, []).append(leaf.path)
+    for path in merging.adapters:
+        entry = merging.plan.get(path)
+        rule = Rule(("**",), num_bits=DENSE_BITS) if entry is None else entry.rule
+        paths.setdefault(rule, []).append(path)
     named = tuple(dataclasses.replace(rule, targets=tuple(each), ignore=()) for rule, each in paths.items())
     if before is None:
         return Recipe(named)
