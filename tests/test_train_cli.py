@@ -1,6 +1,7 @@
 """Oracles: jq4's own functions on the written model, a run that nobody stopped, the rounded function in training."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -82,7 +83,7 @@ def test_what_is_served_is_what_was_trained(source):
     narrow = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), model.params)
     model = LanguageModel(model.config, narrow, model.tokenizer, jnp.float32, model.files)
     recipe = jq4.Recipe.preset("rtn-w4g32-asym")
-    params, quantizers = begun(jq4.quantize(model.params, recipe), recipe)
+    params, quantizers = begun(jq4.quantize(model.params, recipe), model.params, recipe)
     params = jax.tree.map(lambda leaf: leaf * 1.01 + 0.003, params)  # not representable in bfloat16
     tokens = np.load(source / "ids.npy")
     packed = served(model, (params, quantizers), recipe)
@@ -91,6 +92,21 @@ def test_what_is_served_is_what_was_trained(source):
     np.testing.assert_allclose(packed.logits(tokens), trained, atol=2e-5)
     half = jax.jit(rounded_forward(model, recipe, "bfloat16", remat=False))((params, quantizers), tokens)
     assert 1e-4 < np.abs(half - trained).max() < 0.5 and half.dtype == jnp.float32
+
+
+def test_training_starts_at_the_codes_of_its_start_as_near_the_dense_weights_as_they_let(source):
+    model, recipe = LanguageModel.from_folder(source), jq4.Recipe.preset("rtn-w2g32-asym")
+    packed = jq4.quantize(jax.tree.map(lambda leaf: leaf * 1.2, model.params), recipe)  # other codes than its own
+    params, quantizers = begun(packed, model.params, recipe)
+    jax.tree.map(np.testing.assert_array_equal, served(model, (params, quantizers), recipe).params, packed)
+    path = ("layers", "mlp", "up_proj", "kernel")
+    dense, moved, start = (functools.reduce(dict.__getitem__, path, tree) for tree in (model.params, params, packed))
+    away, middle = np.abs(moved - dense), np.abs(start.dequantize() - dense)
+    assert (away <= middle + 1e-6).all() and 0 < away.mean() < 0.5 * middle.mean()
+    unmoved, ranges = begun(packed, model.params, recipe, at_codes=False)
+    kept = functools.reduce(dict.__getitem__, path, unmoved)
+    np.testing.assert_array_equal(kept, dense)
+    jax.tree.map(np.testing.assert_array_equal, ranges, quantizers)
 
 
 def test_interrupted_it_goes_on_to_the_same_losses(capsys, monkeypatch, source, distilled, tmp_path):

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jq4.checkpoint import arrays, atomic, structure
 from jq4.checkpoint.manifest import Manifest, ScalarInfo, arrays_of, assemble
+from jq4.checkpoint.reading import jax_holds
 from jq4.checkpoint.verification import check_listing, verify_files
 from jq4.checkpoint.zarr_slices import StoredArray
 
@@ -35,6 +37,11 @@ class Deferred:
     def then(self, change: Callable[[Any], Any]) -> "Deferred":
         """The same leaf, changed once it is made."""
         return Deferred(self.abstract, lambda: change(self.make()))
+
+
+def shapes_of(tree: Any) -> Any:
+    """The tree with what each Deferred reads in its place, as shapes."""
+    return jax.tree.map(lambda leaf: leaf.abstract if isinstance(leaf, Deferred) else leaf, tree)
 
 
 def stored_leaves(folder: Path, found: Manifest, verify: bool = True) -> dict[str, Any]:
@@ -61,6 +68,10 @@ def deferred_tree(folder: Path, found: Manifest) -> Any:
             return info.value
         leaf = leaves[info.path]
         shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), leaf)
-        return Deferred(shapes, lambda held=data: jax.tree.map(lambda array: array[...], leaf))
+        return Deferred(shapes, lambda held=data: jax.tree.map(_read, leaf))
 
     return structure.rebuild(found.tree, [deferred(info) for info in found.leaves])
+
+
+def _read(array: StoredArray) -> Any:
+    return jnp.asarray(array[...]) if jax_holds(array.info.dtype) else array[...]

@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     """Merges and saves; what `jq4 merge --json` prints."""
+    from jq4.checkpoint.deferred import shapes_of
     from jq4.cli import _terminal
     from jq4.cli.drift import recipe_of
     from jq4.cli.inspect import leaves_of_manifest
@@ -125,13 +126,6 @@ def with_given_adapters(model: Any, arguments: argparse.Namespace) -> Any:
     return dataclasses.replace(model, adapters=found)
 
 
-def shapes_of(params: Any) -> Any:
-    """Deferred params as shapes."""
-    import jax
-
-    return jax.tree.map(lambda leaf: leaf.abstract, params)
-
-
 def merged_when_written(params: Any, merging: Any) -> tuple[Any, list[Any]]:
     """(deferred params with their adapters in them, what that lost of each leaf, filled in as they are made)."""
     import jax
@@ -159,10 +153,11 @@ def observed(recipe: Any, arguments: argparse.Namespace) -> Any:
     """
     from jq4.cli import quantize
     from jq4.statistics import COLLECTABLE
+    from models.language_model import LanguageModel
 
     if not quantize.is_calibrated(arguments.calibration, recipe):
         return None
-    model = with_given_adapters(_models.open_model(arguments.model), arguments)
+    model = with_given_adapters(LanguageModel.from_folder(arguments.model), arguments)
     rows = _calibration.read_rows(model.tokenizer, model.config, arguments.calibration, arguments).rows
     return _models.observe_inputs(model, rows, arguments.batch_size, COLLECTABLE)
 
@@ -177,10 +172,9 @@ def merged_recipe(before: Any, recipe: Any, merging: Any) -> Any:
 
     if before is None and recipe is None:
         return None
-    paths: dict[Rule, list[str]] = {}
+    dense, paths = Rule(("**",), num_bits=DENSE_BITS), {}
     for path in merging.adapters:
-        entry = merging.plan.get(path)
-        rule = Rule(("**",), num_bits=DENSE_BITS) if entry is None else entry.rule
+        rule = merging.plan[path].rule if path in merging.plan else dense
         paths.setdefault(rule, []).append(path)
     named = tuple(dataclasses.replace(rule, targets=tuple(each), ignore=()) for rule, each in paths.items())
     if before is None:

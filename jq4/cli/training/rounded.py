@@ -63,7 +63,7 @@ def open_task(
         ),
         start=lambda folder, rows: started(arguments, recipe, model, folder, rows),
         fixed=lambda packed: teacher.weights if needs_teacher else {},
-        begin=lambda packed: begun(packed, recipe, model.params if arguments.stages else None),
+        begin=lambda packed: begun(packed, model.params, recipe, at_codes=not arguments.stages),
         served=lambda trained, packed: served(model, trained, recipe),
         before=lambda packed: dataclasses.replace(model, params=packed),
         batch_size=arguments.batch_size,
@@ -230,24 +230,24 @@ def _start_of(path: str, model: Any) -> Any:
     return start
 
 
-def begun(packed: Any, recipe: Any, dense: Any = None) -> Any:
-    """(params, quantizers) of a start, float32: every weight in the middle of what rounds to its code.
+def begun(packed: Any, dense: Any, recipe: Any, at_codes: bool = True) -> Any:
+    """(params, quantizers) of a start, float32: the dense weights, each moved to its code there (jq4.move_to_codes).
 
-    Moved no farther from the dense weights than their codes ask for (jq4.move_to_codes), they would lie at the edges,
-    and the first steps would undo what the start's method chose. A training that comes down from more bits begins at
-    the `dense` weights, of which the start gives the ranges alone.
+    A training that comes down from more bits begins at the dense weights themselves, of which the start gives the
+    ranges alone.
     """
     import jax
     import jax.numpy as jnp
 
     from jq4.qarray import is_qarray
-    from jq4.train import quantizers
+    from jq4.train import move_to_codes, quantizers
 
-    def middle(leaf: Any) -> Any:
-        return leaf.dequantize(jnp.float32) if is_qarray(leaf) else jnp.asarray(leaf, jnp.float32)
+    def master(leaf: Any, weight: Any) -> Any:
+        return jnp.asarray(weight if is_qarray(leaf) else leaf, jnp.float32)
 
-    params = jax.tree.map(middle, packed if dense is None else dense, is_leaf=is_qarray)
-    return params, quantizers(params, without_steps(recipe), start=packed)
+    params = jax.tree.map(master, packed, dense, is_leaf=is_qarray)
+    learned = quantizers(params, without_steps(recipe), start=packed)
+    return (move_to_codes(params, packed) if at_codes else params), learned
 
 
 def served(model: Any, trained: Any, recipe: Any) -> Any:
