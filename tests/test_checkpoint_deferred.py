@@ -23,7 +23,7 @@ def read(tree):
 
 def test_a_folder_is_read_and_written_again_leaf_by_leaf(tmp_path):
     tree = {
-        "a": [packed_weight(parts=("nested", "offset")), np.arange(5.0, dtype=np.float32)],
+        "a": [packed_weight(parts=("nested", "offset")), jnp.arange(5.0)],
         "b": {"steps": 3, "empty": jnp.zeros((0, 2)), "wide": np.arange(3, dtype=np.int64)},
     }
     jq4.save(tmp_path / "whole", tree)
