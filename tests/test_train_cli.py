@@ -94,15 +94,18 @@ def test_what_is_served_is_what_was_trained(source):
     assert 1e-4 < np.abs(half - trained).max() < 0.5 and half.dtype == jnp.float32
 
 
-def test_training_starts_at_the_codes_of_its_start_as_near_the_dense_weights_as_they_let(source):
-    model, recipe = LanguageModel.from_folder(source), jq4.Recipe.preset("rtn-w2g32-asym")
+@pytest.mark.parametrize("bits", [2, 3])
+def test_training_starts_at_the_codes_of_its_start(source, bits):
+    """With 2 bits as near the dense weights as they let, with more in the middle of what rounds to them."""
+    model, recipe = LanguageModel.from_folder(source), jq4.Recipe.preset(f"rtn-w{bits}g32-asym")
     packed = jq4.quantize(jax.tree.map(lambda leaf: leaf * 1.2, model.params), recipe)  # other codes than its own
     params, quantizers = begun(packed, model.params, recipe)
     jax.tree.map(np.testing.assert_array_equal, served(model, (params, quantizers), recipe).params, packed)
     path = ("layers", "mlp", "up_proj", "kernel")
     dense, moved, start = (functools.reduce(dict.__getitem__, path, tree) for tree in (model.params, params, packed))
     away, middle = np.abs(moved - dense), np.abs(start.dequantize() - dense)
-    assert (away <= middle + 1e-6).all() and 0 < away.mean() < 0.5 * middle.mean()
+    assert (away <= middle + 1e-6).all()
+    assert 0 < away.mean() < 0.5 * middle.mean() if bits == 2 else away.mean() > 0.99 * middle.mean()
     unmoved, ranges = begun(packed, model.params, recipe, at_codes=False)
     kept = functools.reduce(dict.__getitem__, path, unmoved)
     np.testing.assert_array_equal(kept, dense)
