@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +67,8 @@ def make_checkpoint(folder: Path, layers: int) -> int:
 
 def measured_run(folder: Path, destination: Path, recipe: str, rows: int, context: int) -> dict[str, Any]:
     """Runs the child and samples it."""
-    command = [sys.executable, "-m", "benchmarks.driver_memory", "--child", folder, destination, recipe]
-    return sampled([*command, rows, context])
-
-
-def sampled(command: Sequence[Any]) -> dict[str, Any]:
-    """What a process told in JSON in its last line on stdout, with its sampled peaks."""
-    child = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "benchmarks.driver_memory", "--child", str(folder), str(destination), recipe]
+    child = subprocess.Popen([*command, str(rows), str(context)], stdout=subprocess.PIPE, text=True)
     peak = {"VmRSS": 0, "RssAnon": 0}
     while child.poll() is None:
         for name, nbytes in held_by(child.pid).items():
