@@ -238,8 +238,8 @@ def begun(packed: Any, dense: Any, recipe: Any, at_codes: bool = True) -> Any:
     (jq4.move_to_codes). Which is better depends on the bits: `distill` of TinyStories-656K from gptq's start, 200 steps
     of 2 rows at the default rate, gives on 14 rows held out a KLD of .447 from middles and .408 from edges at W2 g32
     (.496 at the start), of .0917 and .1093 at W3 g32 (.0982), where weights at edges are thrown about until the rate
-    falls (.0974 at a rate of .002). Larger batches were not measured with this optimizer; with plain Adam and 8 rows edges are better at 3 bits
-    too (benchmarks/qat.py).
+    falls (.0974 at a rate of .002). Larger batches were not measured with this optimizer; with plain Adam and 8 rows
+    edges are better at 3 bits too (benchmarks/qat.py).
 
     A training that comes down from more bits begins at the dense weights themselves, of which the start gives the
     ranges alone.
