@@ -145,9 +145,9 @@ class Quantized:
         self, interpreter: Interpreter, values: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Outputs, list[Any]]:
         """(the tree of the results, the results) of the function on `values` in the place of its arguments' leaves."""
-        arguments, outputs = Arguments(args, kwargs, is_qarray), Outputs()
+        arguments = Arguments(args, kwargs, is_qarray)
         inputs = [values[place] for place in arguments.traced]
-        jaxpr, _ = jax_compat.trace(arguments.taken_by(self.function, outputs), *map(interpreter.aval, inputs))
+        jaxpr, outputs = arguments.trace(self.function, [interpreter.aval(value) for value in inputs])
         return outputs, interpreter.evaluate(jaxpr, inputs)
 
     def _placed(self, value: Any, within: str, named: str) -> Any:
@@ -190,7 +190,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Record:
     arguments = Arguments(args, kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DensifiedWarning)
-        jax.eval_shape(arguments.taken_by(transformed, Outputs()), *arguments.arrays)
+        arguments.trace(transformed, arguments.arrays)
     return transformed.record
 
 

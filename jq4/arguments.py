@@ -1,10 +1,11 @@
-"""The arguments of a call, flattened: which leaves are traced, and how the first argument's are called."""
+"""The arguments of a call, flattened: which leaves are traced, how the first argument's are called, and the trace."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
+from jq4 import jax_compat
 from jq4.outputs import Outputs, is_array
 from jq4.paths import leaf_path
 from jq4.qarray import is_qarray
@@ -29,8 +30,13 @@ class Arguments:
     def arrays(self) -> list[Any]:
         return [self.leaves[place] for place in self.traced]
 
-    def taken_by(self, function: Callable[..., Any], outputs: Outputs) -> Callable[..., list[Any]]:
-        """What calls `function` with arrays in the place of the traced leaves; the arrays of its `outputs`."""
+    def trace(self, function: Callable[..., Any], arrays: Sequence[Any]) -> tuple[Any, Outputs]:
+        """(the jaxpr of `function` of arrays, or shapes, in the place of the traced leaves; what it returns)."""
+        outputs = Outputs()
+        jaxpr, _ = jax_compat.trace(self._taken_by(function, outputs), *arrays)
+        return jaxpr, outputs
+
+    def _taken_by(self, function: Callable[..., Any], outputs: Outputs) -> Callable[..., list[Any]]:
 
         def call(*arrays: Any) -> list[Any]:
             merged = list(self.leaves)

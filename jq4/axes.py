@@ -10,9 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jq4 import jax_compat
 from jq4.arguments import Arguments
-from jq4.outputs import Outputs
 from jq4.outputs import is_array as is_array
 from jq4.statistics import ContractionAxes
 from jq4.watch import Watcher
@@ -47,7 +45,7 @@ def watched_call(
     paths = {place: path for place, path in arguments.paths.items() if is_weight(arguments.leaves[place])}
 
     def run(arrays: list[Any]) -> list[Any]:
-        jaxpr, _ = jax_compat.trace(arguments.taken_by(function, Outputs()), *arrays)
+        jaxpr, _ = arguments.trace(function, arrays)
         values = [
             Watched.whole(array, paths[place]) if place in paths else array
             for place, array in zip(arguments.traced, arrays, strict=True)

@@ -64,7 +64,9 @@ EVALUATION_LABELS = {
 
 
 def evaluation_table(data: Mapping[str, Any]) -> Table:
-    return make_table(f"{data['model']}", ("figure", "value"), evaluation_rows(data))
+    whose = {"adapters": data.get("adapters"), "adapters of the reference": data.get("reference_adapters")}
+    run_with = [(label, adapters_phrase(adapters)) for label, adapters in whose.items() if adapters is not None]
+    return make_table(f"{data['model']}", ("figure", "value"), [*run_with, *evaluation_rows(data)])
 
 
 def evaluation_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -116,9 +118,14 @@ def adapters_rows(adapters: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def adapters_sentence(adapters: Mapping[str, Any]) -> str:
     """Their size in words: "adapters of rank 16 beside 7 leaves, 123K parameters in 492 kB"."""
-    count, ranks = len(adapters["leaves"]), ", ".join(map(str, adapters["ranks"]))
     size = f"{format_count(adapters['parameters'])} parameters in {format_bytes(adapters['bytes'])}"
-    return f"adapters of rank {ranks} beside {count} {'leaf' if count == 1 else 'leaves'}, {size}"
+    return f"adapters of {adapters_phrase(adapters)}, {size}"
+
+
+def adapters_phrase(adapters: Mapping[str, Any]) -> str:
+    """ "rank 16 beside 7 leaves"."""
+    count, ranks = len(adapters["leaves"]), ", ".join(map(str, adapters["ranks"]))
+    return f"rank {ranks} beside {count} {'leaf' if count == 1 else 'leaves'}"
 
 
 def merge_table(data: Mapping[str, Any]) -> Table:

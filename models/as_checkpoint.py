@@ -19,13 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq4 import host_moves
-from jq4.checkpoint import arrays, atomic, orbax
+from jq4.checkpoint import atomic, orbax
+from jq4.checkpoint.deferred import stored_leaves
 from jq4.checkpoint.foreign import Checkpoint, LazyWeight
-from jq4.checkpoint.manifest import ScalarInfo, arrays_of, assemble
 from jq4.checkpoint.safetensors_files import parse_json
 from jq4.checkpoint.savable import as_saved
-from jq4.checkpoint.verification import check_listing
-from jq4.checkpoint.zarr_slices import StoredArray
 from jq4.errors import JQ4Error
 from jq4.paths import flatten_with_paths
 from jq4.qarray import is_qarray
@@ -57,18 +55,14 @@ def checkpoint_of_folder(folder: str | FilePath, *, verify: bool = True) -> Chec
             f"{folder}: holds adapters, which a checkpoint of weights would leave out: merge them first, with "
             f"jq4 merge, or remove {folder / ADAPTERS}"
         )
-    manifest = orbax.verify(folder) if verify else orbax.read_manifest(folder)
-    data = folder / manifest.data
-    check_listing(data, manifest)
-    arrays.check_zarr(data, manifest)
+    manifest = orbax.read_manifest(folder)
+    stored = stored_leaves(folder, manifest, verify)
     files = {name: orbax.read_extra_file(folder, name) for name in manifest.extra_files}
     if "config.json" not in files:
         raise JQ4Error(f"{folder}: holds weights and no config.json, so it is no model whose tensors have names.")
     config = DecoderConfig.from_hf(parse_json(files["config.json"], f"{folder}: config.json"))
-    held = [leaf for leaf in manifest.leaves if not isinstance(leaf, ScalarInfo)]
-    stored = {info.path: StoredArray(data, info) for leaf in held for info in arrays_of(leaf)}
-    leaves = {leaf.path.removeprefix("params/"): assemble(leaf, stored) for leaf in held}
-    return _checkpoint(config, leaves, files, str(folder), atomic.reading(data))
+    leaves = {path.removeprefix("params/"): leaf for path, leaf in stored.items()}
+    return _checkpoint(config, leaves, files, str(folder), atomic.reading(folder / manifest.data))
 
 
 def _checkpoint(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq4 import host_moves
+from jq4.checkpoint.deferred import Deferred
 from jq4.checkpoint.foreign import Checkpoint, LazyWeight
 from jq4.checkpoint.structure import nested
 from models.config import DecoderConfig
@@ -54,7 +55,17 @@ class LazyLeaf:
 def params_of(where: str, checkpoint: Checkpoint, config: DecoderConfig, dtype: Any = None) -> dict[str, Any]:
     """The decoder's params; dense leaves in the dtype of the file, or in `dtype`. Raises as `lazy_leaves`."""
     leaves = lazy_leaves(where, checkpoint, config, dtype)
-    return nested({leaf.keys: jax.tree.map(jnp.asarray, leaf.read()) for leaf in leaves})
+    return nested({leaf.keys: _made(leaf) for leaf in leaves})
+
+
+def deferred_params_of(where: str, checkpoint: Checkpoint, config: DecoderConfig) -> dict[str, Any]:
+    """The same, each leaf read when it is written. Raises as `lazy_leaves`."""
+    leaves = lazy_leaves(where, checkpoint, config)
+    return nested({leaf.keys: Deferred(leaf.abstract, functools.partial(_made, leaf)) for leaf in leaves})
+
+
+def _made(leaf: LazyLeaf) -> Any:
+    return jax.tree.map(jnp.asarray, leaf.read())
 
 
 def lazy_leaves(where: str, checkpoint: Checkpoint, config: DecoderConfig, dtype: Any = None) -> list[LazyLeaf]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from jq4.apply import Quantized, quantized
 from jq4.checkpoint import orbax
+from jq4.checkpoint.deferred import deferred_tree
 from jq4.checkpoint.foreign import Checkpoint, open_checkpoint
 from jq4.checkpoint.manifest import MANIFEST
 from jq4.checkpoint.safetensors_files import parse_json
@@ -29,10 +30,10 @@ from jq4.shardings import shardings_of
 from models.adapted import WithAdapters, adapters_of, save_adapters
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.filling import params_of
+from models.filling import deferred_params_of, params_of
 from models.generate import generate
 from models.hf import load_config
-from models.layer_runs import in_runs, runs_of
+from models.layer_runs import adapters_in_runs, in_runs, runs_of
 from models.tokenizer import Tokenizer
 
 # what travels with the weights, so that a saved folder is a model
@@ -92,37 +93,47 @@ class LanguageModel:
         """
         folder = Path(folder)
         if (folder / MANIFEST).exists():
-            held = orbax.read_manifest(folder).extra_files
-            files = {name: orbax.read_extra_file(folder, name) for name in _COMPANIONS if name in held}
-            if "config.json" not in files:
-                raise JQ4Error(
-                    f"{folder}: holds packed weights and no config.json, so it is no model. Open the "
-                    "weights alone with jq4.restore, or save them again with LanguageModel.save."
-                )
-            config = DecoderConfig.from_hf(parse_json(files["config.json"], f"{folder}: config.json"))
-            params = orbax.restore(folder, shardings=shardings)
-            tokenizer = Tokenizer.from_files(files.get, str(folder))
-            return cls(config, params, tokenizer, dtype, files, adapters_of(folder))
-        if folder.is_dir():
-            load_config(folder)  # its errors come before those of weights
-        checkpoint = open_checkpoint(folder)
-        if say is not None:
-            for note in checkpoint.notes:
-                say(note)
-        return cls.from_checkpoint(checkpoint, str(folder), dtype=dtype)
+            return cls._of_own(folder, dtype, lambda: orbax.restore(folder, shardings=shardings))
+        return cls.from_checkpoint(_opened(folder, say), str(folder), dtype=dtype)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, where: str, *, dtype: Any = None) -> "LanguageModel":
-        """The model of an opened checkpoint, dense or packed; errors name `where`."""
+    def unread(cls, folder: str | Path, *, say: Callable[[str], None] | None = None) -> "LanguageModel":
+        """The same model with its params deferred (jq4.checkpoint.deferred): to be changed and saved, not to be run."""
+        folder = Path(folder)
+        if (folder / MANIFEST).exists():
+            return cls._of_own(folder, None, lambda: deferred_tree(folder, orbax.read_manifest(folder)))
+        return cls.from_checkpoint(_opened(folder, say), str(folder), fill=deferred_params_of)
+
+    @classmethod
+    def _of_own(cls, folder: Path, dtype: Any, params: Callable[[], Any]) -> "LanguageModel":
+        held = orbax.read_manifest(folder).extra_files
+        files = {name: orbax.read_extra_file(folder, name) for name in _COMPANIONS if name in held}
+        if "config.json" not in files:
+            raise JQ4Error(
+                f"{folder}: holds packed weights and no config.json, so it is no model. Open the "
+                "weights alone with jq4.restore, or save them again with LanguageModel.save."
+            )
+        config = DecoderConfig.from_hf(parse_json(files["config.json"], f"{folder}: config.json"))
+        tokenizer = Tokenizer.from_files(files.get, str(folder))
+        return cls(config, params(), tokenizer, dtype, files, adapters_of(folder))
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, where: str, *, dtype: Any = None, fill: Callable[..., Any] = params_of
+    ) -> "LanguageModel":
+        """The model of an opened checkpoint, dense or packed, its params as `fill` makes them; errors name `where`."""
         config = config_of(checkpoint, where)
         files = files_of(checkpoint)
-        params = params_of(where, checkpoint, config)
+        params = fill(where, checkpoint, config)
         return cls(config, params, Tokenizer.from_files(files.get, where), dtype, files)
 
     def in_runs_of(self, other: "LanguageModel") -> "LanguageModel":
         """The same model with its layers cut where the other's are too, so that their params have the same paths."""
-        runs = runs_of(other.params)
-        return dataclasses.replace(self, params=in_runs(self.config, self.params, runs)) if runs else self
+        held, runs = runs_of(self.params), runs_of(other.params)
+        if not runs:
+            return self
+        adapters = self.adapters and adapters_in_runs(self.config, self.adapters, held, runs)
+        return dataclasses.replace(self, params=in_runs(self.config, self.params, runs), adapters=adapters)
 
     def save(self, folder: str | Path, *, recipe: Any = None, source: Any = None) -> None:
         """Writes a folder of jq4's own, packed leaves packed, whole or not at all. Arguments as jq4.save's."""
@@ -243,6 +254,17 @@ class LanguageModel:
                 "Make them with this model's own tokenizer."
             )
         return jnp.asarray(found, jnp.int32)
+
+
+def _opened(folder: Path, say: Callable[[str], None] | None) -> Checkpoint:
+    """A checkpoint of others; its notes are told."""
+    if folder.is_dir():
+        load_config(folder)  # its errors come before those of weights
+    checkpoint = open_checkpoint(folder)
+    if say is not None:
+        for note in checkpoint.notes:
+            say(note)
+    return checkpoint
 
 
 def config_of(checkpoint: Checkpoint, where: str) -> DecoderConfig:

@@ -19,6 +19,7 @@ import jax
 
 from jq4.qarray import is_qarray
 from jq4.qarray_ops import slice_in_dim
+from jq4.train import Adapters
 from models.config import DecoderConfig
 
 LAYERS = "layers"
@@ -52,16 +53,41 @@ def in_runs(config: DecoderConfig, params: Mapping[str, Any], runs: Sequence[int
     if "params" in params:
         return {**params, "params": in_runs(config, params["params"], runs)}
     held = runs_of(params)
-    wanted = sorted({*(held or (0,)), *runs})
-    if len(wanted) == 1 or tuple(wanted) == held:
-        return dict(params)
     cut = {}
-    for first, last in bounds(config, held):
+    for first, pieces in _pieces(config, held, runs).items():
         tree = params[LAYERS][run_name(config, first)] if held else params[LAYERS]
-        inner = [layer for layer in wanted if first <= layer < last]
-        for start, stop in itertools.pairwise((*inner, last)):
+        for start, stop in pieces:
             cut[run_name(config, start)] = _cut(tree, start - first, stop - first)
-    return {**params, LAYERS: cut}
+    return {**params, LAYERS: cut} if cut else dict(params)
+
+
+def adapters_in_runs(config: DecoderConfig, adapters: Adapters, held: Sequence[int], runs: Sequence[int]) -> Adapters:
+    """The adapters of params in the runs `held`, for the same params `in_runs`."""
+    pieces = _pieces(config, held, runs)
+    if not pieces:
+        return adapters
+    cut = {}
+    for path, adapter in adapters.by_path.items():
+        above, layers, inner = path.partition(f"{LAYERS}/")
+        if not layers:
+            cut[path] = adapter
+            continue
+        run, _, leaf = inner.partition("/") if held else ("0", "", inner)
+        for start, stop in pieces[int(run)]:
+            name = f"{above}{layers}{run_name(config, start)}/{leaf}"
+            cut[name] = _cut(adapter, start - int(run), stop - int(run))
+    return Adapters(cut)
+
+
+def _pieces(config: DecoderConfig, held: Sequence[int], runs: Sequence[int]) -> dict[int, list[tuple[int, int]]]:
+    """The first layer of each run that is held -> the bounds of those that it is cut into; nothing if all stay."""
+    wanted = sorted({*(held or (0,)), *runs})
+    if len(wanted) == 1 or tuple(wanted) == tuple(held):
+        return {}
+    return {
+        first: list(itertools.pairwise((*(layer for layer in wanted if first <= layer < last), last)))
+        for first, last in bounds(config, held)
+    }
 
 
 def _cut(tree: Any, start: int, stop: int) -> Any:

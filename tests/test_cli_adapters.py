@@ -13,7 +13,9 @@ from random_model import make_random_model
 import jq4
 from jq4.cli import main
 from jq4.divergence import divergence
+from jq4.paths import flatten_with_paths
 from jq4.qarray import is_qarray
+from jq4.rule import describe_format
 from models.language_model import LanguageModel
 from models.peft import save_peft
 
@@ -92,7 +94,36 @@ def test_a_report_measures_with_them_and_says_what_leaves_them_out(capsys, sourc
     again = ("--reference", source, "--out", tmp_path / "again", "--compare", tmp_path / "report")
     compared = run_json(capsys, "report", adapted, "--ids", ids, *again)["compared"]
     assert {row["bytes"] for row in compared} == {data["totals"]["bytes"] + data["adapters"]["bytes"]}
-    assert run_json(capsys, "eval", adapted, "--ids", ids)["adapters"] == data["adapters"]
+
+
+def test_an_evaluation_says_whose_adapters_ran(capsys, source, adapted):
+    ids, told = ("--ids", source / "ids.npy"), run_json(capsys, "inspect", adapted)["adapters"]
+    data = run_json(capsys, "eval", adapted, *ids, "--reference", source)
+    assert (data["adapters"], data["reference_adapters"]) == (told, None)
+    data = run_json(capsys, "eval", source, *ids, "--reference", adapted)
+    assert (data["adapters"], data["reference_adapters"]) == (None, told)
+    for model, reference, label in ((adapted, source, "adapters "), (source, adapted, "adapters of the reference ")):
+        assert main([*map(str, ("eval", model, *ids, "--reference", reference))]) == 0
+        rows = [line for line in capsys.readouterr().out.splitlines() if "adapters" in line]
+        assert len(rows) == 1 and label in rows[0] and "rank 2 beside 3 leaves" in rows[0]
+
+
+@pytest.mark.parametrize("name", ["source", "packed"])
+def test_weights_with_adapters_beside_them_are_not_quantized_over(capsys, source, adapted, tmp_path, name):
+    """Until what they learned is merged elsewhere and they are removed; from a dense folder and from a packed one."""
+    given, out = tmp_path / name, tmp_path / "trained"
+    shutil.copytree(adapted, out)
+    shutil.copytree(source if name == "source" else adapted, given, ignore=shutil.ignore_patterns("adapters"))
+    held = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    argv = ["quantize", str(given), str(out), "--recipe", "rtn-w4g32"]
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert f"{out}/adapters: adapters that were trained" in error and f"jq4 merge {out} OUT" in error
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == held
+    assert {path.name for path in tmp_path.iterdir()} == {name, "trained"}
+    shutil.rmtree(out / "adapters")
+    assert main(argv) == 0
+    assert LanguageModel.from_folder(out).adapters is None
 
 
 def test_inputs_are_those_of_the_adapted_function(source, adapted):
@@ -137,7 +168,34 @@ def test_merging_into_few_bits_tells_what_it_loses(capsys, source, adapted, tmp_
     data = run_json(capsys, "merge", adapted, tmp_path / "merged", "--recipe", "gptq-w4g32", *text)
     assert {leaf["format"] for leaf in data["leaves"]} == {"int4"}
     assert all(0 < leaf["error"]["output_error"] < 0.1 for leaf in data["leaves"])
-    assert run_json(capsys, "inspect", tmp_path / "merged")["source"]["merged"]["to"] == "gptq-w4g32"
+
+
+def test_a_merged_folder_tells_by_which_rules_all_of_its_leaves_were_packed(capsys, source, adapted, tmp_path):
+    """Oracle: the dense merged weights quantized by the recipe that the folder tells."""
+    model, dense, out = LanguageModel.from_folder(adapted), LanguageModel.from_folder(source), tmp_path / "merged"
+    run_json(capsys, "merge", adapted, out, "--recipe", "rtn-w2g32")
+    told = run_json(capsys, "inspect", out)
+    recipe = jq4.Recipe.from_dict(told["recipe"])
+    formats = {
+        path: leaf.format for path, leaf in flatten_with_paths(LanguageModel.from_folder(out).params) if is_qarray(leaf)
+    }
+    again = jq4.quantize(dense.params, recipe)
+    assert {path: leaf.format for path, leaf in flatten_with_paths(again) if is_qarray(leaf)} == formats
+    assert set(formats.values()) == {"int2", "int4"}
+    merged = told["source"]["merged"]
+    assert (merged["adapters"], merged["to"]) == ("the model's own", "rtn-w2g32")
+    assert sorted(merged["leaves"]) == sorted(model.adapters.by_path)
+    assert main(["inspect", str(out)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "rtn int2 g32" in shown and "rtn int4 g32" in shown and "adapters of 3 leaves" in shown
+    run_json(capsys, "merge", adapted, out)
+    assert describe_rules(run_json(capsys, "inspect", out)["recipe"]) == ["dense", "int4 g32 rtn"]
+    run_json(capsys, "merge", source, out, "--adapters", adapted / "adapters")
+    assert run_json(capsys, "inspect", out)["recipe"] is None
+
+
+def describe_rules(recipe):
+    return [describe_format(rule) for rule in jq4.Recipe.from_dict(recipe).rules]
 
 
 def test_a_folder_of_peft_is_merged_into_a_dense_model(capsys, source, adapted, tmp_path):

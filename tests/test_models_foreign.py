@@ -9,6 +9,7 @@ import packed_checkpoint
 import pytest
 from packed_checkpoint import Kind, checkpoint_of, config_of, dense_of, random_checkpoint
 
+import jq4
 from jq4.axes import contraction_axes
 from jq4.errors import JQ4Error
 from jq4.qarray import is_qarray
@@ -95,6 +96,27 @@ def test_a_saved_model_of_runs_opens_as_it_was_and_compares_to_a_stacked_one(tmp
     cut = dense.in_runs_of(opened)
     assert runs_of(cut.params) == (0, 1, 2)
     assert cut.params["layers"]["1"]["mlp"]["up_proj"]["kernel"].shape == (1, 32, 48)
+
+
+def test_adapters_are_cut_where_their_layers_are():
+    """Oracle: the stacked model with the adapters whole."""
+    config = config_of("llama")
+    packed, dense = _models(random_checkpoint(config, _mixed))
+    random = np.random.default_rng(2)
+    begun = jq4.lora(dense.params, 2, ["mlp", "lm_head"], ignore=())
+    adapters = jax.tree.map(lambda part: jnp.asarray(random.normal(0, 0.2, part.shape), jnp.float32), begun)
+    adapted = dataclasses.replace(dense, adapters=adapters)
+    wanted = adapted.logits(TOKENS)
+    assert np.abs(wanted - dense.logits(TOKENS)).max() > 0.01
+    of_two = dataclasses.replace(dense, params=in_runs(config, dense.params, (2,)))
+    once = adapted.in_runs_of(of_two)
+    twice = once.in_runs_of(packed)
+    assert (runs_of(once.params), runs_of(twice.params)) == ((0, 2), (0, 1, 2))
+    for cut in (once, twice):
+        np.testing.assert_allclose(cut.logits(TOKENS), wanted, atol=1e-5)
+        last = cut.adapters.by_path["layers/2/mlp/up_proj/kernel"]
+        np.testing.assert_array_equal(last.a, adapters.by_path["layers/mlp/up_proj/kernel"].a[2:])
+    assert adapted.in_runs_of(dense) is adapted and twice.in_runs_of(of_two).adapters is twice.adapters
 
 
 def test_biases_of_zeros_that_packers_add_are_left_out_and_others_refused():

@@ -1,6 +1,7 @@
 """Oracles: jq4's own functions on the written model, a run that nobody stopped, the rounded function in training."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -47,7 +48,17 @@ def test_a_trained_folder_is_a_model(capsys, source, distilled):
     assert main(["inspect", out, "--json"]) == 0
     inspected = json.loads(capsys.readouterr().out)
     assert {leaf["format"] for leaf in inspected["leaves"] if leaf["packed"]} == {"int3"}
-    assert inspected["recipe"]["name"] == "rtn-w3g32-asym" and inspected["source"]["training"]["steps"] == 6
+    assert inspected["recipe"]["name"] == "rtn-w3g32-asym"
+    training = json.loads((Path(out) / "training" / "run.json").read_text())
+    told = inspected["source"]["training"]
+    assert told["steps"] == 6 and told["rate"] == 0.02 and told["held_out"] == {"share": 0.25, "rows": 4}
+    assert told == {name: training[name] for name in told}
+    asked = {"weights_first", "hidden", "top_k", "perturbed", "accumulate", "clip", "schedule", "remat", "dtype"}
+    assert asked < set(told)
+    assert main(["inspect", out]) == 0
+    shown = capsys.readouterr().out
+    for words in ("rtn-w3g32-asym", "trained by", "distill", "text.txt", "held out", "rate 0.02", "perturbed 0.6"):
+        assert words in shown
     assert distilled["bytes"] == inspected["bytes"] and distilled["went_dense"] == []
     assert main(["generate", out, "--prompt", "The quick", "--max-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("The quick")
@@ -72,7 +83,7 @@ def test_what_is_served_is_what_was_trained(source):
     narrow = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), model.params)
     model = LanguageModel(model.config, narrow, model.tokenizer, jnp.float32, model.files)
     recipe = jq4.Recipe.preset("rtn-w4g32-asym")
-    params, quantizers = begun(jq4.quantize(model.params, recipe), recipe)
+    params, quantizers = begun(jq4.quantize(model.params, recipe), model.params, recipe)
     params = jax.tree.map(lambda leaf: leaf * 1.01 + 0.003, params)  # not representable in bfloat16
     tokens = np.load(source / "ids.npy")
     packed = served(model, (params, quantizers), recipe)
@@ -81,6 +92,24 @@ def test_what_is_served_is_what_was_trained(source):
     np.testing.assert_allclose(packed.logits(tokens), trained, atol=2e-5)
     half = jax.jit(rounded_forward(model, recipe, "bfloat16", remat=False))((params, quantizers), tokens)
     assert 1e-4 < np.abs(half - trained).max() < 0.5 and half.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_training_starts_at_the_codes_of_its_start(source, bits):
+    """With 2 bits as near the dense weights as they let, with more in the middle of what rounds to them."""
+    model, recipe = LanguageModel.from_folder(source), jq4.Recipe.preset(f"rtn-w{bits}g32-asym")
+    packed = jq4.quantize(jax.tree.map(lambda leaf: leaf * 1.2, model.params), recipe)  # other codes than its own
+    params, quantizers = begun(packed, model.params, recipe)
+    jax.tree.map(np.testing.assert_array_equal, served(model, (params, quantizers), recipe).params, packed)
+    path = ("layers", "mlp", "up_proj", "kernel")
+    dense, moved, start = (functools.reduce(dict.__getitem__, path, tree) for tree in (model.params, params, packed))
+    away, middle = np.abs(moved - dense), np.abs(start.dequantize() - dense)
+    assert (away <= middle + 1e-6).all()
+    assert 0 < away.mean() < 0.5 * middle.mean() if bits == 2 else away.mean() > 0.99 * middle.mean()
+    unmoved, ranges = begun(packed, model.params, recipe, at_codes=False)
+    kept = functools.reduce(dict.__getitem__, path, unmoved)
+    np.testing.assert_array_equal(kept, dense)
+    jax.tree.map(np.testing.assert_array_equal, ranges, quantizers)
 
 
 def test_interrupted_it_goes_on_to_the_same_losses(capsys, monkeypatch, source, distilled, tmp_path):
@@ -133,9 +162,9 @@ def test_qlora_writes_adapters_that_are_run_beside_the_base(capsys, source, tmp_
     assert main(["generate", str(out), "--prompt", "The quick", "--max-tokens", "2"]) == 0
     assert main(["convert", str(out), str(tmp_path / "out.gguf"), "--to", "gguf", "--type", "q4_0"]) == 1
     assert "holds adapters, which a checkpoint of weights would leave out" in capsys.readouterr().err
-    assert main(["quantize", str(source), str(out), "--recipe", "rtn-w3g32"]) == 0
-    assert main(["generate", str(out), "--prompt", "The quick"]) == 1
-    assert "adapters of other weights" in capsys.readouterr().err
+    assert main(["quantize", str(source), str(out), "--recipe", "rtn-w3g32"]) == 1
+    assert f"{out}/adapters: adapters that were trained beside the weights in {out}" in capsys.readouterr().err
+    np.testing.assert_array_equal(LanguageModel.from_folder(out).logits(ids), wanted)
 
 
 @pytest.mark.parametrize(

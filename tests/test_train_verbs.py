@@ -1,5 +1,6 @@
 """What each verb of `jq4 train` has of its own. Oracles: jq4's functions by themselves, runs without the option."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -73,7 +74,10 @@ def test_a_teacher_on_disk_teaches_as_one_at_hand(capsys, source, tmp_path):
         (["--perturbed", "0.5"], "--perturbed does not go with --teacher-cache"),
         (["--hidden", "down_proj"], "--hidden does not go with --teacher-cache: its hidden states are not kept"),
         (["--top-k", "301"], "k is 301, wanted 1 to 300"),
-        (["--out", "{tmp}/teacher"], "--teacher-cache and --out lie in one another"),
+        (["--out", "{tmp}/teacher"], "--teacher-cache is, lies in or holds"),
+        (["--teacher-cache", "{tmp}/out/teacher"], "out, which --out is made in; choose another folder for one of"),
+        (["--teacher-cache", "{tmp}/out.partial/teacher"], "out.partial, which --out is made in; choose another"),
+        (["--teacher-cache", "{tmp}/out.partial"], "out.partial, which --out is made in; choose another"),
     ],
 )
 def test_what_a_teacher_on_disk_cannot_is_told(capsys, source, tmp_path, argv, message):
@@ -218,6 +222,44 @@ def test_loftq_begins_with_codes_and_adapters_fitted_together(capsys, source, tm
     assert losses(fitted)[-1] < losses(fitted)[0]
 
 
+@pytest.mark.parametrize("init", ["residual", "loftq"])
+def test_what_packing_lost_is_fitted_once(capsys, monkeypatch, source, tmp_path, init):
+    """Though the run is stopped and goes on, and its start is measured too; the first loss is that start's."""
+    from jq4.train.adapters import lora
+    from jq4.train.running import run_folder
+
+    fitted, of_difference, keep = [], lora.of_difference, run_folder.RunFolder.keep
+
+    def stopped(self, state, step):
+        keep(self, state, step)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(lora, "of_difference", lambda path, *rest: fitted.append(path) or of_difference(path, *rest))
+    text, out = source / "text.txt", tmp_path / "out"
+    given = ("--recipe", "rtn-w2g32", "--rank", 4, "--init", init, "--held-out", text, "--out", out)
+    argv = [*map(str, ("train", "qlora", source, "--text", text, *QUICK, *given)), "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.RunFolder, "keep", stopped)
+        assert main(argv) == 130
+    capsys.readouterr()
+    assert main(argv) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["resumed"] == 2
+    by_the_run = sorted(fitted)
+    dense = LanguageModel.from_folder(source)
+    if init == "residual":
+        packed = jq4.quantize(dense.params, "rtn-w2g32")
+        adapters = jq4.lora(packed, 4, init="residual", reference=dense.params)
+        assert by_the_run == sorted(adapters.by_path)
+    else:
+        assert by_the_run == []
+        packed, adapters = jq4.loftq(dense.params, "rtn-w2g32", 4)
+    _, batch = first_batch(dense, source)
+    model = dataclasses.replace(dense, params=packed, adapters=adapters)
+    wanted = float(jnp.mean(next_token(model.logits(batch), batch)))
+    assert losses(data)[0] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_what_is_dropped_depends_on_row_and_step_alone(capsys, source, tmp_path):
     given = ("--recipe", "rtn-w4g32", "--rank", 4, "--dropout", 0.5, "--init", "residual")
     whole = losses(run(capsys, "qlora", source, *given, "--out", tmp_path / "whole"))
@@ -266,10 +308,10 @@ def test_no_rows_calibrate_nothing(capsys, source, tmp_path, verb):
 
 @pytest.mark.parametrize("option", ["--start", "--teacher"])
 def test_what_a_training_reads_is_not_written_over(capsys, source, tmp_path, option):
-    packed = tmp_path / "packed"
-    jq4.save(packed, {"kernel": jnp.ones((2, 2))})
-    for out in (packed, packed / "trained"):
-        given = ("--text", source / "text.txt", *QUICK, "--out", out, option, packed)
+    for name, out in (("packed", "packed"), ("packed", "packed/trained"), ("out.partial/start", "out")):
+        packed = tmp_path / name
+        jq4.save(packed, {"kernel": jnp.ones((2, 2))})
+        given = ("--text", source / "text.txt", *QUICK, "--out", tmp_path / out, option, packed)
         assert "is, lies in or holds" in run_error(capsys, "distill", source, *given)
 
 

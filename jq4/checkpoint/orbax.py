@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from jq4.checkpoint import arrays, atomic, manifest, structure
+from jq4.checkpoint.deferred import Deferred
 from jq4.checkpoint.manifest import FileInfo, LeafInfo, Manifest, ScalarInfo
 from jq4.checkpoint.reading import read_tree
 from jq4.checkpoint.savable import as_saved, check_leaf, is_scalar
@@ -45,7 +46,7 @@ def save(
     Args:
       path: the folder. An existing jq4 checkpoint is replaced; any other folder with something in it is refused.
       tree: dicts, lists, tuples and other pytree nodes (kept as dicts of their path keys) over QArrays, jax or numpy
-        arrays, bool, int, float, str and None.
+        arrays, bool, int, float, str and None; or leaves that are made when they are written (jq4.checkpoint.deferred).
       recipe: what made the weights: plain JSON, or anything with `to_dict()`.
       source: what they were made from, as plain JSON, such as {"model.safetensors": "sha256:..."}.
       extra_files: files to keep beside the weights, such as {"config.json": b"..."}; names may have sub-folders.
@@ -169,6 +170,9 @@ def _write_leaves(folder: Path, leaves: Iterable[tuple[Keys, Any]]) -> list[Leaf
     writer = arrays.Writer(folder)
     infos: list[LeafInfo] = []
     for keys, leaf in leaves:
+        if isinstance(leaf, Deferred):
+            leaf = leaf.make()
+            check_leaf(path_of(keys), leaf)
         infos.append(ScalarInfo(path_of(keys), leaf) if is_scalar(leaf) else writer.add(keys, as_saved(leaf)))
     writer.close()
     return infos

@@ -40,9 +40,9 @@ def _place(leaf: ArrayInfo | QArrayInfo, sharding: Any) -> list[tuple[ArrayInfo,
     """The arrays of a leaf with the sharding of each; None stands for numpy."""
     infos = list(arrays_of(leaf))
     if sharding is None:
-        return [(info, placement.default_sharding() if _jax_holds(info.dtype) else None) for info in infos]
+        return [(info, placement.default_sharding() if jax_holds(info.dtype) else None) for info in infos]
     for info in infos:
-        if not _jax_holds(info.dtype):
+        if not jax_holds(info.dtype):
             raise CheckpointError(f"{info.path}: {info.dtype} cannot be sharded while jax_enable_x64 is off; enable it")
     if isinstance(leaf, ArrayInfo):
         return [(leaf, placement.check_array(leaf.path, leaf.shape, sharding))]
@@ -55,7 +55,8 @@ def _in_tree_order(leaf: ArrayInfo | QArrayInfo) -> list[ArrayInfo]:
     return jax.tree.leaves(marked)
 
 
-def _jax_holds(dtype: str) -> bool:
+def jax_holds(dtype: str) -> bool:
+    """Whether an array of this dtype can be JAX's: 64-bit ones cannot while jax_enable_x64 is off."""
     return jax.dtypes.canonicalize_dtype(jnp.dtype(dtype)) == jnp.dtype(dtype)
 
 
@@ -68,4 +69,4 @@ def _finish(leaf: LeafInfo, read: Mapping[str, Any]) -> Any:
 
 def _empty(info: ArrayInfo) -> Any:
     empty = np.zeros(info.shape, jnp.dtype(info.dtype))
-    return jax.device_put(empty) if _jax_holds(info.dtype) else empty
+    return jax.device_put(empty) if jax_holds(info.dtype) else empty

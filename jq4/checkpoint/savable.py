@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jq4.checkpoint.deferred import Deferred
 from jq4.checkpoint.manifest import DTYPES, PARTS
 from jq4.errors import CheckpointError, JQ4Error
 from jq4.qarray import NEUTRAL, QArray, is_qarray, validate
@@ -21,7 +22,7 @@ def check_leaf(path: str, leaf: Any) -> None:
     """Raises CheckpointError, naming `path`, unless `leaf` can be saved as it is."""
     if is_qarray(leaf):
         _check_qarray(path, leaf)
-    elif not is_scalar(leaf):
+    elif not is_scalar(leaf) and not isinstance(leaf, Deferred):  # which is checked once it is made
         _check_array(path, leaf)
 
 

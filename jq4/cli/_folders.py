@@ -6,6 +6,16 @@ from pathlib import Path
 from jq4.errors import JQ4Error
 
 
+def overlapping(read: Path, out: Path) -> Path | None:
+    """Which of OUT and OUT.partial, the work on it, is the folder `read`, lies in it or holds it; None for neither."""
+    from jq4.checkpoint.atomic import overlap
+    from jq4.checkpoint.conversion.progress import folder_of
+
+    out = out.absolute()
+    written = (out, folder_of(out)) if out.name else (out,)
+    return next((each for each in written if overlap(read.resolve(), each.resolve())), None)
+
+
 def check_only_ours(out: Path, written: Collection[str], whose: str, option: str = "--out") -> None:
     """Refuses to write among other files than those `written` by an earlier run; `whose` says so of a stranger."""
     if out.exists() and not out.is_dir():

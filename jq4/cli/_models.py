@@ -41,6 +41,13 @@ def open_model(path: str | Path) -> "LanguageModel":
     return LanguageModel.from_folder(existing(path), say=_say)
 
 
+def unread_model(path: str | Path) -> "LanguageModel":
+    """The same with its weights unread, to be changed and saved leaf by leaf."""
+    from models.language_model import LanguageModel
+
+    return LanguageModel.unread(existing(path), say=_say)
+
+
 def _say(note: str) -> None:
     from jq4.cli import _terminal
 

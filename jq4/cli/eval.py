@@ -11,7 +11,7 @@ HELP = "measure perplexity, and KLD and top-1 agreement against a reference"
 DESCRIPTION = (
     "Perplexity over rows of --context tokens, every one predicted from those before it in its row (mean over "
     "positions 0..context-2). With --reference also KL(reference || model) a token and top-1 agreement. Packed "
-    "models run packed."
+    "models run packed, and those that have adapters run with them, which the table says."
 )
 DEFAULT_CONTEXT = 2048
 
@@ -58,6 +58,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         **{key: held[key] for key in ("bits_per_weight", "bits_per_weight_packed", "bytes")},
         "bytes_on_disk": bytes_on_disk(arguments.model),
         "adapters": _models.adapters_told(model.adapters),
+        "reference_adapters": None if reference is None else _models.adapters_told(reference.adapters),
         "went_dense": _models.went_dense(model),
         "seconds": watch.seconds,
         "versions": _terminal.versions(),

@@ -21,7 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from jq4.cli import _terminal
-    from jq4.report import adapters_sentence, adapters_table, format_bytes, format_count, format_figure, inventory_table
+    from jq4.how_made import made_rows
+    from jq4.report import (
+        adapters_sentence,
+        adapters_table,
+        format_bytes,
+        format_count,
+        format_figure,
+        inventory_table,
+        make_table,
+    )
 
     data = describe(arguments.model, arguments.reference)
     if arguments.json:
@@ -31,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     for note in data.get("notes", ()):
         _terminal.say(note)
     out.print(inventory_table(data))
+    if made := made_rows(data.get("recipe"), data.get("source")):
+        out.print(make_table("how it was made", ("", ""), made))
     out.print(
         f"{format_count(data['parameters'])} parameters, {format_bytes(data['bytes'])} on the device, "
         f"{format_bytes(data['bytes_host'])} on the host, {format_bytes(data['bytes_on_disk'])} on disk; "
@@ -48,16 +59,15 @@ def describe(model: str, reference: str | None = None) -> dict[str, Any]:
     from models.adapted import abstract_adapters_of
 
     folder = _models.existing(model)
-    about: dict[str, Any] = {}
+    about = about_manifest(folder) if _models.is_checkpoint(folder) else {}
     adapters = None
     if reference is not None:
         ours, theirs = _models.in_the_same_runs(_models.open_model(model), _models.open_model(reference))
         with _terminal.progress("measuring") as step:
             leaves = with_errors(inventory(ours.params), ours.params, theirs.params, step)
-        adapters, about = ours.adapters, {"notes": _models.notes_on_adapters(ours, theirs)}
+        adapters, about = ours.adapters, about | {"notes": _models.notes_on_adapters(ours, theirs)}
     elif _models.is_checkpoint(folder):
-        leaves, about = leaves_of_manifest(folder)
-        adapters = abstract_adapters_of(folder)
+        leaves, adapters = leaves_of_manifest(folder), abstract_adapters_of(folder)
     else:
         leaves, about = leaves_of_headers(folder)
     return {
@@ -71,17 +81,23 @@ def describe(model: str, reference: str | None = None) -> dict[str, Any]:
     }
 
 
-def leaves_of_manifest(folder: Path) -> tuple[list[Any], dict[str, Any]]:
-    """The leaves of one of our folders, and its recipe, source and versions; no array is read."""
+def about_manifest(folder: Path) -> dict[str, Any]:
+    """How one of our folders was made, by its own account."""
+    from jq4.checkpoint.orbax import read_manifest
+
+    manifest = read_manifest(folder)
+    return {"recipe": manifest.recipe, "source": manifest.source, "versions": dict(manifest.versions)}
+
+
+def leaves_of_manifest(folder: Path) -> list[Any]:
+    """The leaves of one of our folders; no array is read."""
     from jq4.checkpoint.manifest import ScalarInfo, abstract
     from jq4.checkpoint.orbax import read_manifest
     from jq4.inventory import inventory
 
     manifest = read_manifest(folder)
     arrays = {leaf.path: abstract(leaf) for leaf in manifest.leaves if not isinstance(leaf, ScalarInfo)}
-    found = [Leaf for path, array in arrays.items() for Leaf in rename(inventory([array]), path)]
-    about = {"recipe": manifest.recipe, "source": manifest.source, "versions": dict(manifest.versions)}
-    return found, about
+    return [leaf for path, array in arrays.items() for leaf in rename(inventory([array]), path)]
 
 
 def rename(leaves: list[Any], path: str) -> list[Any]:

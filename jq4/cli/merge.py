@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     """Merges and saves; what `jq4 merge --json` prints."""
+    from jq4.checkpoint.deferred import shapes_of
     from jq4.cli import _terminal
+    from jq4.cli.drift import recipe_of
+    from jq4.cli.inspect import leaves_of_manifest
     from jq4.cli.quantize import check_destination, read_recipe
     from jq4.cli.training.run import remove_older
-    from jq4.inventory import bytes_on_disk, inventory, totals
-    from jq4.train import merge_lora
-    from jq4.train.adapters.merge_lora import DENSE
+    from jq4.inventory import bytes_on_disk, totals
+    from jq4.train.adapters.merge_lora import DENSE, Merging
 
     watch = _terminal.Stopwatch()
     source, out = Path(arguments.model), Path(arguments.out)
@@ -66,13 +69,15 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
         check_destination(Path(read), out)
     recipe = None if arguments.recipe is None else read_recipe(arguments.recipe)
     check_recipe(recipe, arguments.calibration)
-    model = with_given_adapters(_models.open_model(arguments.model), arguments)
-    stats = None if recipe is None else observed(model, recipe, arguments)
-    params, report = merge_lora(model.params, model.adapters, recipe or DENSE, stats=stats)
+    model = with_given_adapters(_models.unread_model(arguments.model), arguments)
+    stats = None if recipe is None else observed(recipe, arguments)
+    merging = Merging.of(shapes_of(model.params), model.adapters, recipe or DENSE, stats=stats)
+    about = _models.origin(source) | {"merged": provenance_of(arguments, list(merging.adapters))}
+    params, report = merged_when_written(model.params, merging)
     merged = dataclasses.replace(model, params=params, adapters=None)
-    merged.save(out, recipe=recipe, source=_models.origin(source) | {"merged": provenance_of(arguments)})
+    merged.save(out, recipe=merged_recipe(recipe_of(arguments.model), recipe, merging), source=about)
     remove_older(out)
-    held = totals(inventory(params))
+    held = totals(leaves_of_manifest(out))
     return {
         "model": arguments.model,
         "out": arguments.out,
@@ -121,18 +126,68 @@ def with_given_adapters(model: Any, arguments: argparse.Namespace) -> Any:
     return dataclasses.replace(model, adapters=found)
 
 
-def observed(model: Any, recipe: Any, arguments: argparse.Namespace) -> Any:
-    """Statistics of the inputs that the weights meet in the model with its adapters, where the recipe looks at them."""
+def merged_when_written(params: Any, merging: Any) -> tuple[Any, list[Any]]:
+    """(deferred params with their adapters in them, what that lost of each leaf, filled in as they are made)."""
+    import jax
+
+    from jq4.paths import leaf_path
+
+    report: list[Any] = []
+
+    def change(path: str, leaf: Any) -> Any:
+        result, told = merging.merged(path, leaf)
+        report.append(told)
+        return result
+
+    def merged(keys: Any, leaf: Any) -> Any:
+        path = leaf_path(keys)
+        return leaf.then(functools.partial(change, path)) if path in merging.adapters else leaf
+
+    return jax.tree_util.tree_map_with_path(merged, params), report
+
+
+def observed(recipe: Any, arguments: argparse.Namespace) -> Any:
+    """Statistics of the inputs that the weights meet in the model with its adapters, where the recipe looks at them.
+
+    The one part of merging that holds the whole model.
+    """
     from jq4.cli import quantize
     from jq4.statistics import COLLECTABLE
+    from models.language_model import LanguageModel
 
     if not quantize.is_calibrated(arguments.calibration, recipe):
         return None
+    model = with_given_adapters(LanguageModel.from_folder(arguments.model), arguments)
     rows = _calibration.read_rows(model.tokenizer, model.config, arguments.calibration, arguments).rows
     return _models.observe_inputs(model, rows, arguments.batch_size, COLLECTABLE)
 
 
-def provenance_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the manifest says of the merging."""
+def merged_recipe(before: Any, recipe: Any, merging: Any) -> Any:
+    """The rules that all leaves of the result were packed by; None where nothing tells of any.
+
+    Those that had adapters are named one by one, by the rules that they were merged by; the model's own follow.
+    """
+    from jq4.recipe import Recipe
+    from jq4.rule import DENSE_BITS, Rule
+
+    if before is None and recipe is None:
+        return None
+    dense, paths = Rule(("**",), num_bits=DENSE_BITS), {}
+    for path in merging.adapters:
+        rule = merging.plan[path].rule if path in merging.plan else dense
+        paths.setdefault(rule, []).append(path)
+    named = tuple(dataclasses.replace(rule, targets=tuple(each), ignore=()) for rule, each in paths.items())
+    if before is None:
+        return Recipe(named)
+    kept = tuple(dataclasses.replace(rule, ignore=(*rule.ignore, *before.ignore)) for rule in before.rules)
+    return dataclasses.replace(before, rules=(*named, *kept), ignore=(), name=None)
+
+
+def provenance_of(arguments: argparse.Namespace, paths: list[str]) -> dict[str, Any]:
+    """What the manifest says of the merging, and of how the model was made before."""
+    from jq4.checkpoint.orbax import read_manifest
+
     given = None if arguments.adapters is None else Path(arguments.adapters).resolve().name
-    return {"adapters": given or "the model's own", "to": arguments.recipe or "dense"}
+    told = {"adapters": given or "the model's own", "to": arguments.recipe or "dense", "leaves": paths}
+    into = read_manifest(arguments.model).source if _models.is_checkpoint(arguments.model) else None
+    return told if into is None else told | {"into": into}

@@ -18,7 +18,9 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a Hugging Face folder")
-    parser.add_argument("destination", metavar="DST", help="the folder to write; an older one of jq4's is replaced")
+    parser.add_argument(
+        "destination", metavar="DST", help="the folder to write; an older one of jq4's without adapters is replaced"
+    )
     parser.add_argument(
         "--recipe",
         default=DEFAULT_RECIPE,
@@ -85,6 +87,7 @@ def pack(arguments: argparse.Namespace) -> dict[str, Any]:
 
     source, destination = Path(arguments.source), Path(arguments.destination)
     check_destination(source, destination)
+    check_without_adapters(destination)
     recipe = read_recipe(arguments.recipe)
     folder_of(arguments.source)
     if arguments.report is not None:
@@ -187,7 +190,7 @@ def account(arguments: argparse.Namespace, recipe: Any, report: Any, watch: Any)
     from jq4.cli.inspect import leaves_of_manifest
     from jq4.inventory import bytes_on_disk, totals
 
-    held, _ = leaves_of_manifest(Path(arguments.destination))
+    held = leaves_of_manifest(Path(arguments.destination))
     return {
         "source": arguments.source,
         "destination": arguments.destination,
@@ -245,15 +248,29 @@ def read_recipe(given: str) -> Any:
 
 def check_destination(source: Path, destination: Path) -> None:
     """Refuses what would destroy something, before any work is done."""
-    from jq4.checkpoint.atomic import check_ours, overlap
+    from jq4.checkpoint.atomic import check_ours
+    from jq4.cli import _folders
     from jq4.errors import JQ4Error
 
-    there = destination.resolve()
-    if overlap(source.resolve(), there):
+    if written := _folders.overlapping(source, destination):
         raise JQ4Error(
-            f"{destination}: is, lies in or holds {source}, which is read; choose another folder for the packed model"
+            f"{written}: is, lies in or holds {source}, which is read; choose another folder for the packed model"
         )
-    check_ours(there)
+    check_ours(destination.resolve())
+
+
+def check_without_adapters(destination: Path) -> None:
+    """Refuses to replace weights that adapters were trained beside, and which no others can take the place of."""
+    from jq4.cli import _models
+    from jq4.errors import JQ4Error
+    from models.adapted import ADAPTERS
+
+    adapters = destination / ADAPTERS
+    if _models.is_checkpoint(adapters):
+        raise JQ4Error(
+            f"{adapters}: adapters that were trained beside the weights in {destination}, and would be left without "
+            f"them: choose another folder, or keep what they learned by jq4 merge {destination} OUT and remove them"
+        )
 
 
 def is_calibrated(calibration: str | None, recipe: Any) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jq4.how_made import made_rows, text_words
 from jq4.report import (
     ADAPTERS_HEAD,
     adapters_rows,
@@ -40,7 +41,7 @@ def _quality(data: Mapping[str, Any]) -> Section | None:
     text = found.get("text", {})
     said = [
         f"Measured on {found['tokens']:,} predicted tokens: {found['rows']:,} rows of {found['context']} tokens"
-        + (f" of {_named({**text, 'rows': None})}" if text else "")
+        + (f" of {text_words({**text, 'rows': None})}" if text else "")
         + ", each token predicted from those before it in its row."
     ]
     if text.get("dropped_tokens"):
@@ -153,13 +154,7 @@ def _compared(data: Mapping[str, Any]) -> Section | None:
 
 
 def _made(data: Mapping[str, Any]) -> Section | None:
-    rows = []
-    if recipe := data.get("recipe"):
-        rows.append(("recipe", recipe.get("name") or "; ".join(map(_rule, recipe.get("rules", [])))))
-    if source := data.get("source"):
-        rows.append(("made from", str(source.get("folder", source))))
-    if calibration := data.get("calibration"):
-        rows.append(("calibrated on", _named(calibration)))
+    rows = made_rows(data.get("recipe"), data.get("source"), data.get("calibration"))
     cost = data.get("cost", {})
     if cost.get("seconds") is not None:
         rows.append(("seconds to quantize", format_figure(cost["seconds"])))
@@ -172,25 +167,6 @@ def _made(data: Mapping[str, Any]) -> Section | None:
 def _notes(data: Mapping[str, Any]) -> Section | None:
     notes = data.get("notes")
     return Section("Notes", "\n".join(notes)) if notes else None
-
-
-def _rule(rule: Mapping[str, Any]) -> str:
-    group = f" g{rule['group_size']}" if rule.get("group_size") else ""
-    return f"{rule.get('method', 'rtn')} {rule.get('type', 'int')}{rule.get('num_bits', 4)}{group}"
-
-
-def _named(text: Mapping[str, Any]) -> str:
-    """A file and what is known of it: "x.npy (97 rows of 256 tokens, sha256 0f3a...)"."""
-    known = []
-    if text.get("rows") and text.get("context"):
-        known.append(f"{text['rows']:,} rows of {text['context']} tokens")
-    elif text.get("tokens"):
-        known.append(f"{text['tokens']:,} tokens")
-    if text.get("sha256"):
-        known.append(f"sha256 {text['sha256'].removeprefix('sha256:')[:12]}…")
-    if text.get("seed") is not None:
-        known.append(f"seed {text['seed']}")
-    return f"{text.get('file', 'tokens')}" + (f" ({', '.join(known)})" if known else "")
 
 
 def _decibels(value: float | None) -> str:

@@ -28,9 +28,8 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jq4 import jax_compat, watch_rules
+from jq4.arguments import Arguments
 from jq4.interpret import Interpreter, Values
-from jq4.outputs import Outputs, is_array
-from jq4.paths import leaf_path
 from jq4.recipe import Recipe
 from jq4.record import DENSE
 from jq4.rule import Rule
@@ -173,26 +172,15 @@ class FakeQuantized:
         self.record.clear()
         interpreter = RoundingInterpreter(self.record, self.strict)
         found, left = plan_quantizers(params, quantizers, self.recipe, self.axes)
-        keyed, structure = jax.tree_util.tree_flatten_with_path((params, args, kwargs))
-        leaves = [leaf for _, leaf in keyed]
         for path, (leaf, reason) in left.items():
             interpreter.tell(UNROUNDED, path, "", reason, leaf)
-        dynamic = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
-        outputs = Outputs()
-
-        def flat_function(*arrays: Any) -> list[Any]:
-            merged = list(leaves)
-            for place, array in zip(dynamic, arrays, strict=True):
-                merged[place] = array
-            params, args, kwargs = jax.tree.unflatten(structure, merged)
-            return outputs.arrays_of(self.function(params, *args, **kwargs))
-
-        values = []
-        for place in dynamic:
-            keys, leaf = keyed[place]
-            path = leaf_path(keys[1:]) if keys[0].idx == 0 else None  # type: ignore[attr-defined]
-            values.append(Unrounded(leaf, found[path], path) if path in found else leaf)
-        jaxpr, _ = jax_compat.trace(flat_function, *(leaves[place] for place in dynamic))
+        arguments = Arguments((params, *args), kwargs)
+        paths = [arguments.paths.get(place) for place in arguments.traced]
+        values = [
+            Unrounded(leaf, found[path], path) if path in found else leaf
+            for path, leaf in zip(paths, arguments.arrays, strict=True)
+        ]
+        jaxpr, outputs = arguments.trace(self.function, arguments.arrays)
         results = [_unwrapped(interpreter.round(value)) for value in interpreter.evaluate(jaxpr, values)]
         for value in values:
             if isinstance(value, Unrounded) and value.path not in interpreter.rounded:

@@ -1,4 +1,8 @@
-"""What `jq4 train qlora` trains: adapters of a model's packed weights, and nothing else."""
+"""What `jq4 train qlora` trains: adapters of a model's packed weights, and nothing else.
+
+It starts from a pair: the packed params, and the adapters before the first step. Those that are fitted to what packing
+lost are kept with the packed leaves, and fitted once, however often the run is stopped.
+"""
 
 import argparse
 import dataclasses
@@ -40,19 +44,21 @@ def open_task(arguments: argparse.Namespace) -> Task:
     check_targets(arguments, model.params)
     say_how_cut(arguments)
     arguments.start, arguments.dtype = None, options.dtype_of(arguments, model)
-    reference = model.params if dense else None
     loss = losses.next_token(adapted_forward(model, arguments))
     if arguments.dropout:
         loss = dropping(loss, arguments.dropout)
 
-    def start(folder: Path, rows: Any) -> Any:
+    def start(folder: Path, rows: Any) -> tuple[Any, Any]:
         if not dense:
-            return model.params
-        make = fitted if arguments.init == "loftq" else started
-        return make(arguments, recipe, model, folder, rows)
+            return model.params, drawn(model.params, arguments)
+        if arguments.init == "loftq":
+            return fitted_together(arguments, recipe, model, folder, rows)
+        packed = started(arguments, recipe, model, folder, rows)
+        residual = arguments.init == "residual"
+        return packed, fitted(packed, model.params, arguments, folder) if residual else drawn(packed, arguments)
 
-    def served(adapters: Any, packed: Any) -> Any:
-        return dataclasses.replace(model, params=packed, adapters=adapters)
+    def served(adapters: Any, begun: tuple[Any, Any]) -> Any:
+        return dataclasses.replace(model, params=begun[0], adapters=adapters)
 
     return Task(
         model=model,
@@ -62,10 +68,10 @@ def open_task(arguments: argparse.Namespace) -> Task:
         given={"model": _models.origin(Path(arguments.model))},
         phases=(Phase(arguments.steps, lambda adapters, packed, part: loss((packed, adapters), None, part)),),
         start=start,
-        fixed=lambda packed: packed,
-        begin=lambda packed: begun(packed, reference, arguments),
+        fixed=lambda begun: begun[0],
+        begin=lambda begun: begun[1],
         served=served,
-        before=lambda packed: served(begun(packed, reference, arguments), packed),
+        before=lambda begun: served(begun[1], begun),
         batch_size=arguments.batch_size,
         beside=write_peft,
     )
@@ -110,21 +116,30 @@ def dropping(loss: Any, rate: float) -> Any:
     return dropped
 
 
-def begun(packed: Any, dense: Any, arguments: argparse.Namespace) -> Any:
-    """The adapters before the first step. LoftQ's are what its codes left, as the residual's are."""
+def drawn(packed: Any, arguments: argparse.Namespace) -> Any:
+    """Adapters that begin at nothing."""
     import jax
 
     from jq4.train import lora
 
-    return lora(
-        packed,
-        arguments.rank,
-        arguments.targets,
-        alpha=arguments.alpha,
-        key=jax.random.key(arguments.seed),
-        init="zero" if arguments.init == "zero" else "residual",
-        reference=None if arguments.init == "zero" else dense,
-    )
+    key = jax.random.key(arguments.seed)
+    return lora(packed, arguments.rank, arguments.targets, alpha=arguments.alpha, key=key)
+
+
+def fitted(packed: Any, dense: Any, arguments: argparse.Namespace, folder: Path) -> Any:
+    """Adapters that begin at what packing lost; made beside the packed leaves in `folder` unless they are there."""
+    import jax
+
+    from jq4.train import lora
+    from models.adapted import adapters_of, save_adapters
+
+    if (kept := adapters_of(folder)) is not None:
+        return kept
+    key = jax.random.key(arguments.seed)
+    size = {"alpha": arguments.alpha, "key": key}
+    made = lora(packed, arguments.rank, arguments.targets, **size, init="residual", reference=dense)
+    save_adapters(folder, made)
+    return made
 
 
 def check_targets(arguments: argparse.Namespace, params: Any) -> None:
@@ -153,31 +168,40 @@ def check_loftq(arguments: argparse.Namespace, recipe: Any) -> None:
         raise JQ4Error(f"--init loftq packs by rules alone, and the recipe has steps ({names}): take one without")
 
 
-def fitted(arguments: argparse.Namespace, recipe: Any, model: Any, folder: Path, rows: Any) -> Any:
-    """The packed leaves that LoftQ fits together with adapters; made in `folder` unless they are there."""
+def fitted_together(arguments: argparse.Namespace, recipe: Any, model: Any, folder: Path, rows: Any) -> tuple[Any, Any]:
+    """The packed leaves and the adapters that LoftQ fits to each other; made in `folder` unless they are there.
+
+    Its adapters are what its codes left, so that those of a run that was killed between the two are fitted to that.
+    """
+    import jax
+
     import jq4
     from jq4.cli import _models
     from jq4.cli.training.text import spread
     from jq4.driver.calibration_rows import may_need_rows
     from jq4.statistics import COLLECTABLE
     from jq4.train import loftq
+    from models.adapted import save_adapters
 
     if not _models.is_checkpoint(folder):
         stats = None
         if may_need_rows(recipe):
             chosen = spread(rows, arguments.calibration_rows)
             stats = _models.observe_inputs(model, chosen, arguments.batch_size, COLLECTABLE, "calibrating the start")
-        packed, _ = loftq(
+        packed, adapters = loftq(
             model.params,
             recipe,
             arguments.rank,
             arguments.targets,
             alpha=arguments.alpha,
+            key=jax.random.key(arguments.seed),
             turns=arguments.loftq_iter,
             stats=stats,
         )
         jq4.save(folder, packed, recipe=recipe)
-    return jq4.restore(folder)
+        save_adapters(folder, adapters)
+    packed = jq4.restore(folder)
+    return packed, fitted(packed, model.params, arguments, folder)
 
 
 def say_how_cut(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from jq4.cli.training.task import Phase, Task
 
 
 def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
-    """(what was trained, the packed params that it started from); KeyboardInterrupt where it was asked to stop."""
+    """(what was trained, what it started from); KeyboardInterrupt where it was asked to stop."""
     import jax
 
     from jq4.cli import _terminal
@@ -25,16 +25,16 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any
     mesh = training_mesh(arguments.fsdp, devices_of(arguments))
     check_rows_fit(arguments, mesh.size)
     along = task.along()
-    packed = task.start(folder.start, task.text.rows)
+    start = task.start(folder.start, task.text.rows)
     rows = rows_over(mesh)
     with _terminal.progress("training") as progress, stopping() as stop:
         progress(folder.resumed, arguments.steps)
         state = through_phases(
             task.phases,
-            lambda: task.begin(packed),
+            lambda: task.begin(start),
             Reporting(folder, arguments, rate, task.tokens_a_step, progress),
             mesh,
-            fixed=placed_over(mesh, task.fixed(packed)),
+            fixed=placed_over(mesh, task.fixed(start)),
             batches=ShuffledRows(task.text.rows, arguments.batch_size, arguments.accumulate, arguments.seed, along),
             keep_every=arguments.save_every,
             place=lambda batch: jax.device_put(batch, rows),
@@ -44,7 +44,7 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any
         folder.states.wait()
         _terminal.say(f"stopped after step {int(state.step)} of {arguments.steps}; the same command goes on from there")
         raise KeyboardInterrupt
-    return jax.device_put(state.trained, mesh.devices.flat[0]), packed
+    return jax.device_put(state.trained, mesh.devices.flat[0]), start
 
 
 def through_phases(

@@ -76,7 +76,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises JQ4Error for numbers that cannot be, and for what does not go together; fills in what was left out."""
-    from jq4.checkpoint.atomic import overlap
+    from jq4.cli import _folders
     from jq4.errors import JQ4Error
 
     cached = arguments.teacher_cache is not None
@@ -96,9 +96,12 @@ def check(arguments: argparse.Namespace) -> None:
         if arguments.top_k is not None:
             raise JQ4Error("--top-k is of a --teacher-cache, and there is none; give its folder too, or leave it out")
         return
-    folder = Path(arguments.teacher_cache).resolve()
-    if overlap(folder, Path(arguments.out).resolve()):
-        raise JQ4Error(f"{folder}: --teacher-cache and --out lie in one another; choose another folder for one of them")
+    folder = arguments.teacher_cache
+    if written := _folders.overlapping(Path(folder), Path(arguments.out)):
+        raise JQ4Error(
+            f"{folder}: --teacher-cache is, lies in or holds {written}, which --out is made in; choose another folder "
+            "for one of them"
+        )
     asked = {
         "--temperature": (arguments.temperature != 1, "a tail's mass has no temperature"),
         "--perturbed": (arguments.perturbed > 0, "tokens drawn anew want the teacher anew"),

@@ -81,9 +81,10 @@ def identity_of(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def provenance_of(identity: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest says of the training."""
-    names = ("training", "steps", "batch_size", "rate", "seed", "text", "temperature", "perturbed", "stages")
-    return {name: identity[name] for name in names if name in identity}
+    """What the manifest says of the training: all that is not told there of any model."""
+    told = {name: value for name, value in identity.items() if name not in ("recipe", "sources", "versions")}
+    others = {name: origin for name, origin in identity["sources"].items() if name != "model"}
+    return told | ({"sources": others} if others else {})
 
 
 def measure(task: Task, start: Any, model: Any, batch_size: int) -> dict[str, Any]:

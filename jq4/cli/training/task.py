@@ -33,11 +33,11 @@ class Task:
       recipe: the result's; None where nobody tells it.
       given: by name, where the model and others came from, with their files' SHA-256.
       phases: the last one ends with the run.
-      start: (folder, rows) -> the packed params that training starts from, made in `folder` if need be.
-      fixed: those -> what the losses look at and do not change.
-      begin: those -> what is trained.
-      served: (what was trained, those) -> the model that is written.
-      before: those -> the model that held-out rows are measured by before training.
+      start: (folder, rows) -> what training starts from (packed params, and adapters), made in `folder` if need be.
+      fixed: that -> what the losses look at and do not change.
+      begin: that -> what is trained.
+      served: (what was trained, that) -> the model that is written.
+      before: that -> the model that held-out rows are measured by before training.
       batch_size: rows a step.
       along: what a batch holds of its rows beside their tokens (jq4.train.running.rows); made before the first step.
       beside: (OUT, the model) -> further files that were written there, by kind.

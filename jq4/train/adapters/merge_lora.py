@@ -70,30 +70,64 @@ def merge_lora(
     Raises:
       JQ4Error: for adapters that are not those of these params, and what `jq4.quantize` raises.
     """
-    leaves = dict(flatten_with_paths(params))
-    found = aligned(adapters.by_path, leaves, "the adapters")
-    for path, adapter in found.items():
-        if tuple(leaves[path].shape) != adapter.shape:
-            raise JQ4Error(f"{path}: its adapter is for shape {adapter.shape}, found {tuple(leaves[path].shape)}")
-    plan = {} if to == DENSE else _plan(params, found, to, stats, axes)
+    merging = Merging.of(params, adapters, to, stats=stats, axes=axes)
     report: list[MergedLeaf] = []
 
     def merged(keys: Any, leaf: Any) -> Any:
         path = leaf_path(keys)
-        if path not in found:
+        if path not in merging.adapters:
             return leaf
-        exact = _exact(leaf, found[path])
-        entry = plan.get(path)
-        if entry is not None and entry.is_planned:
-            result, _ = quantize_planned(exact, entry, stats)
-            result = dataclasses.replace(result, dtype=jnp.dtype(leaf.dtype).name)
-        else:
-            result = exact.astype(leaf.dtype)
-        report.append(_reported(path, exact, result, found[path], stats))
+        result, told = merging.merged(path, leaf)
+        report.append(told)
         return result
 
     tree = jax.tree_util.tree_map_with_path(merged, params, is_leaf=is_qarray)
     return tree, report
+
+
+@dataclasses.dataclass(frozen=True)
+class Merging:
+    """What becomes of each leaf that has an adapter, which needs no other leaf.
+
+    Attributes:
+      adapters: by the paths of the params.
+      plan: path -> how the leaf is packed again; nothing of those that become dense.
+      stats: of the leaves' inputs, or None.
+    """
+
+    adapters: Mapping[str, Adapter]
+    plan: Mapping[str, LeafReport]
+    stats: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        params: Any,
+        adapters: Adapters,
+        to: Recipe | Rule | str = DENSE,
+        *,
+        stats: Any = None,
+        axes: Mapping[str, int] | None = None,
+    ) -> "Merging":
+        """Arguments as `merge_lora` takes them; of the params shapes are enough."""
+        leaves = dict(flatten_with_paths(params))
+        found = aligned(adapters.by_path, leaves, "the adapters")
+        for path, adapter in found.items():
+            if tuple(leaves[path].shape) != adapter.shape:
+                raise JQ4Error(f"{path}: its adapter is for shape {adapter.shape}, found {tuple(leaves[path].shape)}")
+        plan = {} if to == DENSE else _plan(params, found, to, stats, axes)
+        return cls(found, {path: entry for path, entry in plan.items() if entry.is_planned}, stats)
+
+    def merged(self, path: str, leaf: Any) -> tuple[Any, MergedLeaf]:
+        """(the leaf with its adapter in it, what that lost)."""
+        adapter, entry = self.adapters[path], self.plan.get(path)
+        exact = _exact(leaf, adapter)
+        if entry is None:
+            result = exact.astype(leaf.dtype)
+        else:
+            result, _ = quantize_planned(exact, entry, self.stats)
+            result = dataclasses.replace(result, dtype=jnp.dtype(leaf.dtype).name)
+        return result, _reported(path, exact, result, adapter, self.stats)
 
 
 def _plan(

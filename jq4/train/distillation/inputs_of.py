@@ -31,7 +31,6 @@ from jq4.arguments import Arguments
 from jq4.axes import is_weight
 from jq4.errors import JQ4Error
 from jq4.interpret import Interpreter, Values
-from jq4.outputs import Outputs
 from jq4.qarray import holds_qarrays
 from jq4.targets import as_patterns, matches
 from jq4.train.fake import FakeQuantized
@@ -129,14 +128,14 @@ class InputsOf:
 
     def __call__(self, tree: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         _check_dense(tree)
-        arguments, outputs = Arguments((tree, *args), kwargs), Outputs()
+        arguments = Arguments((tree, *args), kwargs)
         weights = {place: path for place, path in arguments.paths.items() if is_weight(arguments.leaves[place])}
         chosen = _chosen(weights, self.names)
         values = [
             Watched.whole(leaf, chosen[place]) if place in chosen else leaf
             for place, leaf in zip(arguments.traced, arguments.arrays, strict=True)
         ]
-        jaxpr, _ = jax_compat.trace(arguments.taken_by(self.function, outputs), *arguments.arrays)
+        jaxpr, outputs = arguments.trace(self.function, arguments.arrays)
         interpreter = InputsInterpreter()
         results = interpreter.evaluate(jaxpr, values)
         inputs = _inputs(interpreter, list(chosen.values()), self.names)

@@ -1,0 +1,95 @@
+"""How a model was made, in words, from what its manifest says: by which rules, from what, trained and merged how."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jq4.report import format_figure
+
+_DENSE_BITS = 16
+_SHOWN = 3  # leaves of a rule that are named
+_APART = ("training", "text", "held_out", "rows", "sources")  # of a training, told in rows of their own or in digests
+
+
+def made_rows(recipe: Any, source: Any, calibration: Any = None) -> list[tuple[str, str]]:
+    """(what, words) of a manifest's recipe and source; calibration where it is told apart from the source.
+
+    Both are whatever a user gave `jq4.save`: what is not as jq4 writes it is told as it stands.
+    """
+    rows = [("recipe", words) for words in _recipe_words(recipe)]
+    for each in _history(source):
+        rows.append(("made from", str(each.get("folder", each))))
+        rows += _merging_rows(each.get("merged")) + _training_rows(each.get("training"))
+        calibration = calibration or each.get("calibration")
+    if source and not isinstance(source, Mapping):
+        rows.append(("made from", str(source)))
+    return rows + ([("calibrated on", text_words(calibration))] if isinstance(calibration, Mapping) else [])
+
+
+def text_words(text: Mapping[str, Any]) -> str:
+    """A file and what is known of it: "x.npy (97 rows of 256 tokens, sha256 0f3a...)"."""
+    known = []
+    if text.get("rows") and text.get("context"):
+        known.append(f"{text['rows']:,} rows of {text['context']} tokens")
+    elif text.get("tokens"):
+        known.append(f"{text['tokens']:,} tokens")
+    if text.get("sha256"):
+        known.append(f"sha256 {text['sha256'].removeprefix('sha256:')[:12]}…")
+    if text.get("seed") is not None:
+        known.append(f"seed {text['seed']}")
+    return f"{text.get('file', 'tokens')}" + (f" ({', '.join(known)})" if known else "")
+
+
+def _history(source: Any) -> Iterator[Mapping[str, Any]]:
+    """A source, and what was merged there before it."""
+    while isinstance(source, Mapping):
+        yield source
+        merged = source.get("merged")
+        source = merged.get("into") if isinstance(merged, Mapping) else None
+
+
+def _recipe_words(recipe: Any) -> list[str]:
+    if not isinstance(recipe, Mapping):
+        return [str(recipe)] if recipe else []
+    if recipe.get("name"):
+        return [str(recipe["name"])]
+    return [_rule_words(rule) for rule in recipe.get("rules", ())]
+
+
+def _rule_words(rule: Mapping[str, Any]) -> str:
+    group = f" g{rule['group_size']}" if rule.get("group_size") else ""
+    bits = rule.get("num_bits", 4)
+    form = "dense" if bits == _DENSE_BITS else f"{rule.get('method', 'rtn')} {rule.get('type', 'int')}{bits}{group}"
+    targets = list(rule.get("targets", ()))
+    more = f" and {len(targets) - _SHOWN} more" if len(targets) > _SHOWN else ""
+    return f"{form}: {', '.join(targets[:_SHOWN])}{more}"
+
+
+def _merging_rows(merged: Any) -> list[tuple[str, str]]:
+    if not isinstance(merged, Mapping):
+        return []
+    count = len(merged.get("leaves", ()))
+    return [("merged", f"adapters of {count} leaves ({merged.get('adapters')}), which became {merged.get('to')}")]
+
+
+def _training_rows(training: Any) -> list[tuple[str, str]]:
+    if not isinstance(training, Mapping):
+        return []
+    rows = [("trained by", str(training.get("training")))]
+    rows += [("trained on", text_words(text)) for text in training.get("text", ())]
+    if isinstance(held_out := training.get("held_out"), Mapping):
+        share = f"{held_out.get('rows')} of their rows"
+        rows.append(("held out", share if "share" in held_out else text_words(held_out)))
+    for name, each in training.get("sources", {}).items():
+        rows.append((str(name), str(each.get("folder"))))
+    options = [(name, value) for name, value in training.items() if name not in _APART and _is_given(value)]
+    return [*rows, ("options", ", ".join(f"{name} {_value_words(value)}" for name, value in options))]
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False and value != []
+
+
+def _value_words(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_value_words, value))
+    return "yes" if value is True else format_figure(value)
