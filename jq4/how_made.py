@@ -1,6 +1,6 @@
 """How a model was made, in words, from what its manifest says: by which rules, from what, trained and merged how."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jq4.report import format_figure
@@ -15,14 +15,15 @@ def made_rows(recipe: Any, source: Any, calibration: Any = None) -> list[tuple[s
 
     Both are whatever a user gave `jq4.save`: what is not as jq4 writes it is told as it stands.
     """
-    rows = [("recipe", words) for words in _recipe_words(recipe)]
+    rows = _told("recipe", _recipe_rows, recipe)
     for each in _history(source):
         rows.append(("made from", str(each.get("folder", each))))
-        rows += _merging_rows(each.get("merged")) + _training_rows(each.get("training"))
+        rows += _told("merged", _merging_rows, each.get("merged"))
+        rows += _told("trained", _training_rows, each.get("training"))
         calibration = calibration or each.get("calibration")
     if source and not isinstance(source, Mapping):
         rows.append(("made from", str(source)))
-    return rows + ([("calibrated on", text_words(calibration))] if isinstance(calibration, Mapping) else [])
+    return rows + _told("calibrated on", lambda text: [("calibrated on", text_words(text))], calibration)
 
 
 def text_words(text: Mapping[str, Any]) -> str:
@@ -39,6 +40,14 @@ def text_words(text: Mapping[str, Any]) -> str:
     return f"{text.get('file', 'tokens')}" + (f" ({', '.join(known)})" if known else "")
 
 
+def _told(what: str, rows_of: Callable[[Any], list[tuple[str, str]]], value: Any) -> list[tuple[str, str]]:
+    """The rows of a value; of one that is not as jq4 writes it, itself."""
+    try:
+        return rows_of(value) if value else []
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return [(what, str(value))]
+
+
 def _history(source: Any) -> Iterator[Mapping[str, Any]]:
     """A source, and what was merged there before it."""
     while isinstance(source, Mapping):
@@ -47,33 +56,28 @@ def _history(source: Any) -> Iterator[Mapping[str, Any]]:
         source = merged.get("into") if isinstance(merged, Mapping) else None
 
 
-def _recipe_words(recipe: Any) -> list[str]:
-    if not isinstance(recipe, Mapping):
-        return [str(recipe)] if recipe else []
-    if recipe.get("name"):
-        return [str(recipe["name"])]
-    return [_rule_words(rule) for rule in recipe.get("rules", ())]
+def _recipe_rows(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    words = [str(recipe["name"])] if recipe.get("name") else map(_rule_words, recipe["rules"])
+    return [("recipe", each) for each in words]
 
 
 def _rule_words(rule: Mapping[str, Any]) -> str:
     group = f" g{rule['group_size']}" if rule.get("group_size") else ""
     bits = rule.get("num_bits", 4)
     form = "dense" if bits == _DENSE_BITS else f"{rule.get('method', 'rtn')} {rule.get('type', 'int')}{bits}{group}"
-    targets = list(rule.get("targets", ()))
+    targets = rule["targets"]
+    if isinstance(targets, str):
+        targets = [targets]
     more = f" and {len(targets) - _SHOWN} more" if len(targets) > _SHOWN else ""
     return f"{form}: {', '.join(targets[:_SHOWN])}{more}"
 
 
-def _merging_rows(merged: Any) -> list[tuple[str, str]]:
-    if not isinstance(merged, Mapping):
-        return []
+def _merging_rows(merged: Mapping[str, Any]) -> list[tuple[str, str]]:
     count = len(merged.get("leaves", ()))
     return [("merged", f"adapters of {count} leaves ({merged.get('adapters')}), which became {merged.get('to')}")]
 
 
-def _training_rows(training: Any) -> list[tuple[str, str]]:
-    if not isinstance(training, Mapping):
-        return []
+def _training_rows(training: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("trained by", str(training.get("training")))]
     rows += [("trained on", text_words(text)) for text in training.get("text", ())]
     if isinstance(held_out := training.get("held_out"), Mapping):

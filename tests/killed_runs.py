@@ -28,7 +28,7 @@ class Victim:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path, **environment},
+            env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": "", **environment},
         )
 
     def ask(self, kill_after: float | None = None, **request: Any) -> dict[str, Any]:

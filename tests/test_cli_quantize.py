@@ -12,6 +12,7 @@ import jq4
 from jq4.chain import TreeSource
 from jq4.cli import main
 from jq4.cli._calibration import choose_context
+from jq4.cli._folders import overlapping
 from models.chain import LAYERS, decoder_chain
 from models.hf import load_config, load_params
 
@@ -114,3 +115,12 @@ def test_a_rotation_gives_a_tied_head_weights_of_its_own(capsys, source, tmp_pat
     assert main(["eval", str(out), *ids, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["kld_mean"] < 1e-3 and found["went_dense"] == []
+
+
+def test_the_work_on_a_link_lies_beside_what_it_names(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for partial in ("real.partial", "link.partial"):
+        (tmp_path / partial / "blocks").mkdir(parents=True)
+        assert overlapping(tmp_path / partial / "blocks", tmp_path / "link") == tmp_path / partial
+    assert overlapping(tmp_path / "other", tmp_path / "link") is None

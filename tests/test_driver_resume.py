@@ -120,7 +120,6 @@ def undisturbed(victim, tmp_path_factory):
     return folder, done["steps"]
 
 
-@pytest.mark.arithmetic
 def test_killed_at_random_points_it_gives_the_same_bytes(victim, undisturbed, tmp_path):
     """The runs differ in batch size, and some keep their activations in files: that changes no byte either."""
     wanted, steps = undisturbed

@@ -11,8 +11,8 @@ def overlapping(read: Path, out: Path) -> Path | None:
     from jq4.checkpoint.atomic import overlap
     from jq4.checkpoint.conversion.progress import folder_of
 
-    out = out.absolute()
-    written = (out, folder_of(out)) if out.name else (out,)
+    places = (out.absolute(), out.resolve())  # work on a link's target lies beside the target
+    written = (*places, *(folder_of(place) for place in places if place.name))
     return next((each for each in written if overlap(read.resolve(), each.resolve())), None)
 
 

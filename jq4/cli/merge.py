@@ -56,7 +56,6 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     """Merges and saves; what `jq4 merge --json` prints."""
     from jq4.checkpoint.deferred import shapes_of
     from jq4.cli import _terminal
-    from jq4.cli.drift import recipe_of
     from jq4.cli.inspect import leaves_of_manifest
     from jq4.cli.quantize import check_destination, read_recipe
     from jq4.cli.training.run import remove_older
@@ -70,12 +69,13 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = None if arguments.recipe is None else read_recipe(arguments.recipe)
     check_recipe(recipe, arguments.calibration)
     model = with_given_adapters(_models.unread_model(arguments.model), arguments)
+    before = recipe_before(arguments.model)
     stats = None if recipe is None else observed(recipe, arguments)
     merging = Merging.of(shapes_of(model.params), model.adapters, recipe or DENSE, stats=stats)
     about = _models.origin(source) | {"merged": provenance_of(arguments, list(merging.adapters))}
     params, report = merged_when_written(model.params, merging)
     merged = dataclasses.replace(model, params=params, adapters=None)
-    merged.save(out, recipe=merged_recipe(recipe_of(arguments.model), recipe, merging), source=about)
+    merged.save(out, recipe=merged_recipe(before, recipe, merging), source=about)
     remove_older(out)
     held = totals(leaves_of_manifest(out))
     return {
@@ -160,6 +160,17 @@ def observed(recipe: Any, arguments: argparse.Namespace) -> Any:
     model = with_given_adapters(LanguageModel.from_folder(arguments.model), arguments)
     rows = _calibration.read_rows(model.tokenizer, model.config, arguments.calibration, arguments).rows
     return _models.observe_inputs(model, rows, arguments.batch_size, COLLECTABLE)
+
+
+def recipe_before(model: str) -> Any:
+    """The recipe that the model was packed by; None where it tells of none, or has something else in its place."""
+    from jq4.cli.drift import recipe_of
+    from jq4.errors import JQ4Error
+
+    try:
+        return recipe_of(model)
+    except JQ4Error:
+        return None
 
 
 def merged_recipe(before: Any, recipe: Any, merging: Any) -> Any:
