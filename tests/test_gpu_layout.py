@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,12 +17,12 @@ from benchmarks.aot import traced_for_gpu
 from jq4.apply import quantized
 from jq4.errors import JQ4Error
 from jq4.layouts import prepare, to_neutral
-from jq4.matmul import ragged_dot
+from jq4.matmul import packed_matmul, ragged_dot
 from jq4.partition import check_grouped_axis, part_specs
 from jq4.qarray import QArray
 from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, gpu_blocks_mma, int4_matmul
 from pallas_kernels.int4_matmul.gpu_blocks import GpuProblem, choose_plan, shared_bytes
-from pallas_kernels.int4_matmul.gpu_chips import AMPERE, FIRST_WITH_MMA, HOPPER, gpu_named
+from pallas_kernels.int4_matmul.gpu_chips import AMPERE, FIRST_WITH_MMA, HOPPER, gpu_named, refusal_of_jax
 from pallas_kernels.int4_matmul.gpu_fragments import in_order_of_bytes, of_fragments, rows_of, to_fragments
 from pallas_kernels.int4_matmul.registry import choose, refusal
 from pallas_kernels.int4_matmul.tiles import Packed
@@ -233,6 +234,31 @@ def test_the_kernel_of_mma_is_for_ampere_and_ada_and_says_why_not():
     with traced_for("NVIDIA L40S"):
         untold = "cannot be compiled here for 'NVIDIA L40S': Mosaic GPU takes a device that does not say"
         assert ("takes JAX 0.11.2" if old else untold) in str(refusal("mosaic_gpu_mma", "gpu", spec))
+
+
+PRODUCTS: dict[str, Callable[..., Any]] = {
+    "forward": jq4.matmul,
+    "vmap": jax.vmap(jq4.matmul, (0, None)),
+    "vmap of weights": jax.vmap(jq4.matmul),
+    "gradient": jax.value_and_grad(lambda x, q: jnp.sum(jq4.matmul(x, q).astype(jnp.float32))),
+    "by name": lambda x, q: packed_matmul(x, q, jnp.float32, implementation="mosaic_gpu_mma"),
+    "many rows": jq4.matmul,
+}
+
+
+@pytest.mark.skipif(refusal_of_jax() is not None, reason=f"the kernel of mma {refusal_of_jax()}")
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_the_kernel_of_mma_is_traced_and_lowered_for_an_ampere_gpu(name):
+    """Up to the compiler of PTX, which tests of the real compilers have."""
+    q = dataclasses.replace(hopper((256, 128), zero_points=True), dtype="bfloat16")
+    q = prepare(q, "NVIDIA A100-SXM4-80GB", layout="hopper")
+    rows = {"many rows": (600, 256), "vmap": (2, 3, 256), "vmap of weights": (2, 3, 256)}.get(name, (3, 256))
+    if name == "vmap of weights":
+        q = jax.tree.map(lambda part: jnp.stack([part, part]), q)
+    with traced_for_gpu("a100", 108):
+        program = jax.jit(PRODUCTS[name]).trace(jax.ShapeDtypeStruct(rows, jnp.bfloat16), q)
+        text = program.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("custom_call @mosaic_gpu" in text) == (name != "many rows")
 
 
 def test_a_hopper_weight_elsewhere_is_reported_as_unpacked_at_every_call():
