@@ -20,11 +20,11 @@ from jq4.layouts import prepare, to_neutral
 from jq4.matmul import packed_matmul, ragged_dot
 from jq4.partition import check_grouped_axis, part_specs
 from jq4.qarray import QArray
-from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, gpu_blocks_mma, int4_matmul
+from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, gpu_blocks_mma, int4_matmul, mosaic_gpu_mma
 from pallas_kernels.int4_matmul.gpu_blocks import GpuProblem, choose_plan, shared_bytes
 from pallas_kernels.int4_matmul.gpu_chips import AMPERE, FIRST_WITH_MMA, HOPPER, gpu_named, refusal_of_jax
 from pallas_kernels.int4_matmul.gpu_fragments import in_order_of_bytes, of_fragments, rows_of, to_fragments
-from pallas_kernels.int4_matmul.registry import choose, refusal
+from pallas_kernels.int4_matmul.registry import BACKENDS, choose, refusal
 from pallas_kernels.int4_matmul.tiles import Packed
 
 
@@ -259,6 +259,23 @@ def test_the_kernel_of_mma_is_traced_and_lowered_for_an_ampere_gpu(name):
         program = jax.jit(PRODUCTS[name]).trace(jax.ShapeDtypeStruct(rows, jnp.bfloat16), q)
         text = program.lower(lowering_platforms=("cuda",)).as_text()
     assert ("custom_call @mosaic_gpu" in text) == (name != "many rows")
+
+
+def test_whole_numbers_are_one_term_of_mma_and_floats_two(monkeypatch):
+    """Rows that the kernel is given, of 300: whole numbers are few enough for it, the two terms of floats are not."""
+    given, backend = [], BACKENDS["mosaic_gpu_mma"]
+
+    def product(rows: jax.Array, **_: Any) -> jax.Array:
+        given.append((rows.shape, rows.dtype))
+        return jnp.zeros((len(rows), 64), jnp.float32)
+
+    monkeypatch.setattr(mosaic_gpu_mma, "_product", product)
+    w = Packed(to_fragments(jnp.zeros((256, 64), jnp.uint8)), jnp.ones((2, 64), jnp.bfloat16))
+    x, spec = jax.ShapeDtypeStruct((300, 256), jnp.float32), PackedSpec(256, layout="hopper")
+    assert backend.integers
+    for integers in (True, False):
+        jax.eval_shape(lambda x, integers=integers: backend.run(x, w, spec, platform="gpu", integers=integers), x)
+    assert given == [((300, 256), jnp.bfloat16)]
 
 
 def test_a_hopper_weight_elsewhere_is_reported_as_unpacked_at_every_call():
