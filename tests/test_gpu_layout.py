@@ -231,6 +231,14 @@ def test_the_kernel_of_mma_is_for_ampere_and_ada_and_says_why_not():
         assert "mosaic_gpu_mma reads groups of" in str(refusal("mosaic_gpu_mma", "gpu", groups))
     with traced_for("NVIDIA B200"):
         assert "traced for 'NVIDIA B200' (10.0)" in str(refusal("mosaic_gpu_mma", "gpu", spec))
+    with traced_for("NVIDIA GeForce RTX 4090"):
+        assert choose(None, "gpu", spec) == "xla"
+        assert str(refusal("mosaic_gpu_mma", "gpu", spec)) == (
+            "mosaic_gpu_mma knows, of compute capability 8.0 and 8.9, NVIDIA A100-SXM4-40GB, NVIDIA A100-PCIE-40GB, "
+            "NVIDIA A100, NVIDIA A800, NVIDIA A30, NVIDIA L40S, NVIDIA L40, NVIDIA L4, and this is traced for 'NVIDIA "
+            "GeForce RTX 4090': XLA's forms serve it, best in another layout than hopper (jq4.prepare without "
+            "layout='hopper')"
+        )
     with traced_for("NVIDIA L40S"):
         untold = "cannot be compiled here for 'NVIDIA L40S': Mosaic GPU takes a device that does not say"
         assert ("takes JAX 0.11.2" if old else untold) in str(refusal("mosaic_gpu_mma", "gpu", spec))
