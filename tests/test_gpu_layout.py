@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packed_oracle import pack_bits
 
 import jq4
-from benchmarks.aot import traced_for_gpu
+from benchmarks.aot import DEVICE_KINDS, traced_for_gpu
 from jq4.apply import quantized
 from jq4.errors import JQ4Error
 from jq4.layouts import prepare, to_neutral
@@ -244,6 +244,7 @@ def test_the_kernel_of_mma_is_for_ampere_and_ada_and_says_why_not():
         assert ("takes JAX 0.11.2" if old else untold) in str(refusal("mosaic_gpu_mma", "gpu", spec))
 
 
+OF_MMA = pytest.mark.skipif(refusal_of_jax() is not None, reason=f"the kernel of mma {refusal_of_jax()}")
 PRODUCTS: dict[str, Callable[..., Any]] = {
     "forward": jq4.matmul,
     "vmap": jax.vmap(jq4.matmul, (0, None)),
@@ -254,7 +255,7 @@ PRODUCTS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.skipif(refusal_of_jax() is not None, reason=f"the kernel of mma {refusal_of_jax()}")
+@OF_MMA
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_the_kernel_of_mma_is_traced_and_lowered_for_an_ampere_gpu(name):
     """Up to the compiler of PTX, which tests of the real compilers have."""
@@ -298,6 +299,27 @@ def test_a_hopper_weight_elsewhere_is_reported_as_unpacked_at_every_call():
     with traced_for("NVIDIA H200"):
         jax.eval_shape(product, jax.ShapeDtypeStruct((3, 128), jnp.float32), tree)
     assert not product.record.relaid
+
+
+@OF_MMA
+@pytest.mark.parametrize("layers", [0, 3])
+def test_gradients_that_unpack_a_hopper_weight_are_reported(layers):
+    def loss(x, w):
+        step = jax.checkpoint(lambda x, w: (x @ w, None))
+        return jnp.sum(jax.lax.scan(step, x, w)[0] if layers else x @ w)
+
+    q = hopper((*[layers] * (layers > 0), 128, 128))
+    product, x = quantized(loss, strict=True), jax.ShapeDtypeStruct((2, 128), jnp.float32)
+    found = {}
+    for kind in ("a100", "h200"):
+        weight = prepare(q, DEVICE_KINDS[kind], layout="hopper")
+        for name, function in {"product": product, "gradient": jax.grad(product)}.items():
+            with traced_for_gpu(kind, 108):
+                jax.eval_shape(function, x, weight)
+            found[kind, name] = [(entry.path, entry.times, entry.reason) for entry in product.record.relaid]
+    reason = "unpacked from the hopper layout at every gradient by x: mosaic_gpu_mma has no transpose"
+    assert found.pop(("a100", "gradient")) == [("argument 1", 1, reason)]
+    assert not any(found.values())
 
 
 def test_rows_of_a_hopper_weight_are_int4():
