@@ -45,7 +45,9 @@ from pallas_kernels.int4_matmul.tpu import refusal
 from pallas_kernels.int4_matmul.words import int4_to_words, words_to_int4
 from pallas_kernels.int4_matmul.xla import as_int4
 
-_GPUS = ("H200", "H100", "H20", "H800", "GH200", "A100", "A800", "A30", "A10", "L40", "L4", "B200", "B300", "GB200")
+_GPUS = (
+    "H200", "H100", "H20", "H800", "GH200", "A100", "A800", "A30", "A10", "L40S", "L40", "L4", "B200", "B300", "GB200",
+)  # fmt: skip
 DEVICE_LAYOUTS: dict[str, str] = {
     "cpu": NEUTRAL,
     **dict.fromkeys(

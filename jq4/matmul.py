@@ -30,10 +30,10 @@ from jq4.integer_product import has_integer_product, integer_product
 from jq4.partition import Partition, merged_or_noted, sharded_product, sharded_ragged_product
 from jq4.qarray import NEUTRAL, QArray, is_qarray
 from jq4.qarray_ops import NoPackedForm as NoPackedForm
-from jq4.record import note_relay
+from jq4.record import note_relay, relay_to_note
 from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
 from pallas_kernels.int4_matmul import PackedSpec, int4_matmul
-from pallas_kernels.int4_matmul.registry import OF_FRAGMENTS, choose, refusal
+from pallas_kernels.int4_matmul.registry import BACKENDS, OF_FRAGMENTS, choose, refusal
 
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
@@ -197,7 +197,7 @@ def packed_matmul(
         note_relay(q, f"unpacked from neutral bytes at every call on {jax.default_backend()}: jq4.prepare does it once")
     _note_unpacked(q, implementation)
     return int4_matmul(
-        x, q.codes, q.scale, q.zero_point, q.offset,
+        _noting_gradients(x, q, implementation), q.codes, q.scale, q.zero_point, q.offset,
         spec=spec_of(q), preferred_element_type=dtype, precision=precision, implementation=implementation,
         integers=integers,
     )  # fmt: skip
@@ -222,6 +222,19 @@ def _note_unpacked(q: QArray, implementation: Any, readers: Sequence[str] = OF_F
     reasons = [refusal(name, "gpu", spec_of(q)) for name in readers]
     reason = "; ".join(filter(None, reasons)) if all(reasons) else f"{implementation} was asked for"
     note_relay(q, f"unpacked from the hopper layout at every call: {reason}")
+
+
+def _noting_gradients(x: jax.Array, q: QArray, implementation: Any) -> jax.Array:
+    """x, whose gradient notes that it unpacks a weight of the hopper layout, where its reader has no transpose."""
+    reader = choose(implementation, "gpu", spec_of(q)) if q.layout == "hopper" else None
+    if reader not in OF_FRAGMENTS or BACKENDS[reader].transposed is not None:
+        return x
+    note = relay_to_note(q, f"unpacked from the hopper layout at every gradient by x: {reader} has no transpose")
+    if note is None:
+        return x
+    noting = jax.custom_vjp(lambda x: x)
+    noting.defvjp(lambda x: (x, None), lambda _, dy: (note(), (dy,))[1])
+    return noting(x)
 
 
 def _with_whole_batch(q: QArray) -> QArray:

@@ -13,8 +13,9 @@ running one through `note_relay` and `note_uncut`, which do nothing where none i
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 DENSE = "dense"
@@ -126,6 +127,14 @@ def recording(record: Record, path: str, primitive: str) -> Iterator[None]:
 def note_relay(q: Any, reason: str) -> None:
     """Notes that the weight `q` is re-laid at every call, if a transform is running."""
     _note(RELAID, q, reason)
+
+
+def relay_to_note(q: Any, reason: str) -> Callable[[], Any] | None:
+    """What notes later, of the transform that is running now, that the weight `q` is re-laid at every call."""
+    if (running := _running.get()) is None:
+        return None
+    record, path, primitive = running
+    return functools.partial(record.note, RELAID, path, primitive, reason, q.nbytes)
 
 
 def note_uncut(q: Any, reason: str) -> None:

@@ -94,7 +94,7 @@ def test_the_compiled_kernel_of_mma_computes_the_product(rows_by_mma, case):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("what, found", [("cp.async.wait_group", "has not waited for"), ("bar.sync", "no barrier")])
-def test_the_emulator_notices_warps_that_do_not_wait(rows_by_mma, what, found):
+def test_the_emulator_notices_warps_of_mma_that_do_not_wait(rows_by_mma, what, found):
     case, row = CHOSEN_BY_MMA[1], rows_by_mma[1]
     hasty, count = re.subn(rf"^\s*{re.escape(what)}\s.*$", "", row["ptx"], flags=re.M)
     given = operands(case, row["plan"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,18 +13,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packed_oracle import pack_bits
 
 import jq4
-from benchmarks.aot import traced_for_gpu
+from benchmarks.aot import DEVICE_KINDS, traced_for_gpu
 from jq4.apply import quantized
 from jq4.errors import JQ4Error
 from jq4.layouts import prepare, to_neutral
-from jq4.matmul import ragged_dot
+from jq4.matmul import packed_matmul, ragged_dot
 from jq4.partition import check_grouped_axis, part_specs
 from jq4.qarray import QArray
-from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, gpu_blocks_mma, int4_matmul
+from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, gpu_blocks_mma, int4_matmul, mosaic_gpu_mma
 from pallas_kernels.int4_matmul.gpu_blocks import GpuProblem, choose_plan, shared_bytes
-from pallas_kernels.int4_matmul.gpu_chips import AMPERE, FIRST_WITH_MMA, HOPPER, gpu_named
+from pallas_kernels.int4_matmul.gpu_chips import AMPERE, FIRST_WITH_MMA, HOPPER, gpu_named, refusal_of_jax
 from pallas_kernels.int4_matmul.gpu_fragments import in_order_of_bytes, of_fragments, rows_of, to_fragments
-from pallas_kernels.int4_matmul.registry import choose, refusal
+from pallas_kernels.int4_matmul.registry import BACKENDS, choose, refusal
 from pallas_kernels.int4_matmul.tiles import Packed
 
 
@@ -230,9 +231,60 @@ def test_the_kernel_of_mma_is_for_ampere_and_ada_and_says_why_not():
         assert "mosaic_gpu_mma reads groups of" in str(refusal("mosaic_gpu_mma", "gpu", groups))
     with traced_for("NVIDIA B200"):
         assert "traced for 'NVIDIA B200' (10.0)" in str(refusal("mosaic_gpu_mma", "gpu", spec))
+    with traced_for("NVIDIA GeForce RTX 4090"):
+        assert choose(None, "gpu", spec) == "xla"
+        assert str(refusal("mosaic_gpu_mma", "gpu", spec)) == (
+            "mosaic_gpu_mma knows, of compute capability 8.0 and 8.9, NVIDIA A100-SXM4-40GB, NVIDIA A100-PCIE-40GB, "
+            "NVIDIA A100, NVIDIA A800, NVIDIA A30, NVIDIA L40S, NVIDIA L40, NVIDIA L4, and this is traced for 'NVIDIA "
+            "GeForce RTX 4090': XLA's forms serve it, best in another layout than hopper (jq4.prepare without "
+            "layout='hopper')"
+        )
     with traced_for("NVIDIA L40S"):
         untold = "cannot be compiled here for 'NVIDIA L40S': Mosaic GPU takes a device that does not say"
         assert ("takes JAX 0.11.2" if old else untold) in str(refusal("mosaic_gpu_mma", "gpu", spec))
+
+
+OF_MMA = pytest.mark.skipif(refusal_of_jax() is not None, reason=f"the kernel of mma {refusal_of_jax()}")
+PRODUCTS: dict[str, Callable[..., Any]] = {
+    "forward": jq4.matmul,
+    "vmap": jax.vmap(jq4.matmul, (0, None)),
+    "vmap of weights": jax.vmap(jq4.matmul),
+    "gradient": jax.value_and_grad(lambda x, q: jnp.sum(jq4.matmul(x, q).astype(jnp.float32))),
+    "by name": lambda x, q: packed_matmul(x, q, jnp.float32, implementation="mosaic_gpu_mma"),
+    "many rows": jq4.matmul,
+}
+
+
+@OF_MMA
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_the_kernel_of_mma_is_traced_and_lowered_for_an_ampere_gpu(name):
+    """Up to the compiler of PTX, which tests of the real compilers have."""
+    q = dataclasses.replace(hopper((256, 128), zero_points=True), dtype="bfloat16")
+    q = prepare(q, "NVIDIA A100-SXM4-80GB", layout="hopper")
+    rows = {"many rows": (600, 256), "vmap": (2, 3, 256), "vmap of weights": (2, 3, 256)}.get(name, (3, 256))
+    if name == "vmap of weights":
+        q = jax.tree.map(lambda part: jnp.stack([part, part]), q)
+    with traced_for_gpu("a100", 108):
+        program = jax.jit(PRODUCTS[name]).trace(jax.ShapeDtypeStruct(rows, jnp.bfloat16), q)
+        text = program.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("custom_call @mosaic_gpu" in text) == (name != "many rows")
+
+
+def test_whole_numbers_are_one_term_of_mma_and_floats_two(monkeypatch):
+    """Rows that the kernel is given, of 300: whole numbers are few enough for it, the two terms of floats are not."""
+    given, backend = [], BACKENDS["mosaic_gpu_mma"]
+
+    def product(rows: jax.Array, **_: Any) -> jax.Array:
+        given.append((rows.shape, rows.dtype))
+        return jnp.zeros((len(rows), 64), jnp.float32)
+
+    monkeypatch.setattr(mosaic_gpu_mma, "_product", product)
+    w = Packed(to_fragments(jnp.zeros((256, 64), jnp.uint8)), jnp.ones((2, 64), jnp.bfloat16))
+    x, spec = jax.ShapeDtypeStruct((300, 256), jnp.float32), PackedSpec(256, layout="hopper")
+    assert backend.integers
+    for integers in (True, False):
+        jax.eval_shape(lambda x, integers=integers: backend.run(x, w, spec, platform="gpu", integers=integers), x)
+    assert given == [((300, 256), jnp.bfloat16)]
 
 
 def test_a_hopper_weight_elsewhere_is_reported_as_unpacked_at_every_call():
@@ -247,6 +299,27 @@ def test_a_hopper_weight_elsewhere_is_reported_as_unpacked_at_every_call():
     with traced_for("NVIDIA H200"):
         jax.eval_shape(product, jax.ShapeDtypeStruct((3, 128), jnp.float32), tree)
     assert not product.record.relaid
+
+
+@OF_MMA
+@pytest.mark.parametrize("layers", [0, 3])
+def test_gradients_that_unpack_a_hopper_weight_are_reported(layers):
+    def loss(x, w):
+        step = jax.checkpoint(lambda x, w: (x @ w, None))
+        return jnp.sum(jax.lax.scan(step, x, w)[0] if layers else x @ w)
+
+    q = hopper((*[layers] * (layers > 0), 128, 128))
+    product, x = quantized(loss, strict=True), jax.ShapeDtypeStruct((2, 128), jnp.float32)
+    found = {}
+    for kind in ("a100", "h200"):
+        weight = prepare(q, DEVICE_KINDS[kind], layout="hopper")
+        for name, function in {"product": product, "gradient": jax.grad(product)}.items():
+            with traced_for_gpu(kind, 108):
+                jax.eval_shape(function, x, weight)
+            found[kind, name] = [(entry.path, entry.times, entry.reason) for entry in product.record.relaid]
+    reason = "unpacked from the hopper layout at every gradient by x: mosaic_gpu_mma has no transpose"
+    assert found.pop(("a100", "gradient")) == [("argument 1", 1, reason)]
+    assert not any(found.values())
 
 
 def test_rows_of_a_hopper_weight_are_int4():

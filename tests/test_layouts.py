@@ -13,6 +13,7 @@ from jq4.layouts import DEVICE_LAYOUTS, layout_of_device, logical_shape, prepare
 from jq4.matmul import dot_general, matmul
 from jq4.qarray import QArray, is_qarray
 from jq4.qarray_ops import index, transpose
+from pallas_kernels.int4_matmul.gpu_chips import KNOWN
 
 
 def weight(shape, axis, group_size, format="int4", zero_points=False, offsets=False, seed=0, dtype="float32") -> QArray:
@@ -116,6 +117,7 @@ def test_leaves_without_a_layout_stay_neutral():
 
 def test_device_kinds_as_jax_spells_them():
     assert layout_of_device("NVIDIA H100 80GB HBM3") == layout_of_device("NVIDIA A100-SXM4-80GB") == "gpu"
+    assert {layout_of_device(gpu.kind) for gpu in KNOWN} == {"gpu"}
     assert set(DEVICE_LAYOUTS.values()) == {"neutral", "tpu", "gpu"}
     assert layout_of_device(jax.devices()[0].device_kind) == "neutral"
     with pytest.raises(JQ4Error, match=r"device kind 'TPU v99': wanted one of .*NVIDIA H200.*TPU v6 lite.*cpu"):

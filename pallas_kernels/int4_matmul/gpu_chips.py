@@ -88,9 +88,11 @@ def refusal_of_device(kind: str) -> str | None:
 def refusal_of_mma(kind: str) -> str | None:
     """Why the kernel of Ampere and Ada is not for a device kind, or not with this JAX, or None."""
     if gpu_named(kind, AMPERE) is None:
-        found = _capability_of(kind)
-        return f"runs on GPUs of compute capability 8.0 and 8.9, and this is traced for {kind!r}" + (
-            f" ({found})" if found else ""
+        found = f" ({capability})" if (capability := _capability_of(kind)) else ""
+        known = ", ".join(gpu.kind for gpu in AMPERE)
+        return (
+            f"knows, of compute capability 8.0 and 8.9, {known}, and this is traced for {kind!r}{found}: XLA's forms "
+            "serve it, best in another layout than hopper (jq4.prepare without layout='hopper')"
         )
     if reason := refusal_of_jax():
         return reason

@@ -44,11 +44,12 @@ def int4_matmul_mosaic_gpu_mma(
     platform: str = "gpu",
     precision: Any = None,
     dtype: Any = None,
+    integers: bool = False,
     gpu: Gpu | None = None,
     plan: GpuPlan | None = None,
 ) -> jax.Array:
     """`dtype` (f32)[M, N] = x[M, K] @ W[K, N]; arguments as `int4_matmul_mosaic_gpu` has them."""
-    terms = terms_of(x, precision)  # [T, M, K]
+    terms = terms_of(x, precision, integers)  # [T, M, K]
     count, m, _ = terms.shape
     if count * m > MOST_ROWS and plan is None:
         return int4_matmul_xla(x, *rows_of(w, spec), platform=platform, precision=precision)

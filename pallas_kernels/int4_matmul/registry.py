@@ -105,7 +105,13 @@ BACKENDS: dict[str, Backend] = {
         integers=True,
         transposed=int4_matmul_mosaic_gpu_transposed,
     ),
-    "mosaic_gpu_mma": Backend(int4_matmul_mosaic_gpu_mma, ("gpu",), mosaic_gpu_mma_refusal, partitions=False),
+    "mosaic_gpu_mma": Backend(
+        int4_matmul_mosaic_gpu_mma,
+        ("gpu",),
+        mosaic_gpu_mma_refusal,
+        partitions=False,
+        integers=True,
+    ),
 }
 
 OF_FRAGMENTS = ("mosaic_gpu", "mosaic_gpu_mma")  # what reads the hopper layout as it lies
