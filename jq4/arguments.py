@@ -33,10 +33,6 @@ class Arguments:
     def trace(self, function: Callable[..., Any], arrays: Sequence[Any]) -> tuple[Any, Outputs]:
         """(the jaxpr of `function` of arrays, or shapes, in the place of the traced leaves; what it returns)."""
         outputs = Outputs()
-        jaxpr, _ = jax_compat.trace(self._taken_by(function, outputs), *arrays)
-        return jaxpr, outputs
-
-    def _taken_by(self, function: Callable[..., Any], outputs: Outputs) -> Callable[..., list[Any]]:
 
         def call(*arrays: Any) -> list[Any]:
             merged = list(self.leaves)
@@ -45,7 +41,8 @@ class Arguments:
             args, kwargs = jax.tree.unflatten(self._structure, merged)
             return outputs.arrays_of(function(*args, **kwargs))
 
-        return call
+        jaxpr, _ = jax_compat.trace(call, *arrays)
+        return jaxpr, outputs
 
 
 def _is_of_first(keys: Any) -> bool:

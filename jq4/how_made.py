@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jq4.report import format_figure
+from jq4.rule import DENSE_BITS
 
-_DENSE_BITS = 16
 _SHOWN = 3  # leaves of a rule that are named
 _APART = ("training", "text", "held_out", "rows", "sources")  # of a training, told in rows of their own or in digests
 
@@ -64,7 +64,7 @@ def _recipe_rows(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _rule_words(rule: Mapping[str, Any]) -> str:
     group = f" g{rule['group_size']}" if rule.get("group_size") else ""
     bits = rule.get("num_bits", 4)
-    form = "dense" if bits == _DENSE_BITS else f"{rule.get('method', 'rtn')} {rule.get('type', 'int')}{bits}{group}"
+    form = "dense" if bits == DENSE_BITS else f"{rule.get('method', 'rtn')} {rule.get('type', 'int')}{bits}{group}"
     targets = rule["targets"]
     if isinstance(targets, str):
         targets = [targets]

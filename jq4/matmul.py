@@ -232,8 +232,13 @@ def _noting_gradients(x: jax.Array, q: QArray, implementation: Any) -> jax.Array
     note = relay_to_note(q, f"unpacked from the hopper layout at every gradient by x: {reader} has no transpose")
     if note is None:
         return x
+
+    def backward(_: None, dy: jax.Array) -> tuple[jax.Array]:
+        note()
+        return (dy,)
+
     noting = jax.custom_vjp(lambda x: x)
-    noting.defvjp(lambda x: (x, None), lambda _, dy: (note(), (dy,))[1])
+    noting.defvjp(lambda x: (x, None), backward)
     return noting(x)
 
 

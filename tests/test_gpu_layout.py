@@ -274,7 +274,7 @@ def test_whole_numbers_are_one_term_of_mma_and_floats_two(monkeypatch):
     """Rows that the kernel is given, of 300: whole numbers are few enough for it, the two terms of floats are not."""
     given, backend = [], BACKENDS["mosaic_gpu_mma"]
 
-    def product(rows: jax.Array, **_: Any) -> jax.Array:
+    def product(rows: jax.Array, _: Any, **__: Any) -> jax.Array:
         given.append((rows.shape, rows.dtype))
         return jnp.zeros((len(rows), 64), jnp.float32)
 

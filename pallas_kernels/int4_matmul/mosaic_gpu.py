@@ -98,25 +98,28 @@ def int4_matmul_mosaic_gpu(
       gpu: None is the one of the trace.
       plan: None is chosen for the GPU and the sizes.
     """
-    terms = terms_of(x, precision, integers)  # [T, M, K]
-    count, m, _ = terms.shape
-    if count * m > MOST_ROWS and plan is None:
-        return int4_matmul_xla(x, *rows_of(w, spec), platform=platform, precision=precision)
-    dtype = result_dtype(dtype, count)
 
-    def multiply(rows: jax.Array) -> jax.Array:
+    def multiply(rows: jax.Array, dtype: Any) -> jax.Array:
         rows = in_integers(rows, w, spec) if integers else rows
         return product(rows, w, spec, plan or plan_of(rows, w, spec, dtype, gpu), dtype)
 
-    return of_terms(terms, multiply, x, w, spec)
+    most_rows = MOST_ROWS if plan is None else None
+    return of_terms(multiply, x, w, spec, most_rows, platform, precision, dtype, integers)
 
 
 def of_terms(
-    terms: jax.Array, multiply: Callable[[jax.Array], jax.Array], x: jax.Array, w: Packed, spec: PackedSpec
-) -> jax.Array:
-    """[M, N] of x, which is the sum of terms [T, M, K], by `multiply` of all their rows; what offsets add is added."""
+    multiply: Callable[[jax.Array, Any], jax.Array], x: jax.Array, w: Packed, spec: PackedSpec, most_rows: int | None,
+    platform: str, precision: Any, dtype: Any, integers: bool,
+) -> jax.Array:  # fmt: skip
+    """[M, N] by `multiply` (rows of all of x's terms, the result's dtype), or by XLA if they are more than most_rows.
+
+    What offsets add is added.
+    """
+    terms = terms_of(x, precision, integers)  # [T, M, K]
     count, m, k = terms.shape
-    out = multiply(terms.reshape(count * m, k))[: m * count]
+    if most_rows is not None and count * m > most_rows:
+        return int4_matmul_xla(x, *rows_of(w, spec), platform=platform, precision=precision)
+    out = multiply(terms.reshape(count * m, k), result_dtype(dtype, count))[: m * count]
     out = out if count == 1 else jnp.sum(out.reshape(count, m, -1), 0)
     if w.offset is None:
         return out

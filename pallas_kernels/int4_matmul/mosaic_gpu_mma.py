@@ -21,11 +21,10 @@ import jax.numpy as jnp
 from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan, GpuProblem
 from pallas_kernels.int4_matmul.gpu_blocks_mma import choose_plan
 from pallas_kernels.int4_matmul.gpu_chips import AMPERE, Gpu, gpu_named, refusal_of_mma, traced_kind
-from pallas_kernels.int4_matmul.gpu_fragments import padded_length, rows_of
-from pallas_kernels.int4_matmul.mosaic_gpu import called, of_terms, refusal_of_spec, result_dtype, terms_of
+from pallas_kernels.int4_matmul.gpu_fragments import padded_length
+from pallas_kernels.int4_matmul.mosaic_gpu import called, of_terms, refusal_of_spec
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
-from pallas_kernels.int4_matmul.xla import int4_matmul_xla
 
 MOST_ROWS = 512  # above, writing the dense weight costs less than XLA's better use of the tensor cores saves: modelled
 
@@ -49,12 +48,9 @@ def int4_matmul_mosaic_gpu_mma(
     plan: GpuPlan | None = None,
 ) -> jax.Array:
     """`dtype` (f32)[M, N] = x[M, K] @ W[K, N]; arguments as `int4_matmul_mosaic_gpu` has them."""
-    terms = terms_of(x, precision, integers)  # [T, M, K]
-    count, m, _ = terms.shape
-    if count * m > MOST_ROWS and plan is None:
-        return int4_matmul_xla(x, *rows_of(w, spec), platform=platform, precision=precision)
-    dtype = result_dtype(dtype, count)
-    return of_terms(terms, functools.partial(_product, w=w, spec=spec, dtype=dtype, gpu=gpu, plan=plan), x, w, spec)
+    multiply = functools.partial(_product, w=w, spec=spec, gpu=gpu, plan=plan)
+    most_rows = MOST_ROWS if plan is None else None
+    return of_terms(multiply, x, w, spec, most_rows, platform, precision, dtype, integers)
 
 
 def plan_of(m: int, w: Packed, spec: PackedSpec, dtype: Any, gpu: Gpu | None) -> GpuPlan:
@@ -67,7 +63,7 @@ def plan_of(m: int, w: Packed, spec: PackedSpec, dtype: Any, gpu: Gpu | None) ->
 
 
 def _product(
-    rows: jax.Array, *, w: Packed, spec: PackedSpec, dtype: Any, gpu: Gpu | None, plan: GpuPlan | None
+    rows: jax.Array, dtype: Any, *, w: Packed, spec: PackedSpec, gpu: Gpu | None, plan: GpuPlan | None
 ) -> jax.Array:
     from pallas_kernels.int4_matmul import mosaic_gpu_mma_kernel as kernel  # a second's import, for GPUs alone
 

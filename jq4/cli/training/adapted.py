@@ -116,28 +116,23 @@ def dropping(loss: Any, rate: float) -> Any:
     return dropped
 
 
-def drawn(packed: Any, arguments: argparse.Namespace) -> Any:
-    """Adapters that begin at nothing."""
+def drawn(packed: Any, arguments: argparse.Namespace, **start: Any) -> Any:
+    """Adapters that begin at nothing, or as `start` tells jq4.lora."""
     import jax
 
     from jq4.train import lora
 
     key = jax.random.key(arguments.seed)
-    return lora(packed, arguments.rank, arguments.targets, alpha=arguments.alpha, key=key)
+    return lora(packed, arguments.rank, arguments.targets, alpha=arguments.alpha, key=key, **start)
 
 
 def fitted(packed: Any, dense: Any, arguments: argparse.Namespace, folder: Path) -> Any:
     """Adapters that begin at what packing lost; made beside the packed leaves in `folder` unless they are there."""
-    import jax
-
-    from jq4.train import lora
     from models.adapted import adapters_of, save_adapters
 
     if (kept := adapters_of(folder)) is not None:
         return kept
-    key = jax.random.key(arguments.seed)
-    size = {"alpha": arguments.alpha, "key": key}
-    made = lora(packed, arguments.rank, arguments.targets, **size, init="residual", reference=dense)
+    made = drawn(packed, arguments, init="residual", reference=dense)
     save_adapters(folder, made)
     return made
 
