@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,10 @@ def run_json(capsys, *argv):
 def told_of(adapters):
     arrays = [part for each in adapters.by_path.values() for part in (each.a, each.b)]
     return sum(part.size for part in arrays), sum(part.nbytes for part in arrays)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_inspect_shows_them_apart(capsys, source, adapted):
@@ -238,21 +243,30 @@ def test_what_cannot_be_merged_is_told_in_a_line(capsys, source, adapted, tmp_pa
 
 def test_what_is_merged_is_not_written_over(capsys, source, adapted, tmp_path):
     shutil.copytree(adapted, tmp_path / "trained")
-    held = {path: path.read_bytes() for path in (tmp_path / "trained").rglob("*") if path.is_file()}
+    held = contents(tmp_path / "trained")
     for out in ("trained", "trained/adapters", "trained/adapters/merged"):
         argv = ["merge", source, tmp_path / out, "--adapters", tmp_path / "trained" / "adapters"]
         assert main([*map(str, argv)]) == 1
         assert "is, lies in or holds" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (tmp_path / "trained").rglob("*") if path.is_file()} == held
+    assert contents(tmp_path / "trained") == held
 
 
-def test_merging_over_a_trained_folder_leaves_nothing_of_its_training(capsys, source, adapted, tmp_path):
+def test_what_adapters_learned_is_not_replaced(capsys, source, adapted, tmp_path):
+    shutil.copytree(adapted, tmp_path / "out")
+    held = contents(tmp_path / "out")
+    for argv in (["merge", adapted], ["convert", source, "--to", "orbax"]):
+        assert main([*map(str, argv), str(tmp_path / "out")]) == 1
+        assert "adapters that were trained beside the weights" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == held
+
+
+def test_merging_over_a_trained_folder_leaves_nothing_of_its_training(capsys, adapted, tmp_path):
     model = LanguageModel.from_folder(adapted)
     model.save(tmp_path / "out")
     save_peft(tmp_path / "out" / "peft", model.config, model.adapters)
+    shutil.rmtree(tmp_path / "out" / "adapters")
     (tmp_path / "out" / "training").mkdir()
     for name in ("metrics.jsonl", "run.json", "loss.png"):
         (tmp_path / "out" / "training" / name).write_text("of an earlier training")
     run_json(capsys, "merge", adapted, tmp_path / "out")
-    assert LanguageModel.from_folder(tmp_path / "out").adapters is None
     assert not any((tmp_path / "out" / name).exists() for name in ("adapters", "peft", "training"))

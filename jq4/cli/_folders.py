@@ -16,6 +16,28 @@ def overlapping(read: Path, out: Path) -> Path | None:
     return next((each for each in written if overlap(read.resolve(), each.resolve())), None)
 
 
+def check_destination(read: Path, out: Path) -> None:
+    """Refuses what would destroy something, before any work is done."""
+    from jq4.checkpoint.atomic import check_ours
+
+    if written := overlapping(read, out):
+        raise JQ4Error(f"{written}: is, lies in or holds {read}, which is read; choose another folder for the result")
+    check_ours(out.resolve())
+
+
+def check_without_adapters(out: Path) -> None:
+    """Refuses to replace weights that adapters were trained beside, and which no others can take the place of."""
+    from jq4.cli import _models
+    from models.adapted import ADAPTERS
+
+    adapters = out / ADAPTERS
+    if _models.is_checkpoint(adapters):
+        raise JQ4Error(
+            f"{adapters}: adapters that were trained beside the weights in {out}, and would be left without them: "
+            f"choose another folder, or keep what they learned by jq4 merge {out} OUT and remove them"
+        )
+
+
 def check_only_ours(out: Path, written: Collection[str], whose: str, option: str = "--out") -> None:
     """Refuses to write among other files than those `written` by an earlier run; `whose` says so of a stranger."""
     if out.exists() and not out.is_dir():

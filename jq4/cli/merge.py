@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from jq4.cli import _calibration, _models
+from jq4.cli import _calibration, _folders, _models
 
 HELP = "put a model's adapters into its weights, dense or packed again, and tell what that loses"
 DESCRIPTION = (
@@ -19,7 +19,9 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder of jq4's with adapters, or any model with --adapters")
-    parser.add_argument("out", metavar="OUT", help="the folder to write; an older one of jq4's is replaced")
+    parser.add_argument(
+        "out", metavar="OUT", help="the folder to write; an older one of jq4's without adapters is replaced"
+    )
     parser.add_argument("--adapters", metavar="DIR", help="PEFT's folder, or jq4.save_lora's, instead of MODEL's own")
     parser.add_argument(
         "--recipe", metavar="NAME|FILE", help="packs the leaves that have adapters again (default: they become dense)"
@@ -57,7 +59,7 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     from jq4.checkpoint.deferred import shapes_of
     from jq4.cli import _terminal
     from jq4.cli.inspect import leaves_of_manifest
-    from jq4.cli.quantize import check_destination, read_recipe
+    from jq4.cli.quantize import read_recipe
     from jq4.cli.training.run import remove_older
     from jq4.inventory import bytes_on_disk, totals
     from jq4.train.adapters.merge_lora import DENSE, Merging
@@ -65,7 +67,8 @@ def merge(arguments: argparse.Namespace) -> dict[str, Any]:
     watch = _terminal.Stopwatch()
     source, out = Path(arguments.model), Path(arguments.out)
     for read in filter(None, (arguments.model, arguments.adapters)):
-        check_destination(Path(read), out)
+        _folders.check_destination(Path(read), out)
+    _folders.check_without_adapters(out)
     recipe = None if arguments.recipe is None else read_recipe(arguments.recipe)
     check_recipe(recipe, arguments.calibration)
     model = with_given_adapters(_models.unread_model(arguments.model), arguments)

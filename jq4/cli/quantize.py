@@ -86,8 +86,8 @@ def pack(arguments: argparse.Namespace) -> dict[str, Any]:
     from jq4.quality_report.write import FILES
 
     source, destination = Path(arguments.source), Path(arguments.destination)
-    check_destination(source, destination)
-    check_without_adapters(destination)
+    _folders.check_destination(source, destination)
+    _folders.check_without_adapters(destination)
     recipe = read_recipe(arguments.recipe)
     folder_of(arguments.source)
     if arguments.report is not None:
@@ -244,33 +244,6 @@ def read_recipe(given: str) -> Any:
 
     is_file = Path(given).is_file() or Path(given).suffix in (".yaml", ".yml", ".json")
     return Recipe.load(given) if is_file else Recipe.preset(given)
-
-
-def check_destination(source: Path, destination: Path) -> None:
-    """Refuses what would destroy something, before any work is done."""
-    from jq4.checkpoint.atomic import check_ours
-    from jq4.cli import _folders
-    from jq4.errors import JQ4Error
-
-    if written := _folders.overlapping(source, destination):
-        raise JQ4Error(
-            f"{written}: is, lies in or holds {source}, which is read; choose another folder for the packed model"
-        )
-    check_ours(destination.resolve())
-
-
-def check_without_adapters(destination: Path) -> None:
-    """Refuses to replace weights that adapters were trained beside, and which no others can take the place of."""
-    from jq4.cli import _models
-    from jq4.errors import JQ4Error
-    from models.adapted import ADAPTERS
-
-    adapters = destination / ADAPTERS
-    if _models.is_checkpoint(adapters):
-        raise JQ4Error(
-            f"{adapters}: adapters that were trained beside the weights in {destination}, and would be left without "
-            f"them: choose another folder, or keep what they learned by jq4 merge {destination} OUT and remove them"
-        )
 
 
 def is_calibrated(calibration: str | None, recipe: Any) -> bool:

@@ -17,8 +17,8 @@ PEFT = "peft"  # the folder beside the weights
 
 def open_task(arguments: argparse.Namespace) -> Task:
     """Opens model and text, and makes the task of them."""
-    from jq4.cli import _models
-    from jq4.cli.quantize import check_destination, read_recipe
+    from jq4.cli import _folders, _models
+    from jq4.cli.quantize import read_recipe
     from jq4.cli.training import losses, options, text
     from jq4.cli.training.qlora import RECIPE
     from jq4.cli.training.rounded import started
@@ -30,7 +30,7 @@ def open_task(arguments: argparse.Namespace) -> Task:
     check_size(arguments.rank, arguments.alpha)
     if not 0 <= arguments.dropout < 1:
         raise JQ4Error(f"--dropout is {arguments.dropout}, wanted a share of at least 0 and below 1")
-    check_destination(Path(arguments.model), Path(arguments.out))
+    _folders.check_destination(Path(arguments.model), Path(arguments.out))
     model = _models.open_model(arguments.model)
     if model.adapters is not None:
         raise JQ4Error(f"{arguments.model}: has adapters already: merge them first, with jq4 merge")

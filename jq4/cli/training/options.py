@@ -15,7 +15,12 @@ _NO_MATTER = ("verb", "json", "restart", "save_every", "devices", "fsdp")
 def add_model_and_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="the dense model: a Hugging Face folder")
     parser.add_argument("--text", required=True, nargs="+", metavar="FILE", help="text, .jsonl or .npy ids to train on")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; an older one is replaced")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="the folder to write; an older one is replaced, one with adapters by qlora alone",
+    )
     parser.add_argument(
         "--held-out",
         metavar="SHARE|FILE",

@@ -27,8 +27,7 @@ def open_task(
       sees: of the rounded model and of the teacher.
       asks: (the teacher, its function, rows) -> what goes along with the rows, instead of a teacher in every step.
     """
-    from jq4.cli import _models
-    from jq4.cli.quantize import check_destination
+    from jq4.cli import _folders, _models
     from jq4.cli.training import options, stages, text
     from jq4.cli.training.task import Phase
 
@@ -37,7 +36,8 @@ def open_task(
     places = {"model": arguments.model, "teacher": teacher_path, "start": arguments.start}
     places = {name: Path(path) for name, path in places.items() if path is not None}
     for read in places.values():
-        check_destination(read, Path(arguments.out))
+        _folders.check_destination(read, Path(arguments.out))
+    _folders.check_without_adapters(Path(arguments.out))
     recipe = recipe_of(arguments)
     plain = without_steps(recipe)
     planned = stages.planned(arguments, plain)
