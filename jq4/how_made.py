@@ -57,14 +57,23 @@ def _history(source: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _recipe_rows(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    words = [str(recipe["name"])] if recipe.get("name") else map(_rule_words, recipe["rules"])
-    return [("recipe", each) for each in words]
+    if recipe.get("name"):
+        return [("recipe", str(recipe["name"]))]
+    steps = [(f"{when} the rules", _step_words(step)) for when in ("before", "after") for step in recipe.get(when, ())]
+    return [("recipe", _rule_words(rule)) for rule in recipe["rules"]] + steps
+
+
+def _step_words(step: Mapping[str, Any]) -> str:
+    options = [f"{name} {_value_words(value)}" for name, value in step.items() if name != "step" and _is_given(value)]
+    return ", ".join([str(step["step"]), *options])
 
 
 def _rule_words(rule: Mapping[str, Any]) -> str:
     group = f" g{rule['group_size']}" if rule.get("group_size") else ""
     bits = rule.get("num_bits", 4)
     form = "dense" if bits == DENSE_BITS else f"{rule.get('method', 'rtn')} {rule.get('type', 'int')}{bits}{group}"
+    if inputs := rule.get("input_activations"):
+        form += f", inputs {inputs.get('type', 'int')}{inputs['num_bits']} by the {inputs.get('strategy', 'token')}"
     targets = rule["targets"]
     if isinstance(targets, str):
         targets = [targets]
