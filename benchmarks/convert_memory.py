@@ -114,9 +114,16 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def convert_in_a_process(source: Path, target: Path, to: str) -> dict[str, Any]:
-    """Seconds, of the clock and of the processors, and the most resident memory in bytes."""
+    """What `measured_command` tells of a conversion."""
     forget(source)
-    words = [sys.executable, "-m", "jq4", "convert", str(source), str(target), "--to", to, "--json"]
+    found = measured_command("convert", source, target, "--to", to)
+    shutil.rmtree(target)
+    return found
+
+
+def measured_command(*given: str | Path) -> dict[str, Any]:
+    """Of a `jq4` command: seconds, of the clock and of the processors, and the most resident memory in bytes."""
+    words = [sys.executable, "-m", "jq4", *map(str, given), "--json"]
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process, peak = subprocess.Popen(words, stdout=subprocess.DEVNULL), 0
@@ -126,7 +133,6 @@ def convert_in_a_process(source: Path, target: Path, to: str) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"{' '.join(words)}: exit code {process.returncode}")
-    shutil.rmtree(target)
     total = resource.getrusage(resource.RUSAGE_CHILDREN)
     processors = total.ru_utime + total.ru_stime - used.ru_utime - used.ru_stime
     return {"seconds": round(seconds, 2), "processor_seconds": round(processors, 2), "peak_resident_bytes": peak}

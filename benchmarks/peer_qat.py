@@ -4,15 +4,17 @@
                                        [--learned] [--loss distill|next] --rate 1e-3
 
 `benchmarks.qat --peer PEER_PYTHON` writes BATCHES.npz and calls this: `batches` i32[S, B, T] are the very batches that
-ours trains on, in their order, and `evaluation` i32[R, T] the rows to measure on. The optimizer is the same too: Adam
-over all params, with a rate that falls along a cosine. `--learned` is torchao's prototype of learned ranges; without
-it the scales are found anew from the weights at every step. Inputs are rounded as torchao rounds them, by the token
-with a zero point. The figures are of the fake-quantized model in float32, in the definitions of jq4.evaluate. It runs
-under the Python of an environment that holds torchao: nothing here imports jax or jq4.
+ours trains on, in their order, and `evaluation` i32[R, T] the rows to measure on. The optimizer is the same too
+(jq4.train.running.optimizer): Adam over all params, by steps relative to each, with a rate that rises for a twentieth
+of the steps and falls along a cosine, and gradients of norm 1 at most. `--learned` is torchao's prototype of learned
+ranges; without it the scales are found anew from the weights at every step. Inputs are rounded as torchao rounds them,
+by the token with a zero point. The figures are of the fake-quantized model in float32, in the definitions of
+jq4.evaluate. It runs under the Python of an environment that holds torchao: nothing here imports jax or jq4.
 """
 
 import argparse
 import json
+import math
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -53,10 +55,9 @@ def divergence(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 def train(model: torch.nn.Module, dense: torch.nn.Module, batches: torch.Tensor, options: argparse.Namespace) -> float:
     """The seconds that the steps took."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.rate, betas=(0.9, options.b2))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+    optimizer = torch.optim.Adam([{"params": [parameter]} for parameter in model.parameters()], betas=(0.9, 0.99))
     start = time.perf_counter()
-    for tokens in batches:
+    for done, tokens in enumerate(batches):
         logits = model(tokens).logits
         if options.loss == "next":
             loss = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -66,9 +67,23 @@ def train(model: torch.nn.Module, dense: torch.nn.Module, batches: torch.Tensor,
             loss = divergence(logits, teacher).mean()
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(done, len(batches), options.rate) * rms(group["params"][0])
         optimizer.step()
-        schedule.step()
     return time.perf_counter() - start
+
+
+def rate_at(done: int, steps: int, rate: float) -> float:
+    warmup = steps // 20
+    if done < warmup:
+        return rate * (done + 1) / (warmup + 1)
+    return rate * (1 + math.cos(math.pi * (done - warmup) / (steps - warmup))) / 2
+
+
+@torch.no_grad()
+def rms(parameter: torch.Tensor) -> float:
+    return max(parameter.square().mean().sqrt().item(), 1e-3)
 
 
 @torch.no_grad()
@@ -98,7 +113,6 @@ def main() -> None:
     parser.add_argument("--learned", action="store_true")
     parser.add_argument("--loss", choices=("distill", "next"), default="distill")
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--b2", type=float, default=0.99)
     options = parser.parse_args()
     torch.manual_seed(0)
     data = np.load(options.batches)

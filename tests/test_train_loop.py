@@ -1,5 +1,6 @@
 """Oracles: the run that nobody stopped, the bigger batch, one device, optax's own Adam, and numpy's permutations."""
 
+import dataclasses
 import functools
 import json
 
@@ -15,7 +16,7 @@ from jq4.errors import CheckpointError, JQ4Error
 from jq4.train.running.loop import begin, make_step, train
 from jq4.train.running.mesh import placed_over, rows_over, shardings_over, training_mesh
 from jq4.train.running.metrics import Metrics, read_metrics
-from jq4.train.running.optimizer import OptimizerOptions, make_optimizer, rate_schedule
+from jq4.train.running.optimizer import OptimizerOptions, make_optimizer, rate_for, rate_schedule
 from jq4.train.running.rows import ShuffledRows
 from jq4.train.running.run_folder import METRICS, run_folder
 from jq4.train.running.states import States
@@ -273,6 +274,18 @@ def test_the_optimizer_is_adam_by_shares_of_a_leaf():
         np.testing.assert_allclose(updates["w"], -rate * np.sqrt(12.5) * plain["w"], rtol=1e-5)
         np.testing.assert_allclose(updates["zero"], -rate * 1e-3 * plain["zero"], rtol=1e-5)
         np.testing.assert_allclose(rate_schedule(options, 10)(step), rate, rtol=1e-5)
+
+
+def test_a_rate_for_the_bits_is_about_the_same_share_of_a_step():
+    weight = np.random.default_rng(0).standard_normal((256, 64), np.float32)
+    shares = []
+    for bits in (2, 3, 4, 8):
+        recipe = jq4.Recipe.preset(f"rtn-w{bits}g32")
+        packed = jq4.quantize({"kernel": weight}, recipe)["kernel"]
+        shares.append(rate_for(recipe) * np.sqrt(np.mean(weight**2)) / np.mean(np.abs(packed.scale)))
+    np.testing.assert_allclose(shares, shares[0], rtol=0.2)
+    two, four = (jq4.Recipe.preset(f"rtn-w{bits}g32") for bits in (2, 4))
+    assert rate_for(dataclasses.replace(four, rules=(*four.rules, *two.rules))) == rate_for(two)
 
 
 @pytest.mark.parametrize(

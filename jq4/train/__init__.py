@@ -12,6 +12,7 @@ from jq4.train.adapters.saved_adapters import save_lora as save_lora
 from jq4.train.adapters.with_lora import IdleAdapterWarning as IdleAdapterWarning
 from jq4.train.adapters.with_lora import WithLora as WithLora
 from jq4.train.adapters.with_lora import with_lora as with_lora
+from jq4.train.begin import begin_at as begin_at
 from jq4.train.begin import move_to_codes as move_to_codes
 from jq4.train.begin import quantizers as quantizers
 from jq4.train.distillation.generated import generated_rows as generated_rows

@@ -2,7 +2,12 @@
 
 A calibrated solution (GPTQ's, HQQ's, of `best-*`) is scales and codes. The scales begin the quantizers. The codes are
 not those that the dense weights round to, so that a training that wants to begin at the solution itself, and not beside
-it, begins from weights moved there: each by as little as lets it round to its code.
+it, begins from weights moved there: each by as little as lets it round to its code, to the edge of what does, or to the
+middle of it. Which is better depends on the bits. On TinyStories-656K, `jq4 train distill MODEL --text
+calibration_ids.npy --held-out 0.15 --steps 200 --batch-size 2` (JAX 0.10.2, CPU, one seed) gives a held-out KLD of .447
+from middles and .408 from edges by gptq-w2g32 (.496 at the start), of .0917 and .1093 by gptq-w3g32 (.0982): from an
+edge, the least change of a step throws a weight back to the code that the solution had moved it away from, which is
+dear where the start is good.
 """
 
 from collections.abc import Mapping
@@ -21,6 +26,38 @@ from jq4.rule import Rule
 from jq4.train.plan import activations_of, aligned, planned_leaves
 from jq4.train.quantizer import MARGIN, Quantizer, Quantizers
 from jq4.tuning.learned import check, shift_to_codes
+
+EDGE_BITS = 2  # with as many, weights begin at the edges
+
+
+def begin_at(params: Any, recipe: Recipe | Rule | str, start: Any, *, margin: float = MARGIN) -> tuple[Any, Quantizers]:
+    """(params, quantizers) that `harden` to the packed leaves of a calibrated solution: what to train.
+
+    Args:
+      params: the dense tree.
+      recipe: as `jq4.fake_quantized` is given it.
+      start: a tree of the params' leaves; those that the recipe means packed by its format. Other leaves of it, norms
+        that were changed with the weights say, take the place of the params', dequantized where they are packed.
+      margin: as `quantizers` takes it.
+
+    Returns:
+      params: float32, where every weight rounds to its code of the start: at the edge of what does with 2 bits, in its
+        middle with more.
+      quantizers: with the start's steps.
+
+    Raises:
+      JQ4Error: as `quantizers`.
+    """
+    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    learned = quantizers(weights, recipe, start=start, margin=margin)
+
+    def master(keys: Any, leaf: Any, weight: Any) -> Any:
+        if not is_qarray(leaf):
+            return jnp.asarray(leaf, jnp.float32)
+        at_edge = leaf_path(keys) in learned.by_path and leaf.bits <= EDGE_BITS
+        return move_to_codes(weight, leaf) if at_edge else leaf.dequantize(jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(master, start, weights, is_leaf=is_qarray), learned
 
 
 def quantizers(

@@ -12,7 +12,6 @@ DESCRIPTION = (
     "Learns to predict as a teacher does (KL divergence), all weights and their quantizers trained (LSQ). The teacher "
     "is the dense MODEL itself, or --teacher."
 )
-RATE = 0.005
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cache.add_argument(
         "--top-k", type=int, metavar="K", help=f"likeliest tokens kept, and the mass of the rest (default {TOP_K})"
     )
-    options.add_descent(parser, RATE)
+    options.add_descent(parser)
 
 
 PERTURBED = 0.6

@@ -47,8 +47,9 @@ def add_rounding(parser: argparse.ArgumentParser) -> None:
     stages.add_arguments(parser)
 
 
-def add_descent(parser: argparse.ArgumentParser, rate: float, relative: bool = True) -> None:
-    parser.set_defaults(relative=relative)
+def add_descent(parser: argparse.ArgumentParser, rate: float | None = None) -> None:
+    """Without a rate it is for the bits that are trained for (jq4.train.running.optimizer), a share of each leaf."""
+    parser.set_defaults(relative=rate is None)
     descent = parser.add_argument_group("descent")
     descent.add_argument("--steps", type=int, default=400, metavar="N", help="default 400")
     descent.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows a step (default 8)")
@@ -60,7 +61,9 @@ def add_descent(parser: argparse.ArgumentParser, rate: float, relative: bool = T
         type=float,
         default=rate,
         metavar="X",
-        help=f"Adam's{', as a share of a leaf' * relative} (default %(default)s)",
+        help="Adam's, as a share of a leaf (default: .005 for 2 bits, .0017 for 3, .0007 for 4)"
+        if rate is None
+        else "Adam's (default %(default)s)",
     )
     descent.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the rate (default cosine)")
     descent.add_argument("--warmup", type=int, metavar="N", help="steps in which the rate rises (default: a twentieth)")

@@ -7,13 +7,12 @@ from jq4.cli.training import options
 
 HELP = "learn the text's next tokens with rounded weights (quantization-aware training)"
 DESCRIPTION = "Learns to predict the text's next tokens, all weights and their quantizers trained (LSQ)."
-RATE = 0.005
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_and_text(parser)
     options.add_rounding(parser)
-    options.add_descent(parser, RATE)
+    options.add_descent(parser)
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default zero)",
     )
     adapters.add_argument("--loftq-iter", type=int, metavar="N", help="turns of --init loftq (default 5)")
-    options.add_descent(parser, RATE, relative=False)
+    options.add_descent(parser, RATE)
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from jq4.cli.training.task import Task
 
-_EDGE_BITS = 2  # see begun
 Losses = Callable[[Any, Any], Any]  # (the rounded forward, the teacher's) -> loss
 Sees = Callable[[Any], Any]  # what a loss sees of a function (params, tokens) -> logits: another function of the same
 
@@ -30,6 +29,7 @@ def open_task(
     from jq4.cli import _folders, _models
     from jq4.cli.training import options, stages, text
     from jq4.cli.training.task import Phase
+    from jq4.train.running.optimizer import rate_for
 
     options.check(arguments)
     teacher_path = getattr(arguments, "teacher", None)
@@ -40,6 +40,7 @@ def open_task(
     _folders.check_without_adapters(Path(arguments.out))
     recipe = recipe_of(arguments)
     plain = without_steps(recipe)
+    arguments.rate = rate_for(plain) if arguments.rate is None else arguments.rate
     planned = stages.planned(arguments, plain)
     model = dense_model(arguments.model)
     teacher = model if teacher_path is None else _teacher(teacher_path, model)
@@ -232,14 +233,7 @@ def _start_of(path: str, model: Any) -> Any:
 
 
 def begun(packed: Any, dense: Any, recipe: Any, at_codes: bool = True) -> Any:
-    """(params, quantizers) of a start, float32: every weight where it rounds to its code there.
-
-    In the middle of what rounds to it, or, with 2 bits, no farther from the dense weight than need be
-    (jq4.move_to_codes). Which is better depends on the bits: on TinyStories-656K, `jq4 train distill MODEL --text
-    calibration_ids.npy --held-out 0.15 --steps 200 --batch-size 2` (JAX 0.10.2, CPU, one seed) gives a held-out KLD of
-    .447 from middles and .408 from edges by gptq-w2g32 (.496 at the start), of .0917 and .1093 by gptq-w3g32 (.0982),
-    where weights at edges are thrown about until the rate falls (.0974 at a rate of .002). Larger batches were not
-    measured with this optimizer; with plain Adam and 8 rows edges are better at 3 bits too (benchmarks/qat.py).
+    """(params, quantizers) of a start, float32, where every weight rounds to its code there.
 
     A training that comes down from more bits begins at the dense weights themselves, and has of the start the ranges
     alone.
@@ -247,24 +241,12 @@ def begun(packed: Any, dense: Any, recipe: Any, at_codes: bool = True) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from jq4.paths import leaf_path
-    from jq4.qarray import is_qarray
-    from jq4.train import move_to_codes, quantizers
+    from jq4.train import begin_at, quantizers
 
+    if at_codes:
+        return begin_at(dense, without_steps(recipe), packed)
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), dense)
-    learned = quantizers(weights, without_steps(recipe), start=packed)
-    if not at_codes:
-        return weights, learned
-
-    def from_edge(keys: Any, leaf: Any) -> bool:
-        return leaf_path(keys) in learned.by_path and leaf.bits <= _EDGE_BITS
-
-    def master(keys: Any, leaf: Any, weight: Any) -> Any:
-        if not is_qarray(leaf):
-            return jnp.asarray(leaf, jnp.float32)
-        return move_to_codes(weight, leaf) if from_edge(keys, leaf) else leaf.dequantize(jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(master, packed, weights, is_leaf=is_qarray), learned
+    return weights, quantizers(weights, without_steps(recipe), start=packed)
 
 
 def served(model: Any, trained: Any, recipe: Any) -> Any:
