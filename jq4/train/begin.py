@@ -30,34 +30,50 @@ from jq4.tuning.learned import check, shift_to_codes
 EDGE_BITS = 2  # with as many, weights begin at the edges
 
 
-def begin_at(params: Any, recipe: Recipe | Rule | str, start: Any, *, margin: float = MARGIN) -> tuple[Any, Quantizers]:
+def begin_at(
+    params: Any,
+    recipe: Recipe | Rule | str,
+    start: Any,
+    axes: Mapping[str, int] | None = None,
+    *,
+    margin: float = MARGIN,
+) -> tuple[Any, Quantizers]:
     """(params, quantizers) that `harden` to the packed leaves of a calibrated solution: what to train.
 
     Args:
       params: the dense tree.
-      recipe: as `jq4.fake_quantized` is given it.
-      start: a tree of the params' leaves; those that the recipe means packed by its format. Other leaves of it, norms
-        that were changed with the weights say, take the place of the params', dequantized where they are packed.
+      recipe, axes: as `jq4.fake_quantized` is given them.
+      start: a tree with the leaves that the recipe means packed by its format. Other leaves of it, norms that were
+        changed with the weights say, take the place of the params', dequantized where they are packed.
       margin: as `quantizers` takes it.
 
     Returns:
-      params: float32, where every weight rounds to its code of the start: at the edge of what does with 2 bits, in its
-        middle with more.
+      params: masters in float32, where every weight rounds to its code of the start: at the edge of what does with 2
+        bits, in its middle with more.
       quantizers: with the start's steps.
 
     Raises:
       JQ4Error: as `quantizers`.
     """
-    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    learned = quantizers(weights, recipe, start=start, margin=margin)
+    weights = jax.tree.map(as_master, params)
+    learned = quantizers(weights, recipe, axes=axes, start=start, margin=margin)
+    held = aligned(dict(flatten_with_paths(start)), dict(flatten_with_paths(weights)), "the start's leaves")
 
-    def master(keys: Any, leaf: Any, weight: Any) -> Any:
+    def master(keys: Any, weight: Any) -> Any:
+        path = leaf_path(keys)
+        leaf = held.get(path, weight)
         if not is_qarray(leaf):
-            return jnp.asarray(leaf, jnp.float32)
-        at_edge = leaf_path(keys) in learned.by_path and leaf.bits <= EDGE_BITS
+            return as_master(leaf)
+        at_edge = path in learned.by_path and leaf.bits <= EDGE_BITS
         return move_to_codes(weight, leaf) if at_edge else leaf.dequantize(jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(master, start, weights, is_leaf=is_qarray), learned
+    return jax.tree_util.tree_map_with_path(master, weights), learned
+
+
+def as_master(leaf: Any) -> jax.Array:
+    """The leaf in float32, which small steps of an optimizer add up in; integers as they are."""
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def quantizers(

@@ -21,12 +21,13 @@ import optax
 from jq4.errors import JQ4Error
 from jq4.recipe import Recipe
 from jq4.rule import Rule
-from jq4.train.begin import move_to_codes, quantizers
+from jq4.train.begin import as_master, begin_at, quantizers
 from jq4.train.distillation.inputs_of import inputs_of
 from jq4.train.distillation.losses import distillation_loss, hidden_loss
 from jq4.train.distillation.teacher_cache import TeacherCache, checked_rows, digest_of_rows
 from jq4.train.fake import fake_quantized
 from jq4.train.harden import harden
+from jq4.train.running.optimizer import OptimizerOptions, make_optimizer, rate_for
 from jq4.tuning.descent import Progress, draw_batches
 
 _TOLD_EVERY = 25  # steps
@@ -80,11 +81,11 @@ def self_distill(
       params: the dense tree, which is the teacher and where training starts.
       recipe, axes: as `jq4.fake_quantized` takes them.
       rows: tokens i32[R, T]: text, or such as jq4.train.generated_rows or jq4.tuning.perturb make.
-      start: a tree with the packed leaves of a calibrated solution, whose scales and codes are started from.
+      start: a tree with the packed leaves of a calibrated solution, which is started at (jq4.train.begin_at).
       lesson: what is learned; by default the teacher's predictions alone.
       teacher: the teacher's predictions for these rows, if they are kept; else it is run in every step.
       mask: bool[R, T], True where there is text; by default everywhere.
-      optimizer: Adam with a rate of 1e-3 that falls along a cosine, by default.
+      optimizer: by default that of `jq4 train` (jq4.train.running.optimizer), at the rate for the recipe's bits.
       progress: called with (steps done, steps in all, the loss) now and then.
 
     Raises:
@@ -93,11 +94,9 @@ def self_distill(
     recipe, rows, lesson = Recipe.of(recipe), checked_rows(rows), lesson or Lesson()
     mask = None if mask is None else np.asarray(mask, bool)
     _check(rows, mask, teacher, steps, batch_size)
-    optimizer = optimizer or optax.adam(optax.cosine_decay_schedule(1e-3, steps), b2=0.99)
+    optimizer = optimizer or make_optimizer(OptimizerOptions(rate_for(recipe), warmup=steps // 20), steps)
     step = _stepper(logits, recipe, axes, lesson, optimizer)
-    weights = params if start is None else move_to_codes(params, start)
-    masters = jax.tree.map(_master, weights)
-    pair: Any = (masters, quantizers(params, recipe, axes=axes, start=start))
+    pair: Any = _begun(params, recipe, axes, start)
     state: Any = optimizer.init(pair)
     for done, indices in enumerate(draw_batches(np.arange(len(rows)), steps, batch_size, seed), 1):
         kept = None if teacher is None else teacher[indices]
@@ -139,10 +138,10 @@ def _stepper(
     return step
 
 
-def _master(leaf: Any) -> jax.Array:
-    leaf = jnp.asarray(leaf)
-    narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
-    return leaf.astype(jnp.float32) if narrow else leaf
+def _begun(params: Any, recipe: Recipe, axes: Mapping[str, int] | None, start: Any) -> Any:
+    if start is not None:
+        return begin_at(params, recipe, start, axes)
+    return jax.tree.map(as_master, params), quantizers(params, recipe, axes=axes)
 
 
 def _as_given(masters: Any, params: Any) -> Any:
