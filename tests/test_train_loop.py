@@ -276,16 +276,13 @@ def test_the_optimizer_is_adam_by_shares_of_a_leaf():
         np.testing.assert_allclose(rate_schedule(options, 10)(step), rate, rtol=1e-5)
 
 
-def test_a_rate_for_the_bits_is_about_the_same_share_of_a_step():
-    weight = np.random.default_rng(0).standard_normal((256, 64), np.float32)
-    shares = []
-    for bits in (2, 3, 4, 8):
-        recipe = jq4.Recipe.preset(f"rtn-w{bits}g32")
-        packed = jq4.quantize({"kernel": weight}, recipe)["kernel"]
-        shares.append(rate_for(recipe) * np.sqrt(np.mean(weight**2)) / np.mean(np.abs(packed.scale)))
-    np.testing.assert_allclose(shares, shares[0], rtol=0.2)
-    two, four = (jq4.Recipe.preset(f"rtn-w{bits}g32") for bits in (2, 4))
-    assert rate_for(dataclasses.replace(four, rules=(*four.rules, *two.rules))) == rate_for(two)
+def test_the_rate_is_for_the_fewest_bits():
+    two, three, four, eight = (jq4.Recipe.preset(f"rtn-w{bits}g32") for bits in (2, 3, 4, 8))
+    assert rate_for(two) == rate_for(three) == 5e-3
+    np.testing.assert_allclose(rate_for(four), 5e-3 / 7)
+    np.testing.assert_allclose(rate_for(eight), 5e-3 / 127)
+    mixed = dataclasses.replace(eight, rules=(*eight.rules, *four.rules))
+    assert rate_for(mixed) == rate_for(four)
 
 
 @pytest.mark.parametrize(
