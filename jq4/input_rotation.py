@@ -30,6 +30,7 @@ def block_of(length: int) -> int:
     return length & -length
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def rotated(x: jax.Array, block: int, axis: int) -> jax.Array:
     """x with its blocks along an axis times H_b / sqrt(b), in x's dtype; twice gives x again."""
     moved = jnp.moveaxis(x, axis, -1)

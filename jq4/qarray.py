@@ -32,6 +32,7 @@ import numpy as np
 from jq4.errors import JQ4Error
 from jq4.formats import Format, get_format
 from jq4.input_rotation import rotated
+from jq4.jax_compat import is_tracing
 from pallas_kernels import packing
 
 NEUTRAL = "neutral"
@@ -145,7 +146,16 @@ def leaf_nbytes(leaf: Any) -> int:
 
 def codes_of(q: QArray) -> jax.Array:
     """The unpacked codes u8[*B, K, N] of a neutral QArray, in packed order (before any permutation)."""
-    return packing.unpack(q.codes, q.bits, q.axis, q.shape[q.axis])
+    unpack = _unpacked if _stands_alone(q) else packing.unpack
+    return unpack(q.codes, q.bits, q.axis, q.shape[q.axis])
+
+
+_unpacked = jax.jit(packing.unpack, static_argnums=(1, 2, 3))
+
+
+def _stands_alone(q: QArray) -> bool:
+    """Whether what is computed of a QArray now is a program of its own: not a part of a trace, nor numpy's work."""
+    return isinstance(q.codes, jax.Array) and not is_tracing()
 
 
 def levels_of(codes: jax.Array, format: Format, dtype: Any = jnp.float32) -> jax.Array:
@@ -163,6 +173,21 @@ def dequantize_array(q: QArray, dtype: Any = None) -> jax.Array:
         from jq4.layouts import to_neutral
 
         q = to_neutral(q)
+    dtype = jnp.dtype(dtype or q.dtype)
+    return (_at_once if _stands_alone(q) and _rounds_alike(q) else _dequantized)(q, dtype)
+
+
+def _rounds_alike(q: QArray) -> bool:
+    """Whether a compiler that sees the whole of its dequantization can but give the bits of a step at a time.
+
+    It can where a level meets its scale and nothing after: it might fuse that product with a sum, or leave out the
+    rounding of a scale that was itself dequantized.
+    """
+    more = (q.offset, q.permutation, q.input_scale)
+    return all(part is None for part in more) and not q.input_rotation and not is_qarray(q.scale)
+
+
+def _dequantized(q: QArray, dtype: Any) -> jax.Array:
     axis, length = q.axis, q.shape[q.axis]
     spread = functools.partial(spread_groups, group_size=q.group_size, axis=axis, length=length)
     codes = codes_of(q)
@@ -179,7 +204,10 @@ def dequantize_array(q: QArray, dtype: Any = None) -> jax.Array:
         weight = rotated(weight, q.input_rotation, axis)
     if q.input_scale is not None:
         weight = weight * q.input_scale.astype(jnp.float32)
-    return weight.astype(dtype or q.dtype)
+    return weight.astype(dtype)
+
+
+_at_once = jax.jit(_dequantized, static_argnums=1)  # one program, and no dense array but the result
 
 
 def dense(value: Any) -> Any:

@@ -120,7 +120,7 @@ def multiplied(shape, axis=-2, stacked=0, **options):
 def same(function, q, *args):
     """A function packed, strictly, against the same on what the weight dequantizes to."""
     out = jit(jq4.quantized(function, strict=True))(q, *args)
-    np.testing.assert_allclose(out, function(q.dequantize(), *args), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out, jit(function)(q.dequantize(), *args), rtol=1e-4, atol=1e-4)
 
 
 def test_scales_of_inputs_go_where_the_weight_goes():

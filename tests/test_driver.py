@@ -1,6 +1,7 @@
 """Oracles: jq4.quantize on the whole tree (byte for byte where nothing is calibrated), and the decoder itself."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,15 @@ from jq4.driver import quantize_blocks
 from jq4.errors import JQ4Error
 from jq4.evaluate import evaluate
 from jq4.qarray import is_qarray
-from models.chain import LAYERS, decoder_chain
+from models import chain as chains
+from models.chain import LAYERS
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from tests.random_model import CONFIG
 
 SMALL = CONFIG | {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+decoder_chain = functools.cache(chains.decoder_chain)  # the same functions, so that each is compiled once
 
 
 def random_params(config):
@@ -37,7 +41,8 @@ def config():
 
 @pytest.fixture(scope="module")
 def untied_config():
-    return DecoderConfig.from_hf(SMALL | {"tie_word_embeddings": False})
+    """Its leaves are of two shapes, and not of four, for each of which all that is learned is compiled."""
+    return DecoderConfig.from_hf(SMALL | {"tie_word_embeddings": False, "intermediate_size": 32})
 
 
 @pytest.fixture(scope="module")

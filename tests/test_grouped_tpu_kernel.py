@@ -38,14 +38,25 @@ CASES = {
 }
 
 
+def in_numpy(array, dtype):
+    """A jax.Array that nothing was compiled for."""
+    return jax.device_put(array.astype(dtype))
+
+
+def product(x, w, sizes, spec, **options):
+    """grouped_int4_matmul_tpu of the interpreter, compiled as one program."""
+    run = functools.partial(grouped_int4_matmul_tpu, spec=spec, interpret=True, **options)
+    return jax.jit(run)(x, w, jnp.asarray(sizes))
+
+
 def experts(sizes, k, n, group, zero_points, offsets, seed=0):
     """(Packed in the tpu layout, its spec, the dense experts f64)."""
     rng = np.random.default_rng(seed)
     shape = (len(sizes), -(-k // group), 1, n)
     codes = rng.integers(-8, 8, (len(sizes), k, n))
-    scale = jnp.asarray(rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape), jnp.bfloat16)
-    zero_point = jnp.asarray(rng.integers(0, 16, shape), jnp.uint8) if zero_points else None
-    offset = jnp.asarray(rng.normal(size=shape), jnp.bfloat16) if offsets else None
+    scale = in_numpy(rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape), jnp.bfloat16)
+    zero_point = in_numpy(rng.integers(0, 16, shape), jnp.uint8) if zero_points else None
+    offset = in_numpy(rng.normal(size=shape), jnp.bfloat16) if offsets else None
 
     def rows(part, empty):
         return empty if part is None else np.repeat(np.asarray(part, np.float64)[:, :, 0], group, 1)[:, :k]
@@ -65,7 +76,7 @@ def in_turn(x, dense, sizes):
 
 
 def rows_of_x(m, k, dtype=jnp.bfloat16):
-    return jnp.asarray(np.random.default_rng(1).normal(size=(m, k)), dtype)
+    return in_numpy(np.random.default_rng(1).normal(size=(m, k)), dtype)
 
 
 def error(got, want):
@@ -78,7 +89,7 @@ def test_the_kernel_matches_float64(case, chip):
     sizes, *rest = CASES[case]
     w, spec, dense = experts(sizes, *rest)
     x = rows_of_x(sum(sizes) + 5, spec.length)
-    out = grouped_int4_matmul_tpu(x, w, jnp.asarray(sizes), spec, chip=chip_named(chip), tile_rows=16, interpret=True)
+    out = product(x, w, sizes, spec, chip=chip_named(chip), tile_rows=16)
     assert out.shape == (x.shape[0], dense.shape[2]) and bool(jnp.all(jnp.isfinite(out)))
     assert error(out, in_turn(x, dense, sizes)) < 2.5e-3  # weights rounded to bf16 at worst; others are near 1e-7
 
@@ -87,7 +98,7 @@ def test_float32_rows_are_multiplied_as_exactly_as_they_ask():
     sizes = (5, 0, 12)
     w, spec, dense = experts(sizes, 128, 128, 64, True, False)
     x = rows_of_x(17, 128, jnp.float32)
-    out = grouped_int4_matmul_tpu(x, w, jnp.asarray(sizes), spec, precision="highest", interpret=True)
+    out = product(x, w, sizes, spec, precision="highest")
     assert error(out, in_turn(x, dense, sizes)) < 1e-6
 
 
@@ -95,16 +106,16 @@ def test_codes_may_be_int4_instead_of_words():
     sizes = (5, 0, 12)
     w, spec, dense = experts(sizes, 128, 128, 64, True, False)
     x, int4 = rows_of_x(17, 128), w._replace(codes=words_to_int4(w.codes, 128))
-    out = grouped_int4_matmul_tpu(x, int4, jnp.asarray(sizes), spec, interpret=True)
+    out = product(x, int4, sizes, spec)
     assert error(out, in_turn(x, dense, sizes)) < 2.5e-3
 
 
 def test_items_cover_every_row_once_and_no_empty_expert():
-    rng = np.random.default_rng(2)
+    rng, (rows, bm) = np.random.default_rng(2), (300, 16)
+    found = jax.jit(lambda sizes: (work_items(sizes, rows, bm), place_of_rows(sizes, rows, bm)))
     for _ in range(50):
         sizes = rng.integers(0, 40, 7) * rng.integers(0, 2, 7)
-        rows, bm = 300, 16
-        items = jax.tree.map(np.asarray, jax.jit(work_items, static_argnums=(1, 2))(jnp.asarray(sizes), rows, bm))
+        items, place_of = jax.tree.map(np.asarray, found(jnp.asarray(sizes)))
         owner = np.full(rows, -1)
         for item in range(items.used[0]):
             place = items.tile[item] * bm + np.arange(items.first[item], items.end[item])
@@ -113,7 +124,7 @@ def test_items_cover_every_row_once_and_no_empty_expert():
         total = sizes.sum()
         assert np.array_equal(owner[:total], np.repeat(np.arange(7), sizes)) and np.all(owner[total:] == -1)
         written = np.concatenate([items.tile[i] * bm + np.arange(bm) for i in range(items.used[0])] or [np.zeros(0)])
-        place = np.asarray(place_of_rows(jnp.asarray(sizes), rows, bm))[:total]
+        place = place_of[:total]
         assert np.array_equal(written[place], np.arange(total)) and np.all(np.diff(place) > 0)
         assert np.array_equal(items.expert[place // bm], owner[:total])
 
@@ -159,7 +170,7 @@ def test_where_no_block_fits_the_memory_it_is_xlas_form():
     sizes = (5, 0, 9)
     w, spec, dense = experts(sizes, 256, 128, 128, True, True)
     chip = dataclasses.replace(chip_named("v5e"), vmem=2**20)
-    out = grouped_int4_matmul_tpu(rows_of_x(17, 256), w, jnp.asarray(sizes), spec, chip=chip, interpret=True)
+    out = product(rows_of_x(17, 256), w, sizes, spec, chip=chip)
     assert error(out, in_turn(rows_of_x(17, 256), dense, sizes)) < 2.5e-3
 
 
@@ -186,7 +197,7 @@ def test_the_transposed_kernel_matches_float64(case):
     w, spec, dense = experts(sizes, *rest)
     dy = rows_of_x(sum(sizes) + 5, dense.shape[2])
     run = functools.partial(grouped_int4_matmul_tpu_transposed, tile_rows=16, block=128, interpret=True)
-    out = run(dy, w, jnp.asarray(sizes), spec)
+    out = jax.jit(functools.partial(run, spec=spec))(dy, w, jnp.asarray(sizes))
     assert out.shape == (dy.shape[0], spec.length) and bool(jnp.all(jnp.isfinite(out)))
     assert error(out, in_turn(dy, dense.transpose(0, 2, 1), sizes)) < 2.5e-3
 
@@ -215,9 +226,10 @@ def test_experts_of_other_formats_match_float64_with_their_gradient(name):
 def test_whole_numbers_go_as_int8_and_are_summed_exactly():
     sizes = (9, 0, 23)
     w, spec, dense = experts(sizes, 256, 128, 128, True, True)
-    x = jnp.round(20 * rows_of_x(34, 256, jnp.float32))
-    run = functools.partial(grouped_int4_matmul_tpu, integers=True, chip=chip_named("v5e"))
-    assert error(run(x, w, jnp.asarray(sizes), spec, interpret=True), in_turn(x, dense, sizes)) < 1e-6
+    x = in_numpy(np.round(20 * np.asarray(rows_of_x(34, 256, jnp.float32))), jnp.float32)
+    whole = {"integers": True, "chip": chip_named("v5e")}
+    assert error(product(x, w, sizes, spec, **whole), in_turn(x, dense, sizes)) < 1e-6
+    run = functools.partial(grouped_int4_matmul_tpu, **whole)
     struct, wide = jax.ShapeDtypeStruct, PackedSpec(4096, layout="tpu")
     scale = struct((4, 32, 1, 4096), jnp.bfloat16)
     many = (struct((4096, 4096), jnp.bfloat16), Packed(struct((4, 512, 4096), jnp.int32), scale))

@@ -1,6 +1,7 @@
 """Oracle: numpy in float64, from the formats' own levels. int8, nf4 and fp4 on a TPU: the kernel by Pallas' interpreter
 (memory it never wrote is NaN), XLA's form on a CPU, and (marker aot) both through the TPU compiler."""
 
+import functools
 import subprocess
 import sys
 from typing import Any
@@ -46,14 +47,24 @@ def levels_of(name):
     return np.arange(2**form.bits) - 2 ** (form.bits - 1) if form.levels is None else np.asarray(form.levels)
 
 
+def in_numpy(array, dtype):
+    """A jax.Array that nothing was compiled for."""
+    return jax.device_put(array.astype(dtype))
+
+
+def product(x, w, spec, **options):
+    """int4_matmul_tpu of the interpreter, compiled as one program."""
+    return jax.jit(functools.partial(int4_matmul_tpu, spec=spec, interpret=True, **options))(x, w)
+
+
 def weight(name, k, n, group, zero_points, offsets, seed=0):
     """(QArray in the neutral layout, the dense weight f64)."""
     rng, bits = np.random.default_rng(seed), FORMATS[name].bits
     shape = (-(-k // group), n)
     codes = rng.integers(0, 2**bits, (k, n)).astype(np.uint8)
-    scale = jnp.asarray(rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape), jnp.bfloat16)
-    zero_point = jnp.asarray(rng.integers(0, 2**bits, shape), jnp.uint8) if zero_points else None
-    offset = jnp.asarray(rng.normal(size=shape), jnp.bfloat16) if offsets else None
+    scale = in_numpy(rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape), jnp.bfloat16)
+    zero_point = in_numpy(rng.integers(0, 2**bits, shape), jnp.uint8) if zero_points else None
+    offset = in_numpy(rng.normal(size=shape), jnp.bfloat16) if offsets else None
 
     def rows(part, empty):
         return empty if part is None else np.repeat(np.asarray(part, np.float64), group, 0)[:k]
@@ -79,7 +90,7 @@ def arguments(q: QArray) -> tuple[Packed, PackedSpec]:
 
 
 def rows_of_x(m, k, dtype=jnp.bfloat16):
-    return jnp.asarray(np.random.default_rng(1).normal(size=(m, k)), dtype)
+    return in_numpy(np.random.default_rng(1).normal(size=(m, k)), dtype)
 
 
 def error(got, want):
@@ -105,7 +116,7 @@ def test_forms_match_float64(case, chip, form):
     q, dense = weight(name, k, n, *rest)
     w, spec = arguments(prepared(q))
     plan = Plan(form, m, 128, n, wide=chip == "v5e" and form == "wscale")
-    out = int4_matmul_tpu(rows_of_x(m, k), w, spec, plan=plan, chip=chip_named(chip), interpret=True)
+    out = product(rows_of_x(m, k), w, spec, plan=plan, chip=chip_named(chip))
     rounded = form == "wscale" or name == "nf4"  # weights, or levels, to bf16
     assert error(out, np.asarray(rows_of_x(m, k), np.float64) @ dense) < (2.5e-3 if rounded else 1e-6)
 
@@ -114,7 +125,7 @@ def test_float32_asks_for_levels_as_exact_as_rows():
     q, dense = weight("nf4", 128, 128, 64, False, False)
     w, spec = arguments(prepared(q))
     x = rows_of_x(5, 128, jnp.float32)
-    out = int4_matmul_tpu(x, w, spec, precision="highest", chip=chip_named("v6e"), interpret=True)
+    out = product(x, w, spec, precision="highest", chip=chip_named("v6e"))
     assert error(out, np.asarray(x, np.float64) @ dense) < 1e-6
 
 
@@ -142,12 +153,17 @@ def test_products_and_their_gradients_match_float64(case, implementation):
     x, numbers = rows_of_x(m, k), (((1,), (0,)), ((), ()))
     cotangent = rows_of_x(m, n)
 
-    def product(x):
-        return dot_general(x, prepared(q), numbers, weight_side="rhs", implementation=implementation)
+    @jax.jit
+    def with_gradient(q, x, cotangent):
+        run = functools.partial(
+            dot_general, dimension_numbers=numbers, weight_side="rhs", implementation=implementation
+        )
+        out, pull = jax.vjp(lambda x: run(x, q), x)
+        return out, pull(cotangent)[0]
 
-    out, pull = jax.vjp(product, x)
+    out, gradient = with_gradient(prepared(q), x, cotangent)
     assert out.dtype == jnp.bfloat16 and error(out, np.asarray(x, np.float64) @ dense) < 3e-3
-    assert error(pull(cotangent)[0], np.asarray(cotangent, np.float64) @ dense.T) < 4e-3
+    assert error(gradient, np.asarray(cotangent, np.float64) @ dense.T) < 4e-3
 
 
 def test_whole_numbers_are_summed_exactly_on_an_integer_mxu():

@@ -147,10 +147,8 @@ def test_bits_come_down_in_stages_from_the_dense_weights(source, staged):
     assert staged["stages"] == [8, 5] and staged["recipe"]["name"] == "rtn-w3g32-asym"
 
 
-@pytest.mark.parametrize("every", [2, 3])
-def test_stopped_between_or_within_stages_it_goes_on_to_the_same_losses(
-    capsys, monkeypatch, source, staged, tmp_path, every
-):
+def test_stopped_between_and_within_stages_it_goes_on_to_the_same_losses(capsys, monkeypatch, source, staged, tmp_path):
+    """At the end of the first stage, and within the second."""
     from jq4.train.running import run_folder
 
     keep, out = run_folder.RunFolder.keep, tmp_path / "out"
@@ -160,16 +158,16 @@ def test_stopped_between_or_within_stages_it_goes_on_to_the_same_losses(
         os.kill(os.getpid(), signal.SIGTERM)
 
     argv = ("train", "qat", source, "--text", source / "text.txt", *QUICK, *STAGES, "--out", out)
-    argv = [*map(str, argv), "--save-every", str(every), "--json"]
+    argv = [*map(str, argv), "--save-every", "3", "--json"]
     monkeypatch.setattr(run_folder.RunFolder, "keep", interrupted)
     assert main(argv) == 130
     assert "stopped after step 2 of 6" in capsys.readouterr().err
     assert main(argv) == 130
-    assert f"stopped after step {4 if every == 2 else 3} of 6" in capsys.readouterr().err
+    assert "stopped after step 3 of 6" in capsys.readouterr().err
     monkeypatch.setattr(run_folder.RunFolder, "keep", keep)
     assert main(argv) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["resumed"] in (3, 4) and losses(data) == losses(staged)
+    assert data["resumed"] == 3 and losses(data) == losses(staged)
 
 
 def test_weights_go_first_where_inputs_are_rounded_too(capsys, source, tmp_path):
@@ -208,11 +206,10 @@ def test_stages_that_cannot_be_are_told(capsys, source, tmp_path, argv, message)
 def test_loftq_begins_with_codes_and_adapters_fitted_together(capsys, source, tmp_path):
     given = ("--recipe", "rtn-w2g32", "--rank", 4, "--held-out", 0.25)
     fitted = run(capsys, "qlora", source, *given, "--init", "loftq", "--loftq-iter", 3, "--out", tmp_path / "fitted")
-    zero = run(capsys, "qlora", source, *given, "--out", tmp_path / "zero")
     model, dense = LanguageModel.from_folder(tmp_path / "fitted"), LanguageModel.from_folder(source)
     packed, adapters = jq4.loftq(dense.params, "rtn-w2g32", 4, turns=3)
     jax.tree.map(np.testing.assert_array_equal, model.params, packed)
-    assert fitted["before"]["perplexity"] != zero["before"]["perplexity"] and fitted["loftq_iter"] == 3
+    assert fitted["loftq_iter"] == 3
     left = lambda tree, a: sum(  # noqa: E731
         float(jnp.sum((leaf.astype(jnp.float32) - other) ** 2))
         for leaf, other in zip(jax.tree.leaves(jq4.merge_lora(tree, a)[0]), jax.tree.leaves(dense.params), strict=True)
@@ -260,6 +257,9 @@ def test_what_packing_lost_is_fitted_once(capsys, monkeypatch, source, tmp_path,
     model = dataclasses.replace(dense, params=packed, adapters=adapters)
     wanted = float(jnp.mean(next_token(model.logits(batch), batch)))
     assert losses(data)[0] == pytest.approx(wanted, rel=1e-4)
+    rows, _ = first_batch(dense, source)
+    measured = float(jnp.exp(jnp.mean(next_token(model.logits(rows), rows))))
+    assert data["before"]["perplexity"] == pytest.approx(measured, rel=1e-4)
 
 
 def test_what_is_dropped_depends_on_row_and_step_alone(capsys, source, tmp_path):
