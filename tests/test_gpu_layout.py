@@ -281,10 +281,10 @@ def test_whole_numbers_are_one_term_of_mma_and_floats_two(monkeypatch):
     monkeypatch.setattr(mosaic_gpu_mma, "_product", product)
     w = Packed(to_fragments(jnp.zeros((256, 64), jnp.uint8)), jnp.ones((2, 64), jnp.bfloat16))
     x, spec = jax.ShapeDtypeStruct((300, 256), jnp.float32), PackedSpec(256, layout="hopper")
-    assert backend.integers
-    for integers in (True, False):
-        jax.eval_shape(lambda x, integers=integers: backend.run(x, w, spec, platform="gpu", integers=integers), x)
-    assert given == [((300, 256), jnp.bfloat16)]
+    assert set(backend.fits) == {"int8", "float8_e4m3fn"}
+    for fits in (*backend.fits, ""):
+        jax.eval_shape(lambda x, fits=fits: backend.run(x, w, spec, platform="gpu", fits=fits), x)
+    assert given == [((300, 256), jnp.bfloat16)] * 2
 
 
 def test_a_hopper_weight_elsewhere_is_reported_as_unpacked_at_every_call():
@@ -347,7 +347,7 @@ def test_experts_in_the_hopper_layout_are_multiplied_elsewhere_too():
         np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-2)
 
 
-KINDS: list[dict[str, Any]] = [{}, {"bits": 8}, {"integers": True}, {"experts": 64}, {"transposed": True}]
+KINDS: list[dict[str, Any]] = [{}, {"bits": 8}, {"fits": "int8"}, {"fits": "float8_e4m3fn"}, {"experts": 64}, {"transposed": True}]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -355,7 +355,7 @@ KINDS: list[dict[str, Any]] = [{}, {"bits": 8}, {"integers": True}, {"experts": 
 def test_every_plan_fits_its_gpu(gpu, kind):
     sizes = [(1, 4096, 4096, 128), (16, 8192, 28672, 128), (64, 28672, 8192, 64), (700, 4096, 14336, 32)]
     for m, k, n, group in [*sizes, (20, 4608, 4096, 384)]:
-        for size in (max(group, 64) if kind.get("integers") else group, k):
+        for size in (max(group, 64) if kind.get("fits") else group, k):
             problem = GpuProblem(m, k, n, -(-k // size), size, **kind)
             plan = choose_plan(problem, gpu)
             assert shared_bytes(problem, plan) <= gpu.shared_memory

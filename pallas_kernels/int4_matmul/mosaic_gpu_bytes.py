@@ -1,0 +1,129 @@
+"""Codes to bytes in the registers of a warpgroup: wgmma's left operand where x is int8 or float8_e4m3fn.
+
+wgmma of bytes (m64nMk32) takes its left operand from registers of four: of each half of 16 rows of its 32, thread
+t = 32 w + 4 g + c holds for h = 0, 1
+
+    register h      column 16 w + 8 h + g       rows 4 c + i,  i = 0 to 3 from the low byte up
+
+The hopper layout (gpu_fragments.py) has in the same thread the codes of rows 8 j + 2 c + e. Which of 16 rows is called
+which does not change a sum, if x is put in that order too (`in_order_of_bytes`): row 8 j + 2 c + e at 4 c + 2 e + j. So
+one layout serves every kind of x, and a register's four codes are found by one lop3. int8:
+
+    4 bits, symmetric       ((word << 4) & 0xF0F0F0F0) ^ 0x80808080 = 16 (u - 8), which the scales undo: 1.5 for four
+    4 bits, zero points     ((word & 0x0F0F0F0F) | 0x80808080) - z ^ 0x80808080 = u - z: no borrow leaves a byte
+    8 bits, symmetric       four bytes of two words, ^ 0x80808080 = u - 128
+
+a quarter of what floats take. e4m3 (a sign, four bits of exponent, three of mantissa) begins with equal steps: the
+bytes 0 to 15 are 0/512 to 15/512, subnormals and then the first normals. So a level of 4 bits needs no table and no
+exponent, only its size and its sign, and the scales undo the 512:
+
+    d = ((word & 0x0F0F0F0F) | 0x80808080) - z = 128 + (u - z)          as above; z is 8 where there are no zero points
+    |d - 128| | (~d & 0x80808080)                                       vabsdiff4, which takes four bytes, and a lop3
+
+4.5 for four, exact for any zero point. (A table of sixteen e4m3 by prmt, as in Mosaic GPU's conversion from int4, takes
+more, and has no zero points.) Codes of 8 bits are not exact in e4m3.
+
+Hopper sums products of e4m3 in fixed point, in about 14 bits from the largest of them down (DeepSeek-AI, DeepSeek-V3
+Technical Report, 2024, section 3.5.2), though the sum is called f32. So no chain of wgmma is longer than CHAIN rows of
+W: its sum is then scaled, and added to others in f32 (mosaic_gpu_forms.py). One scale a column saves nothing here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
+from pallas_kernels.int4_matmul.mosaic_gpu_registers import (
+    AND_OR,
+    AND_XOR,
+    ROW,
+    constant,
+    i32,
+    lop3,
+    words_layout,
+)
+
+CHAIN = 128  # rows of W of which products of e4m3 are summed before they are scaled
+_SIGNS = 0x80808080
+_OR_NOT_AND = 0xF2  # of lop3: a | (~b & c)
+_STEP = 1 / 512  # between e4m3's smallest numbers
+
+
+def bytes_of(dtype: Any, bits: int, zero_points: int) -> Callable[..., jax.Array]:
+    """A function in a kernel: words i32[bits / 2, 256], zero points [64] -> dtype[64, 64], transposed.
+
+    The result times `factor_of` is the levels.
+
+    Args:
+      dtype: int8 or float8_e4m3fn, of x and the result.
+      bits: 4 or 8, of a code; 8 only in int8 without zero points.
+      zero_points: how many (i32, see `zero_bytes_of`) follow, for equal parts of the tile's rows; 0 is symmetric.
+    """
+    result = plgpu.ShapeDtypeStruct((STRIP, TILE_K), dtype, layout=plgpu.Layout.WGMMA_8BIT)
+    floats = dtype == jnp.float8_e4m3fn
+    of_word = _floats_of_a_word if floats else _integers_of_a_word
+    of_register = _integers_of_two_words if bits == 8 else of_word
+
+    @plgpu.inline_mgpu(arg_types=(words_layout(bits), *[ROW] * zero_points), return_type=result)
+    def convert(ctx: Any, words: Any, *rows: Any) -> Any:
+        del ctx
+        kind = ir.Float8E4M3FNType.get() if floats else ir.IntegerType.get_signless(8)
+        zero = [[vector.extract(register, [], [0]) for register in part.registers.flat] for part in rows]
+        held = [vector.extract(four, [], [i]) for four in words.registers.flat for i in range(4)]
+        registers = np.empty(mgpu.WGMMA_LAYOUT_8BIT.registers_shape((STRIP, TILE_K)), dtype=object)
+        for index in np.ndindex(registers.shape):
+            step, h = index[1], index[4]
+            own = zero[step * len(zero) // 4][h] if zero else None
+            four = of_register(held[step * bits // 4 : (step + 1) * bits // 4], h, own)
+            registers[index] = mgpu.utils.bitcast(four, ir.VectorType.get((4,), kind))
+        signed = None if floats else True
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=signed)
+
+    return convert
+
+
+def factor_of(dtype: Any, bits: int, zero_points: bool) -> float:
+    """What products are to be multiplied by beside their scales."""
+    if dtype == jnp.float8_e4m3fn:
+        return 1 / _STEP
+    return 1.0 / 16 if bits == 4 and not zero_points else 1.0
+
+
+def zero_bytes_of(row: jax.Array) -> jax.Array:
+    """u8[64] as the function of `bytes_of` takes it: four times in an i32."""
+    return row.astype(jnp.int32) * jnp.int32(0x01010101)
+
+
+def _integers_of_a_word(words: list[Any], h: int, zero: Any) -> Any:
+    (word,) = words
+    if zero is None:
+        high = word if h else arith.shli(word, constant(4))
+        return lop3(high, 0xF0F0F0F0, _SIGNS, AND_XOR)
+    return arith.xori(_above_128(word, h, zero), constant(_SIGNS))
+
+
+def _floats_of_a_word(words: list[Any], h: int, zero: Any) -> Any:
+    level = _above_128(*words, h, constant(0x08080808) if zero is None else zero)
+    operands = [level, constant(_SIGNS), constant(0)]
+    size: Any = llvm.inline_asm(i32(), operands, "vabsdiff4.u32.u32.u32 $0, $1, $2, $3;", "=r,r,r,r")
+    return llvm.inline_asm(i32(), [size, level], f"lop3.b32 $0, $1, $2, {_SIGNS:#x}, {_OR_NOT_AND:#x};", "=r,r,r")
+
+
+def _above_128(word: Any, h: int, zero: Any) -> Any:
+    """128 + (u - z) in each byte."""
+    low = arith.shrui(word, constant(4)) if h else word
+    return arith.subi(lop3(low, 0x0F0F0F0F, _SIGNS, AND_OR), zero)
+
+
+def _integers_of_two_words(words: list[Any], h: int, zero: Any) -> Any:
+    assert zero is None
+    chosen = (6 + h) << 12 | (2 + h) << 8 | (4 + h) << 4 | h
+    four: Any = llvm.inline_asm(i32(), words, f"prmt.b32 $0, $1, $2, {chosen:#06x};", "=r,r,r")
+    return arith.xori(four, constant(_SIGNS))
