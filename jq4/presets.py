@@ -100,6 +100,6 @@ def _make(name: str, targets: tuple[str, ...], method: str, group: str, bits: in
 def _known() -> str:
     return (
         f"METHOD-wBITSgGROUP[-asym] with METHOD one of {', '.join((*METHODS, *_LEARNED))}; BITS 2 to 8; GROUP a "
-        "number, c (channel) or t (tensor); or nf4, fp4; with -a8 (activations too; -a4, -afp8) or rotate- before it; or "
-        "smoothquant-w8a8"
+        "number, c (channel) or t (tensor); or nf4, fp4; with -a8 (activations too; -a4, -afp8) or rotate- before it; "
+        "or smoothquant-w8a8"
     )

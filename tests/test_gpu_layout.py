@@ -20,7 +20,14 @@ from jq4.layouts import prepare, to_neutral
 from jq4.matmul import packed_matmul, ragged_dot
 from jq4.partition import check_grouped_axis, part_specs
 from jq4.qarray import QArray
-from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, gpu_blocks_mma, int4_matmul, mosaic_gpu, mosaic_gpu_mma
+from pallas_kernels.int4_matmul import (
+    PackedSpec,
+    UnsupportedError,
+    gpu_blocks_mma,
+    int4_matmul,
+    mosaic_gpu,
+    mosaic_gpu_mma,
+)
 from pallas_kernels.int4_matmul.gpu_blocks import GpuProblem, choose_plan, shared_bytes
 from pallas_kernels.int4_matmul.gpu_chips import AMPERE, FIRST_WITH_MMA, HOPPER, gpu_named, refusal_of_jax
 from pallas_kernels.int4_matmul.gpu_fragments import in_order_of_bytes, of_fragments, rows_of, to_fragments
@@ -288,7 +295,8 @@ def test_whole_numbers_are_one_term_of_mma_and_floats_two(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "bits, group, wanted", [(4, 128, "float8_e4m3fn"), (4, 64, "float8_e4m3fn"), (4, 32, "bfloat16"), (8, 128, "bfloat16")]
+    "bits, group, wanted",
+    [(4, 128, "float8_e4m3fn"), (4, 64, "float8_e4m3fn"), (4, 32, "bfloat16"), (8, 128, "bfloat16")],
 )
 def test_rows_that_fit_e4m3_are_multiplied_in_it_where_codes_and_groups_do(monkeypatch, bits, group, wanted):
     given = []
@@ -385,7 +393,14 @@ def test_experts_in_the_hopper_layout_are_multiplied_elsewhere_too():
         np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-2)
 
 
-KINDS: list[dict[str, Any]] = [{}, {"bits": 8}, {"fits": "int8"}, {"fits": "float8_e4m3fn"}, {"experts": 64}, {"transposed": True}]
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"bits": 8},
+    {"fits": "int8"},
+    {"fits": "float8_e4m3fn"},
+    {"experts": 64},
+    {"transposed": True},
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

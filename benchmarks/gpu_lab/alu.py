@@ -181,6 +181,6 @@ OPERATIONS: dict[str, Callable[[Sequence[str], Sequence[np.ndarray]], np.ndarray
     "xor": _numbers(np.bitwise_xor), "not": _numbers(np.invert), "fma": _numbers(_fma), "mul": _multiply,
     "div": _numbers(np.floor_divide), "rem": _numbers(np.remainder),
     "mad": _multiply_add, "shl": _shift(left=True), "shr": _shift(left=False), "setp": _compare, "selp": _select,
-    "lop3": _lookup, "prmt": _permute, "vabsdiff4": _difference, "bfe": _field, "cvt": _convert, "mov": lambda _, operands: operands[0],
-    "cvta": lambda _, operands: operands[0],
+    "lop3": _lookup, "prmt": _permute, "vabsdiff4": _difference, "bfe": _field, "cvt": _convert,
+    "mov": lambda _, operands: operands[0], "cvta": lambda _, operands: operands[0],
 }  # fmt: skip

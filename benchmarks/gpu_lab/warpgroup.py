@@ -303,7 +303,8 @@ class Warpgroup:
             assert self.value(use_sums, "pred").all(), instruction
             where, kind = int(self.value(descriptor, "b64")[0]), words[-1]
             if factors.startswith("{"):
-                assert scales_and_transposed == {"s8": [], "e4m3": ["1", "1"]}.get(kind, ["1", "1", "0"]), instruction
+                wanted = {"s8": [], "e4m3": ["1", "1"]}.get(kind, ["1", "1", "0"])
+                assert scales_and_transposed == wanted, instruction
                 registers = np.stack([self.value(name, "b32").copy() for name in _listed(factors)], -1)
                 left = functools.partial(left_fragments, registers, kind)
             else:

@@ -122,9 +122,7 @@ def _ours(implementation: str) -> Callable[[Case, Chip], Iterator[Program]]:
         spec = _spec(case)
 
         def product(x: Any, codes: Any, scale: Any, zero_point: Any) -> jax.Array:
-            return int4_matmul(
-                x, codes, scale, zero_point, spec=spec, implementation=implementation, fits=case.fits
-            )
+            return int4_matmul(x, codes, scale, zero_point, spec=spec, implementation=implementation, fits=case.fits)
 
         yield Program(implementation, product, (_x(case), *_prepared(case)))
 

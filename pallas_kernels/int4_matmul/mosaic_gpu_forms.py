@@ -7,9 +7,9 @@
     "weights"   weights are scaled in registers (rounded to x's dtype), one chain over all of K
     "column"    one scale a column: one chain over all of K, scaled at the end
 
-Where x is int8 there are "sums" and "column", where it is e4m3 "sums" alone. With several strips their chains are asked for in turn, so that one is
-multiplied while the next is unpacked. `FORMS` has for each form its step, how the pipeline around it is run, and what
-accumulators that takes.
+Where x is int8 there are "sums" and "column", where it is e4m3 "sums" alone. With several strips their chains are asked
+for in turn, so that one is multiplied while the next is unpacked. `FORMS` has for each form its step, how the pipeline
+around it is run, and what accumulators that takes.
 """
 
 import dataclasses

@@ -42,7 +42,8 @@ def call(
     Args:
       items: none; or for experts, whose weights have a leading axis E, the tile of x's rows and the expert of each work
         item, i32[items], and how many are in use, i32[1]. The result then is [items * tile_m, N], each item's tile.
-      x: bf16 or f16[M, K], K a multiple of 8; or int8 or float8_e4m3fn, in the order of `gpu_fragments.in_order_of_bytes`.
+      x: bf16 or f16[M, K], K a multiple of 8; or int8 or float8_e4m3fn, in the order of
+        `gpu_fragments.in_order_of_bytes`.
       words: i32[N / 64, 2 * bits * ceil128(K)], see gpu_fragments.py.
       scale: float[G, N].
       zero_point: u8[G, N] or None.
