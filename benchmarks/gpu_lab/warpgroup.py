@@ -320,7 +320,7 @@ class Warpgroup:
                     product()
 
     def _multiply(self, sums: list[str], left: Callable[[], np.ndarray], descriptor: int, kind: str) -> None:
-        """sums[64, n] += left[64, 16 or 32] right[n, 16 or 32]^T, right in shared memory; in f32, int32 or fixed point."""
+        """sums[64, n] += left[64, 16 or 32] right[n, 16 or 32]^T, right in shared memory; f32, int32 or fixed point."""
         columns = len(sums) * 2
         a = left()
         b = self._right(descriptor, columns, a.shape[1], kind)

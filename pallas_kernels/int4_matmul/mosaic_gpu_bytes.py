@@ -14,14 +14,14 @@ one layout serves every kind of x, and a register's four codes are found by one 
     8 bits, symmetric       four bytes of two words, ^ 0x80808080 = u - 128
 
 a quarter of what floats take. e4m3 (a sign, four bits of exponent, three of mantissa) begins with equal steps: the
-bytes 0 to 15 are 0/512 to 15/512, subnormals and then the first normals. So a level of 4 bits needs no table and no
+bytes 0 to 16 are 0/512 to 16/512, subnormals and then the first normals. So a level of 4 bits needs no table and no
 exponent, only its size, by vabsdiff4, which takes four bytes, and its sign, by a lop3; the scales undo the 512. e4m3:
 
     symmetric       |(word & 0x0F0F0F0F) - 8|   and the sign ~(word << 4) & 0x80808080: 4 for four
     zero points     |d - 128| of d = ((word & 0x0F0F0F0F) | 0x80808080) - z = 128 + (u - z), and ~d & 0x80808080: 4.5
 
-exact for any zero point. (A table of sixteen e4m3 by prmt, as in Mosaic GPU's conversion from int4, takes more, and has
-no zero points.) Codes of 8 bits are not exact in e4m3.
+exact for zero points up to 16 (GPTQ's, stored less one, reach it), as int8's are up to 128. (A table of sixteen e4m3 by
+prmt, as in Mosaic GPU's conversion from int4, takes more, and has no zero points.) Codes of 8 bits do not fit e4m3.
 
 Hopper sums products of e4m3 in fixed point, in about 14 bits from the largest of them down (DeepSeek-AI, DeepSeek-V3
 Technical Report, 2024, section 3.5.2), though the sum is called f32. So no chain of wgmma is longer than CHAIN rows of
