@@ -14,8 +14,11 @@ numbers, which every float dtype holds exactly, go through the same kernels as e
 sums differs. Kernels that multiply bytes are told what dtype holds them (`fits`). Gradients go straight through the
 rounding, and not past the clipping.
 
-Integers have equal steps up to a token's largest value; e4m3 has steps of a sixteenth to an eighth of each value. So
-tokens with few large channels lose less in e4m3, and others less in integers.
+Integers have equal steps up to a token's largest value. Those of e4m3 are a sixteenth to an eighth of each value: finer
+where that is less than an eighth to a sixteenth of the largest, coarser above. On the TinyStories Llama integers lose
+less: KLD against the dense model is 0.0017 with int8-token and 0.0056 with float8-token beside weights of 8 bits by the
+channel, 0.1232 and 0.1269 beside 4 bits in groups of 128, where neither is 0.1219
+(benchmarks/results/activations-fp8-tinystories-656k.json).
 
 In a `shard_map` over the contracted axis a token's largest value is that of the shard, a finer step than the whole
 token's; under `jit` with shardings it is the token's.
