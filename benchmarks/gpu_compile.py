@@ -47,6 +47,7 @@ from pallas_kernels.int4_matmul.shapes import SHAPES
 COLUMNS = ("device", "rows", "experts", "k", "n", "bits", "group_size", "dtype", "label")
 COLUMNS += ("us", "hbm_us", "issue_us", "bf16_us", "per_weight", "mma", "registers", "spilled_bytes", "shared_kib")
 COLUMNS += ("warnings",)
+FITS = ("int8", "float8_e4m3fn")
 
 
 def emulated(case: Case, row: dict[str, Any], seed: int = 0) -> float:
@@ -89,7 +90,7 @@ def rows_of(cases: list[Case]) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="gpu-lab-") as folder:
         for case, row in zip(cases, compiled(cases, Path(folder)), strict=True):
             told = {"rows": case.rows, "k": case.k, "n": case.n, "group_size": case.group_size}
-            told |= {"asymmetric": case.asymmetric, "dtype": "int8" if case.integers else case.dtype}
+            told |= {"asymmetric": case.asymmetric, "dtype": case.fits or case.dtype}
             told |= {"bits": case.bits, "experts": case.experts, "device": case.device}
             yield told | ({"error": row["error"]} if "error" in row else counted(case, row))
 
@@ -143,8 +144,8 @@ def main() -> int:
                 options.asymmetric,
                 experts=options.experts,
                 bits=options.bits,
-                dtype="bfloat16" if options.dtype == "int8" else options.dtype,
-                integers=options.dtype == "int8",
+                dtype="bfloat16" if options.dtype in FITS else options.dtype,
+                fits=options.dtype if options.dtype in FITS else "",
                 transposed=options.transposed,
                 device=device,
             )
@@ -168,15 +169,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, nargs="+", default=[128], help="0: one scale for each column")
     parser.add_argument("--named", nargs="+", choices=sorted(SHAPES), default=["llama-3-70b/gate_proj"])
     parser.add_argument("--asymmetric", action="store_true", help="with zero points")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "int8"], default="bfloat16", help="of x")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", *FITS], default="bfloat16", help="of x")
     parser.add_argument("--bits", type=int, choices=[4, 8], default=4)
     parser.add_argument("--transposed", action="store_true", help="the product by the transpose, of dy")
     parser.add_argument("--experts", type=int, default=0, help="rows sorted by so many experts; 0: one weight")
     parser.add_argument("--matrix", action="store_true", help="emulate small products of every form instead")
     parser.add_argument("--json", help="where to write the figures")
     options = parser.parse_args()
-    if set(options.device) != {"h200"} and (options.transposed or options.experts or options.dtype == "int8"):
-        parser.error("transposed products, experts and rows of int8 have kernels for the h200 alone")
+    if set(options.device) != {"h200"} and (options.transposed or options.experts or options.dtype in FITS):
+        parser.error("transposed products, experts and rows of 8 bits have kernels for the h200 alone")
     return options
 
 

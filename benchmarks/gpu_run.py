@@ -45,8 +45,9 @@ NAMED = (
 KINDS: dict[str, dict[str, Any]] = {
     "w4a16": {},
     "w8a16": {"bits": 8},
-    "w4a8": {"integers": True},
-    "w8a8": {"bits": 8, "integers": True},
+    "w4a8": {"fits": "int8"},
+    "w4afp8": {"fits": "float8_e4m3fn"},
+    "w8a8": {"bits": 8, "fits": "int8"},
     "gradient": {"transposed": True},
     "experts": {},
 }

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jq4 import qarray_ops
-from jq4.activations import integers_of
+from jq4.activations import fits_of, in_steps
 from jq4.input_rotation import rotated
 from jq4.integer_product import has_integer_product, integer_product
 from jq4.partition import Partition, merged_or_noted, sharded_product, sharded_ragged_product
@@ -103,6 +103,7 @@ def dot_general(
     (x_contract, w_contract), (x_batch, w_batch) = (_positive(contract, x, q), _positive(batch, x, q))
     if q.axis % q.ndim not in w_contract:
         raise NoPackedForm(f"the product contracts axes {w_contract} of {q!r}, which is grouped along axis {q.axis}")
+    fits = fits_of(q.activations)
     x, q, step = _prepared_inputs(x, q, (x_contract, w_contract), (x_batch, w_batch))
     x, q = _in_packed_order(x, q, (x_contract, w_contract), (x_batch, w_batch))
     x_contract, w_contract = _grouped_last(x_contract, w_contract, q)
@@ -116,12 +117,12 @@ def dot_general(
     summed = weight.ndim - 2 - len(batch_shape)  # contracted axes that did not merge into K
     rows = rows.reshape(*batch_shape, math.prod(m_shape), *weight.shape[len(batch_shape) :][:summed], -1)
     rows = jnp.moveaxis(rows, len(batch_shape), -2)  # [*B, *C, M, K]
-    rounded, accumulator = step is not None, _accumulator(wanted.dtype, summed or step is not None)
-    if rounded and implementation is None and has_integer_product(weight):
+    accumulator = _accumulator(wanted.dtype, summed or step is not None)
+    if fits == "int8" and implementation is None and has_integer_product(weight):
         out = integer_product(rows, weight)
     else:
         product = functools.partial(
-            packed_matmul, dtype=accumulator, precision=precision, implementation=implementation, integers=rounded
+            packed_matmul, dtype=accumulator, precision=precision, implementation=implementation, fits=fits
         )
         contracted = [[a] for a in w_contract] if summed else [w_contract]
         axes = [[a] for a in w_batch] + (
@@ -171,6 +172,7 @@ def ragged_dot(
         return jnp.zeros(wanted.shape, wanted.dtype)
     q = _with_whole_batch(q)
     _note_unpacked(q, implementation, OF_FRAGMENTS[:1])
+    fits = fits_of(q.activations)
     x, step = _ragged_inputs(x, q, group_sizes)
     accumulator = _accumulator(wanted.dtype, step is not None)
 
@@ -178,7 +180,7 @@ def ragged_dot(
         return grouped_int4_matmul(
             x, q.codes, q.scale, q.zero_point, q.offset, group_sizes=group_sizes, spec=spec_of(q),
             preferred_element_type=accumulator, precision=precision, implementation=implementation,
-            integers=step is not None,
+            fits=fits,
         )  # fmt: skip
 
     out = sharded_ragged_product(product, x, q, group_sizes, partition, path)
@@ -186,11 +188,11 @@ def ragged_dot(
 
 
 def packed_matmul(
-    x: jax.Array, q: QArray, dtype: Any, precision: Any = None, implementation: Any = None, integers: bool = False
+    x: jax.Array, q: QArray, dtype: Any, precision: Any = None, implementation: Any = None, fits: str = ""
 ) -> jax.Array:
     """x[*B, M, K] @ W[*B, K, N] for q of logical shape [*B, K, N] (axis -2) or [*B, N, K] (axis -1).
 
-    `integers` says that x holds whole numbers of at most 127.
+    `fits` is a dtype of 8 bits that holds every number of x, "int8" or "float8_e4m3fn", or "".
     """
     q = _with_whole_batch(q)
     if q.layout == NEUTRAL and q.format == "int4" and jax.default_backend() != "cpu":
@@ -199,7 +201,7 @@ def packed_matmul(
     return int4_matmul(
         _noting_gradients(x, q, implementation), q.codes, q.scale, q.zero_point, q.offset,
         spec=spec_of(q), preferred_element_type=dtype, precision=precision, implementation=implementation,
-        integers=integers,
+        fits=fits,
     )  # fmt: skip
 
 
@@ -292,7 +294,7 @@ def _prepared_inputs(
     if q.activations:
         fixed = q.activation_scale
         placed = None if fixed is None else _beside_inputs(fixed, "activation_scale", x.ndim, contract, batch)
-        x, step = integers_of(x, q.activations, contract[0], placed)
+        x, step = in_steps(x, q.activations, contract[0], placed)
         rows = [1 if axis in contract[0] else size for axis, size in enumerate(x.shape)]
         step = jnp.broadcast_to(step, rows)
     plain = dataclasses.replace(q, input_scale=None, activation_scale=None, activations="", input_rotation=0)
@@ -330,7 +332,7 @@ def _ragged_inputs(x: jax.Array, q: QArray, group_sizes: jax.Array) -> tuple[jax
     if not q.activations:
         return x, None
     fixed = None if q.activation_scale is None else of_rows(q.activation_scale)
-    return integers_of(x, q.activations, (1,), fixed)
+    return in_steps(x, q.activations, (1,), fixed)
 
 
 def _in_packed_order(

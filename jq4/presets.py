@@ -3,7 +3,8 @@
     rtn-w4g32   hqq-w4g64-asym   rtn-w8gc   nf4 (groups of 64, as bitsandbytes)   fp4 (of 32, as OCP's)   nf4-g128
     nf4-dq      scales packed as well, as bitsandbytes' double quantization: 4.127 bits a weight
 
-`-a8` after any of them rounds the inputs of products as well, to 8 bits a token as they come (`-a4`: to 4).
+`-a8` after any of them rounds the inputs of products as well, to 8 bits a token as they come (`-a4`: to 4; `-afp8`: to
+floats of 8, e4m3).
 
     rtn-w4g128-a8           smoothquant-w8a8        8 bits by 8, a scale an output channel, inputs smoothed beforehand
     rotate-rtn-w4g128-a8    smoothquant-w8a8-static the same with a step for each weight's inputs from calibration
@@ -33,7 +34,8 @@ _DEFAULT_GROUP = {"nf": "64", "fp": "32"}
 _TYPE = {"nf": "nf", "fp": "float"}
 
 
-_ACTIVATIONS = re.compile(r"(?P<weights>.+)-a(?P<bits>[48])")
+_ACTIVATIONS = re.compile(r"(?P<weights>.+)-a(?P<inputs>8|4|fp8)")
+_INPUTS = {"8": Activations(), "4": Activations(num_bits=4), "fp8": Activations(type="float")}
 _LEARNED = {"adaround": ("adaround",), "autoround": ("autoround",), "best": ("distill",)}
 _LEARNED_FROM = "gptq"
 _SMOOTHQUANT = {"smoothquant-w8a8": "", "smoothquant-w8a8-static": "static"}
@@ -57,8 +59,7 @@ def preset(name: str, *, embeddings: bool = False, head: bool = False) -> Recipe
         static = Activations(strategy="tensor", dynamic=False) if _SMOOTHQUANT[weights] else Activations()
         rule = Rule(targets, num_bits=8, input_activations=static)
     elif found := _ACTIVATIONS.fullmatch(weights):
-        activations = Activations(num_bits=int(found["bits"]))
-        rule = dataclasses.replace(_rule(found["weights"], targets), input_activations=activations)
+        rule = dataclasses.replace(_rule(found["weights"], targets), input_activations=_INPUTS[found["inputs"]])
     else:
         rule = _rule(weights, targets)
     ignore = [NORMS]
@@ -99,6 +100,6 @@ def _make(name: str, targets: tuple[str, ...], method: str, group: str, bits: in
 def _known() -> str:
     return (
         f"METHOD-wBITSgGROUP[-asym] with METHOD one of {', '.join((*METHODS, *_LEARNED))}; BITS 2 to 8; GROUP a "
-        "number, c (channel) or t (tensor); or nf4, fp4; with -a8 (activations too) or rotate- before it; or "
-        "smoothquant-w8a8"
+        "number, c (channel) or t (tensor); or nf4, fp4; with -a8 (activations too; -a4, -afp8) or rotate- before it; "
+        "or smoothquant-w8a8"
     )

@@ -4,11 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 import jq4
-from jq4.activations import Activations, fixed_step, rounding_inputs
+from jq4.activations import Activations, fixed_step, in_steps, rounding_inputs
 from jq4.equalize import collects, scale_block
 from jq4.integer_product import has_integer_product
 from jq4.inventory import inventory
@@ -61,6 +62,40 @@ def test_other_weights_multiply_the_same_integers(form, bits):
     np.testing.assert_allclose(jq4.matmul(X, q), wanted, rtol=1e-5, atol=1e-5)
 
 
+def e4m3(x, step=None):
+    """(numbers of e4m3 by ml_dtypes, step): float64 numpy."""
+    x = np.asarray(x, np.float32)
+    step = np.abs(x).max(-1, keepdims=True) / np.float32(448) if step is None else np.float32(step)
+    return np.clip(x / step, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64), step
+
+
+@pytest.mark.parametrize("form", [("int4", 8, True), ("int4", 8, False), ("int8", None, True), ("nf4", 8, True)])
+def test_floats_of_eight_bits_are_those_of_e4m3(form):
+    """By groups and by the column; one scale a column and no zero point make no product of integers of them."""
+    name, group, symmetric = form
+    q = rounding_inputs(quantize_weight(W, name, group_size=group, symmetric=symmetric), "float8-token", None)
+    numbers, step = e4m3(X)
+    wanted = (numbers * step) @ np.asarray(q.dequantize(), np.float64)
+    np.testing.assert_allclose(jit(jq4.matmul)(X, q), wanted, rtol=1e-5, atol=1e-5)
+    fixed = rounding_inputs(q, "float8-tensor", jnp.abs(X[:2]).max(0))
+    numbers, step = e4m3(X, np.abs(np.asarray(X[:2])).max() / np.float32(448))
+    assert (np.abs(numbers) == 448).sum() > 5  # clipped
+    wanted = (numbers * step) @ np.asarray(q.dequantize(), np.float64)
+    np.testing.assert_allclose(jq4.matmul(X, fixed), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_float_is_rounded_to_e4m3_as_ml_dtypes_does(dtype):
+    """Subnormals, ties and both ends, in a compiled program as well: XLA may leave out conversions there and back."""
+    edges = np.array([0, 448, 464, 6e4, 2.0**-10, 3 * 2.0**-10, 2.0**-6, 15 * 2.0**-10, 17, 19, 0.0156], np.float64)
+    x = jnp.asarray(np.concatenate([edges, RANDOM.uniform(-480, 480, 500), RANDOM.normal(0, 0.02, 500)]), dtype)
+    x = jnp.concatenate([x, -x])
+    held, step = jit(lambda x: in_steps(x, "float8-tensor", (0,), jnp.ones(1)))(x)
+    wanted = np.clip(np.asarray(x, np.float32), -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(held, np.float32), wanted)
+    assert held.dtype == x.dtype and float(step[0]) == 1.0
+
+
 def test_a_fixed_step_clips_what_lies_beyond():
     q = rounding_inputs(quantize_weight(W, "int8", group_size=None), "int8-tensor", jnp.abs(X[:2]).max(0))
     step = float(np.abs(np.asarray(X[:2], np.float64)).max() / 127)
@@ -70,7 +105,7 @@ def test_a_fixed_step_clips_what_lies_beyond():
     np.testing.assert_allclose(jq4.matmul(X, q), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["int8-token", "int8-tensor"])
+@pytest.mark.parametrize("name", ["int8-token", "int8-tensor", "float8-token"])
 @pytest.mark.parametrize("group", [None, 8])
 def test_a_token_with_a_nan_gives_nan_and_no_other_does(group, name):
     """Integers know no NaN, and a sum of them would hide it."""
@@ -80,9 +115,10 @@ def test_a_token_with_a_nan_gives_nan_and_no_other_does(group, name):
     np.testing.assert_array_equal(np.delete(out, 1, 0), np.delete(np.asarray(jq4.matmul(X, q)), 1, 0))
 
 
+@pytest.mark.parametrize("name", ["int8-token", "float8-token"])
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-37])
-def test_a_token_of_nothing_gives_nothing(size):
-    q = rounding_inputs(quantize_weight(W, "int8", group_size=None), "int8-token", None)
+def test_a_token_of_nothing_gives_nothing(size, name):
+    q = rounding_inputs(quantize_weight(W, "int8", group_size=None), name, None)
     x = X.at[1].set(size).at[1, 0].set(0)
     np.testing.assert_allclose(jq4.matmul(x, q)[1], 0, atol=1e-30)
     assert np.isfinite(jax.grad(lambda x: jnp.sum(jq4.matmul(x, q)))(x)).all()
@@ -118,9 +154,10 @@ def test_fixed_steps_want_finite_statistics():
         jq4.quantize({"w": W}, rule, {"w": poisoned})
 
 
+@pytest.mark.parametrize("name", ["int8-token", "float8-token"])
 @pytest.mark.parametrize("group", [None, 8])
-def test_gradients_go_straight_through(group):
-    q = rounding_inputs(quantize_weight(W, "int8", group_size=group), "int8-token", None)
+def test_gradients_go_straight_through(group, name):
+    q = rounding_inputs(quantize_weight(W, "int8", group_size=group), name, None)
     dy = jnp.asarray(RANDOM.normal(0, 1, (5, 7)), jnp.float32)
     gradient = jit(jax.grad(lambda x: jnp.sum(jq4.matmul(x, q) * dy)))(X)
     np.testing.assert_allclose(gradient, np.asarray(dy) @ np.asarray(q.dequantize()).T, rtol=1e-4, atol=1e-4)
@@ -128,18 +165,19 @@ def test_gradients_go_straight_through(group):
     assert by_scale.shape == q.scale.shape and np.abs(np.asarray(by_scale, np.float32)).min() > 0
 
 
-def test_ragged_rows_are_rounded_by_themselves():
+@pytest.mark.parametrize("name, round_rows", [("int8-token", rounded), ("float8-token", e4m3)])
+def test_ragged_rows_are_rounded_by_themselves(name, round_rows):
     experts = jnp.asarray(RANDOM.normal(0, 1, (3, 24, 7)), jnp.float32)
     q = quantize_weight(experts, "int4", group_size=8)
     factors = jnp.asarray(np.exp(RANDOM.normal(0, 1, (3, 24, 1))), jnp.float32)
     q = validate(dataclasses.replace(q, input_scale=factors))
-    q = rounding_inputs(q, "int8-token", None)
+    q = rounding_inputs(q, name, None)
     sizes = np.array([2, 0, 3], np.int32)
     out = jit(ragged_dot)(X, q, jnp.asarray(sizes))
     codes = np.asarray(dataclasses.replace(q, input_scale=None).dequantize(), np.float64)
     for row, expert in enumerate(np.repeat(np.arange(3), sizes)):
-        integers, step = rounded(np.asarray(X[row] * factors[expert, :, 0])[None])
-        np.testing.assert_allclose(out[row], (integers * step @ codes[expert])[0], rtol=1e-4, atol=1e-4)
+        numbers, step = round_rows(np.asarray(X[row] * factors[expert, :, 0])[None])
+        np.testing.assert_allclose(out[row], (numbers * step @ codes[expert])[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_runs_with_rounded_activations_and_none_goes_dense():
@@ -173,9 +211,10 @@ def test_scanned_layers_round_their_own_inputs():
     assert np.median(np.abs(np.asarray(out) - x)) < 1e-5
 
 
-def test_what_the_recipe_says_of_activations_is_kept(tmp_path):
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_what_the_recipe_says_of_activations_is_kept(tmp_path, kind):
     config, params = random_decoder("llama")
-    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    activations = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "tensor", "dynamic": False}
     rule = jq4.Rule.from_dict(
         {"targets": ["Linear"], "ignore": ["re:norm|embed"], "num_bits": 8, "input_activations": activations}
     )
@@ -188,7 +227,7 @@ def test_what_the_recipe_says_of_activations_is_kept(tmp_path):
         jq4.quantize(params, recipe)
     packed = jq4.quantize(params, recipe, observe(config, params, ("absmax",)))
     assert packed["layers"]["attention"]["q_proj"]["kernel"].activation_scale.shape == (2, 1, 1)
-    assert {leaf.activations for leaf in inventory(packed) if leaf.packed} == {"int8-tensor"}
+    assert {leaf.activations for leaf in inventory(packed) if leaf.packed} == {f"{kind}8-tensor"}
     jq4.save(tmp_path / "model.jq4", packed)
     again = jq4.restore(tmp_path / "model.jq4")
     assert jax.tree.structure(again) == jax.tree.structure(packed)
@@ -214,6 +253,7 @@ def test_smoothing_makes_eight_bits_of_a_tensor_do():
     ("value", "text"),
     [
         ({"num_bits": 3}, "num_bits 3.*wanted num_bits 8 or 4"),
+        ({"num_bits": 4, "type": "float"}, r"num_bits 4, type 'float'.*wanted .* type int \(or 8, float\)"),
         ({"strategy": "tensor"}, "strategy 'tensor', dynamic True; wanted"),
         (
             {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": False},
@@ -240,6 +280,7 @@ def test_dense_leaves_have_no_rounded_inputs():
 def test_presets_with_activations():
     assert jq4.Recipe.preset("rtn-w4g128-a8").rules[0].input_activations == Activations()
     assert jq4.Recipe.preset("hqq-w4g64-asym-a4").rules[0].input_activations == Activations(num_bits=4)
+    assert jq4.Recipe.preset("gptq-w4g128-afp8").rules[0].input_activations == Activations(type="float")
     recipe = jq4.Recipe.preset("smoothquant-w8a8")
     assert (recipe.before[0].step, recipe.rules[0].num_bits, recipe.rules[0].strategy) == ("smoothquant", 8, "channel")
     assert [step.step for step in jq4.Recipe.preset("rotate-rtn-w4g128-a8").before] == ["rotate"]

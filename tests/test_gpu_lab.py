@@ -21,7 +21,7 @@ from benchmarks.gpu_lab.memory import WrongProgramError, swizzled
 from benchmarks.gpu_lab.ptx import parse
 from benchmarks.gpu_lab.races import Races
 from benchmarks.gpu_lab.small_cases import mma_plan, small_cases
-from benchmarks.gpu_lab.tensor_cores import left_fragments, right_fragments
+from benchmarks.gpu_lab.tensor_cores import left_fragments, right_fragments, summed_in_fixed_point
 from benchmarks.gpu_lab.warpgroup import Warpgroup
 
 CHOSEN = [
@@ -36,8 +36,10 @@ CHOSEN = [
     Case(40, 300, 128, 64, True, experts=4),
     Case(24, 512, 128, 128, plan={"form": "sums", "tile_m": 8, "splits": 2}, experts=3),
     Case(20, 300, 128, 128, True, bits=8),
-    Case(20, 300, 128, 128, True, integers=True),
-    Case(20, 256, 128, 0, bits=8, integers=True),
+    Case(20, 300, 128, 128, True, fits="int8"),
+    Case(20, 256, 128, 0, bits=8, fits="int8"),
+    Case(20, 300, 128, 64, True, fits="float8_e4m3fn"),
+    Case(1, 1024, 320, 0, fits="float8_e4m3fn"),
     Case(20, 200, 192, 64, True, transposed=True),
     Case(24, 200, 128, 64, True, experts=3, transposed=True),
 ]
@@ -73,7 +75,8 @@ def rows_of(cases, tmp_path_factory):
 def check_product(case, row):
     assert "error" not in row, row["error"]
     rounding = 2**-10 if case.dtype == "float16" else 2**-8
-    assert emulated(case, row, seed=3) < (1e-6 if row["plan"]["splits"] > 1 else rounding)
+    of_sums = 2**-10 if case.fits == "float8_e4m3fn" else 1e-6
+    assert emulated(case, row, seed=3) < (of_sums if row["plan"]["splits"] > 1 else rounding)
 
 
 @pytest.mark.aot
@@ -81,7 +84,8 @@ def check_product(case, row):
 def test_the_compiled_kernel_computes_the_product(rows, case):
     row = rows[CHOSEN.index(case)]
     check_product(case, row)
-    assert (".s32.s8.s8" in row["ptx"]) == case.integers
+    assert (".s32.s8.s8" in row["ptx"]) == (case.fits == "int8")
+    assert (".f32.e4m3.e4m3" in row["ptx"]) == (case.fits == "float8_e4m3fn")
 
 
 @pytest.mark.aot
@@ -134,7 +138,8 @@ def test_few_rows_take_few_instructions_and_nothing_is_spilled(rows):
         counts = sass.counts_of(row["ptx"])
         assert counts.spilled_bytes == counts.stack_bytes == 0 and not counts.warnings
         depth, strips = row["plan"]["tile_k"], row["plan"]["strips"]
-        assert counts.loop["IGMMA" if case.integers else "HGMMA"] == strips * depth // (32 if case.integers else 16)
+        name = {"int8": "IGMMA", "float8_e4m3fn": "QGMMA"}.get(case.fits, "HGMMA")
+        assert counts.loop[name] == strips * depth // (32 if case.fits else 16)
         if case.rows == 1:
             assert counts.instructions / (strips * depth / 2) <= {1: 2.7, 2: 2.1}[strips]
 
@@ -156,9 +161,9 @@ def test_the_matrix_has_every_form_and_format():
     assert {case.group_size for case in cases} >= {0, 32, 64, 128}
     assert {case.dtype for case in cases} == {"bfloat16", "float16"}
     assert any(case.plan and case.plan.get("splits", 1) > 1 for case in cases)
-    kinds = {(case.bits, case.integers, case.transposed, case.experts > 0) for case in cases}
-    assert {(4, True, False, True), (8, True, False, False), (8, False, False, True)} < kinds
-    assert {(8, False, True, False), (4, False, True, True)} < kinds
+    kinds = {(case.bits, case.fits, case.transposed, case.experts > 0) for case in cases}
+    assert {(4, "int8", False, True), (8, "int8", False, False), (8, "", False, True)} < kinds
+    assert {(8, "", True, False), (4, "", True, True), (4, "float8_e4m3fn", False, True)} < kinds
 
 
 def run(name, *operands_of):
@@ -175,6 +180,7 @@ U16, U32, U64 = np.uint16, np.uint32, np.uint64
 def test_instructions_do_what_the_isa_says():
     assert run("lop3.b32", (0xABCD1234, U32), (0x000F000F, U32), (0x43004300, U32), (0x6A, U32)) == 0x430D4304
     assert run("prmt.b32", (0x33221100, U32), (0x77665544, U32), (0x7531, U32)) == 0x77553311
+    assert run("vabsdiff4.u32.u32.u32", (0x80790508, U32), (0x80800808, U32), (0, U32)) == 0x00070300
     assert run("shr.s32", (0x80000000, U32), (4, U32)) == 0xF8000000
     assert run("bfe.s32", (0x00000F80, U32), (7, U32), (5, U32)) == 0xFFFFFFFF
     assert run("bfe.u32", (0x00000F80, U32), (7, U32), (5, U32)) == 0x1F
@@ -198,6 +204,27 @@ def test_fragments_of_mma_lie_as_the_isa_draws_them():
     matrix = right_fragments(registers, "bf16")
     assert matrix.shape == (4, 16, 8) and np.count_nonzero(matrix) == 4
     np.testing.assert_array_equal(matrix[1, [2, 3, 10, 11], 1], [1, 2, 3, 4])
+
+
+def test_e4m3_fragments_lie_as_those_of_int8_do():
+    registers = np.zeros((128, 4), np.uint32)
+    registers[37] = [0x0F080100, 0x8F888180, 0x7E565038, 0]  # 0, 1, 8, 15 of 512ths; the same, negative; 1, 8, 14, 448
+    matrix = left_fragments(registers, "e4m3")
+    np.testing.assert_array_equal(matrix[17, 4:8] * 512, [0, 1, 8, 15])
+    np.testing.assert_array_equal(matrix[25, 4:8] * 512, [0, -1, -8, -15])
+    np.testing.assert_array_equal(matrix[17, 20:24], [1, 8, 14, 448])
+    assert matrix.shape == (64, 32) and np.count_nonzero(matrix) == 10
+
+
+def test_products_of_e4m3_are_summed_in_fourteen_bits():
+    """Beside 1 what is below 2^-13 is lost, and of what is above the part below it; -2^-20 is -2^-13 once cut off."""
+    left = np.array([[1.0, 2.0**-13, 2.0**-14, 3 * 2.0**-14]])
+    right, nothing = np.ones((1, 4)), np.zeros((1, 1), np.float32)
+    assert summed_in_fixed_point(nothing, left, right) == 1 + 2 * 2.0**-13
+    assert summed_in_fixed_point(nothing, left[:, 1:], right[:, 1:]) == 6 * 2.0**-14
+    assert summed_in_fixed_point(np.ones((1, 1), np.float32), left[:, 1:], right[:, 1:]) == 1 + 2 * 2.0**-13
+    assert summed_in_fixed_point(nothing, np.array([[1.0, -(2.0**-20)]]), right[:, :2]) == 1 - 2.0**-13
+    assert summed_in_fixed_point(nothing, 0 * left, right) == 0
 
 
 def test_warps_may_touch_what_others_touched_after_a_barrier_alone():

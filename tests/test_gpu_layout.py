@@ -20,7 +20,14 @@ from jq4.layouts import prepare, to_neutral
 from jq4.matmul import packed_matmul, ragged_dot
 from jq4.partition import check_grouped_axis, part_specs
 from jq4.qarray import QArray
-from pallas_kernels.int4_matmul import PackedSpec, UnsupportedError, gpu_blocks_mma, int4_matmul, mosaic_gpu_mma
+from pallas_kernels.int4_matmul import (
+    PackedSpec,
+    UnsupportedError,
+    gpu_blocks_mma,
+    int4_matmul,
+    mosaic_gpu,
+    mosaic_gpu_mma,
+)
 from pallas_kernels.int4_matmul.gpu_blocks import GpuProblem, choose_plan, shared_bytes
 from pallas_kernels.int4_matmul.gpu_chips import AMPERE, FIRST_WITH_MMA, HOPPER, gpu_named, refusal_of_jax
 from pallas_kernels.int4_matmul.gpu_fragments import in_order_of_bytes, of_fragments, rows_of, to_fragments
@@ -281,10 +288,49 @@ def test_whole_numbers_are_one_term_of_mma_and_floats_two(monkeypatch):
     monkeypatch.setattr(mosaic_gpu_mma, "_product", product)
     w = Packed(to_fragments(jnp.zeros((256, 64), jnp.uint8)), jnp.ones((2, 64), jnp.bfloat16))
     x, spec = jax.ShapeDtypeStruct((300, 256), jnp.float32), PackedSpec(256, layout="hopper")
-    assert backend.integers
-    for integers in (True, False):
-        jax.eval_shape(lambda x, integers=integers: backend.run(x, w, spec, platform="gpu", integers=integers), x)
-    assert given == [((300, 256), jnp.bfloat16)]
+    assert set(backend.fits) == {"int8", "float8_e4m3fn"}
+    for fits in (*backend.fits, ""):
+        jax.eval_shape(lambda x, fits=fits: backend.run(x, w, spec, platform="gpu", fits=fits), x)
+    assert given == [((300, 256), jnp.bfloat16)] * 2
+
+
+@pytest.mark.parametrize(
+    "bits, group, wanted",
+    [(4, 128, "float8_e4m3fn"), (4, 64, "float8_e4m3fn"), (4, 32, "bfloat16"), (8, 128, "bfloat16")],
+)
+def test_rows_that_fit_e4m3_are_multiplied_in_it_where_codes_and_groups_do(monkeypatch, bits, group, wanted):
+    given = []
+
+    def product(rows: jax.Array, *_: Any) -> jax.Array:
+        given.append((rows.shape, rows.dtype.name))
+        return jnp.zeros((len(rows), 64), jnp.float32)
+
+    monkeypatch.setattr(mosaic_gpu, "product", product)
+    w = Packed(to_fragments(jnp.zeros((256, 64), jnp.uint8), bits), jnp.ones((256 // group, 64), jnp.bfloat16))
+    spec = PackedSpec(256, bits, group_size=group, layout="hopper")
+    run = BACKENDS["mosaic_gpu"].run
+    x = jax.ShapeDtypeStruct((5, 256), jnp.float32)
+    jax.eval_shape(lambda x: run(x, w, spec, platform="gpu", fits="float8_e4m3fn", gpu=HOPPER[0]), x)
+    assert given == [((5, 256), wanted)]
+
+
+def test_a_recipe_with_inputs_of_e4m3_reaches_the_kernel_of_hopper():
+    """From the preset to the text that is given to Mosaic GPU's compiler, dense, of experts, and backwards."""
+    recipe = jq4.Recipe.preset("rtn-w4g128-afp8")
+    tree = {"kernel": jnp.ones((256, 128), jnp.bfloat16), "experts": jnp.ones((2, 256, 128), jnp.bfloat16)}
+    rules = [dataclasses.replace(recipe.rules[0], targets=("kernel", "experts"), axis=-2)]
+    packed = prepare(jq4.quantize(tree, jq4.Recipe(tuple(rules))), "NVIDIA H200", layout="hopper")
+    x = jax.ShapeDtypeStruct((3, 256), jnp.bfloat16)
+    programs = {
+        "dense": lambda x, tree: jq4.matmul(x, tree["kernel"]),
+        "experts": lambda x, tree: ragged_dot(x, tree["experts"], jnp.asarray([1, 2])),
+        "gradient": jax.grad(lambda x, tree: jnp.sum(jq4.matmul(x, tree["kernel"]).astype(jnp.float32))),
+    }
+    for name, program in programs.items():
+        with traced_for("NVIDIA H200"):
+            text = jax.jit(program).trace(x, packed).lower(lowering_platforms=("cuda",)).as_text()
+        assert "custom_call @mosaic_gpu" in text
+        assert ("tensor<8x256xf8E4M3FN>" in text) == (name != "gradient"), name
 
 
 def test_a_hopper_weight_elsewhere_is_reported_as_unpacked_at_every_call():
@@ -347,7 +393,14 @@ def test_experts_in_the_hopper_layout_are_multiplied_elsewhere_too():
         np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-2)
 
 
-KINDS: list[dict[str, Any]] = [{}, {"bits": 8}, {"integers": True}, {"experts": 64}, {"transposed": True}]
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"bits": 8},
+    {"fits": "int8"},
+    {"fits": "float8_e4m3fn"},
+    {"experts": 64},
+    {"transposed": True},
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -355,7 +408,7 @@ KINDS: list[dict[str, Any]] = [{}, {"bits": 8}, {"integers": True}, {"experts": 
 def test_every_plan_fits_its_gpu(gpu, kind):
     sizes = [(1, 4096, 4096, 128), (16, 8192, 28672, 128), (64, 28672, 8192, 64), (700, 4096, 14336, 32)]
     for m, k, n, group in [*sizes, (20, 4608, 4096, 384)]:
-        for size in (max(group, 64) if kind.get("integers") else group, k):
+        for size in (max(group, 64) if kind.get("fits") else group, k):
             problem = GpuProblem(m, k, n, -(-k // size), size, **kind)
             plan = choose_plan(problem, gpu)
             assert shared_bytes(problem, plan) <= gpu.shared_memory

@@ -171,9 +171,9 @@ def test_whole_numbers_are_summed_exactly_on_an_integer_mxu():
     for group in (300, 64):
         q, dense = weight("int8", 300, 128, group, False, False)
         w, spec = arguments(prepared(q))
-        out = matmul_tpu(x, w, spec, integers=True, chip=chip_named("v6e"), interpret=True)
+        out = matmul_tpu(x, w, spec, fits="int8", chip=chip_named("v6e"), interpret=True)
         assert error(out, np.asarray(x, np.float64) @ dense) < 1e-6
-        text = str(jax.make_jaxpr(lambda x, w=w, s=spec: matmul_tpu(x, w, s, integers=True, chip=chip_named("v6e")))(x))
+        text = str(jax.make_jaxpr(lambda x, w=w, s=spec: matmul_tpu(x, w, s, fits="int8", chip=chip_named("v6e")))(x))
         assert "preferred_element_type=int32" in text
 
 

@@ -218,7 +218,7 @@ def test_public_function_takes_it_stacked_scanned_and_differentiated():
     assert relative_error(product(x, w), want) < 1e-6  # one call with batch axes: vmapped
     assert relative_error(jax.jit(scanned)(x, w), want) < 1e-6
     whole = jnp.round(20 * x)
-    out = int4_matmul(whole, *w, spec=spec, implementation="tpu_interpret", integers=True)
+    out = int4_matmul(whole, *w, spec=spec, implementation="tpu_interpret", fits="int8")
     assert relative_error(out, np.asarray(whole, np.float64) @ dense) < 2e-3
     gradient = jax.grad(lambda x: jnp.sum(product(x, w)))(x)
     assert relative_error(gradient, np.ones((2, 3, 128)) @ np.swapaxes(dense, -1, -2)) < 5e-3
@@ -295,7 +295,7 @@ def test_products_of_whole_numbers_say_so_to_the_kernel(monkeypatch):
     rule = jq4.Rule(("w",), group_size=64, axis=-2, input_activations={"num_bits": 8})
     tree = jq4.prepare(jq4.quantize({"w": jnp.ones((192, 128), jnp.bfloat16)}, rule), "TPU v5 lite")
     jax.eval_shape(jq4.matmul, jnp.ones((7, 192), jnp.bfloat16), tree["w"])
-    assert seen and all(words.get("integers") for words in seen)
+    assert seen and all(words.get("fits") == "int8" for words in seen)
 
 
 def test_second_derivatives_and_named_algorithms_have_a_form():

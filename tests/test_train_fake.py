@@ -68,8 +68,9 @@ def test_models_of_every_framework_run_on_what_will_be_packed(name):
     assert not forward.record.entries, forward.record.report()
 
 
-def test_inputs_are_rounded_as_the_packed_product_rounds_them():
-    m, recipe = model("linen_scan_remat"), recipe_of(input_activations=EIGHT_BITS)
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_inputs_are_rounded_as_the_packed_product_rounds_them(kind):
+    m, recipe = model("linen_scan_remat"), recipe_of(input_activations=Activations(type=kind))
     pair = (m.tree, jq4.quantizers(m.tree, recipe))
     forward = jq4.fake_quantized(m.function, recipe, strict=True)
     out = jit(forward)(pair, m.x)
@@ -91,9 +92,10 @@ def stacked():
     }
 
 
-def test_learned_steps_of_inputs_are_each_layers_own_and_learned():
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_learned_steps_of_inputs_are_each_layers_own_and_learned(kind):
     params, x = stacked(), rows()
-    recipe = recipe_of(input_activations=Activations(strategy="tensor", dynamic=False))
+    recipe = recipe_of(input_activations=Activations(type=kind, strategy="tensor", dynamic=False))
     stats = jq4.observe(scanned, params, [x], collect=("absmax",))
     quantizers = jq4.quantizers(params, recipe, stats)
     assert quantizers.by_path["layers/kernel"].input_step.shape == (3, 1, 1)

@@ -143,6 +143,13 @@ def _permute(suffixes: Sequence[str], operands: Sequence[np.ndarray]) -> np.ndar
     return result
 
 
+def _difference(suffixes: Sequence[str], operands: Sequence[np.ndarray]) -> np.ndarray:
+    """vabsdiff4.u32.u32.u32: |a - b| of four unsigned bytes; the third operand is what a masked one would keep."""
+    assert tuple(suffixes) == ("u32", "u32", "u32"), f"vabsdiff4.{'.'.join(suffixes)}"
+    a, b = (operand.view(np.uint8).astype(np.int16) for operand in operands[:2])
+    return np.abs(a - b).astype(np.uint8).view(np.uint32)
+
+
 def _field(suffixes: Sequence[str], operands: Sequence[np.ndarray]) -> np.ndarray:
     """bfe: bits [position, position + length)."""
     suffix, width = suffixes[-1], WIDTHS[suffixes[-1]]
@@ -174,6 +181,6 @@ OPERATIONS: dict[str, Callable[[Sequence[str], Sequence[np.ndarray]], np.ndarray
     "xor": _numbers(np.bitwise_xor), "not": _numbers(np.invert), "fma": _numbers(_fma), "mul": _multiply,
     "div": _numbers(np.floor_divide), "rem": _numbers(np.remainder),
     "mad": _multiply_add, "shl": _shift(left=True), "shr": _shift(left=False), "setp": _compare, "selp": _select,
-    "lop3": _lookup, "prmt": _permute, "bfe": _field, "cvt": _convert, "mov": lambda _, operands: operands[0],
-    "cvta": lambda _, operands: operands[0],
+    "lop3": _lookup, "prmt": _permute, "vabsdiff4": _difference, "bfe": _field, "cvt": _convert,
+    "mov": lambda _, operands: operands[0], "cvta": lambda _, operands: operands[0],
 }  # fmt: skip

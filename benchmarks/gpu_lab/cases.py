@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from benchmarks.aot import DEVICE_KINDS
@@ -32,7 +33,7 @@ class Case:
     plan: dict[str, Any] | None = None
     experts: int = 0
     bits: int = 4
-    integers: bool = False  # x is whole numbers, multiplied as int8
+    fits: str = ""  # x is numbers of this dtype, int8 or float8_e4m3fn, and multiplied in it
     transposed: bool = False  # x is dy[rows, n], by the codes' transpose
     device: str = "h200"  # what it is compiled for
 
@@ -60,7 +61,7 @@ class Case:
         k, n = (self.n, padded_length(self.k)) if self.transposed else (self.k, self.n)
         return GpuProblem(
             self.rows, k, n, self.groups, self.group, np.dtype(self.scale_dtype).itemsize,
-            bits=self.bits, integers=self.integers, experts=self.experts, transposed=self.transposed,
+            bits=self.bits, fits=self.fits, experts=self.experts, transposed=self.transposed,
         )  # fmt: skip
 
     @property
@@ -124,16 +125,24 @@ def _weight(case: Case, random: np.random.Generator) -> tuple[list[np.ndarray], 
 
 def _rows(case: Case, random: np.random.Generator) -> np.ndarray:
     """x, or dy of a product by the transpose."""
-    if case.integers:
-        return random.integers(-127, 128, (case.rows, case.k)).astype(np.int8)
+    if case.fits:
+        return numbers_that_fit(case.fits, (case.rows, case.k), random)
     return random.normal(size=(case.rows, case.n if case.transposed else case.k)).astype(np.dtype(case.dtype))
+
+
+def numbers_that_fit(fits: str, size: tuple[int, int], random: np.random.Generator) -> np.ndarray:
+    """int8, or e4m3 as jq4.activations makes it: each row's largest is 448."""
+    if fits == "int8":
+        return random.integers(-127, 128, size).astype(np.int8)
+    x = random.normal(size=size)
+    return (x / np.abs(x).max(-1, keepdims=True) * 448).astype(ml_dtypes.float8_e4m3fn)
 
 
 def _padded(x: np.ndarray, case: Case, rows: int) -> np.ndarray:
     """As mosaic_gpu.py pads and orders them: a multiple of `rows`."""
     missing = max(0, LEAST_COLUMNS - case.n) if case.transposed else -case.k % COLUMN_MULTIPLE
     padded = np.pad(x, ((0, -case.rows % rows), (0, missing)))
-    return np.array(in_order_of_bytes(padded)) if case.integers else padded
+    return np.array(in_order_of_bytes(padded)) if case.fits else padded
 
 
 def group_sizes(case: Case, random: np.random.Generator) -> np.ndarray | None:

@@ -142,12 +142,12 @@ def _product(case: Case, plan: Any, gpu: Any, x: Any, w: Any) -> Any:
         sizes, *w = w
         if case.transposed:
             return grouped_int4_matmul_mosaic_gpu_transposed(x, Packed(*w), sizes, spec, **asked)
-        return grouped_int4_matmul_mosaic_gpu(x, Packed(*w), sizes, spec, integers=case.integers, **asked)
+        return grouped_int4_matmul_mosaic_gpu(x, Packed(*w), sizes, spec, fits=case.fits, **asked)
     if case.transposed:
         return int4_matmul_mosaic_gpu_transposed(x, Packed(*w), spec, **asked)
     if case.model is gpu_blocks_mma:
         return int4_matmul_mosaic_gpu_mma(x, Packed(*w), spec, **asked)
-    return int4_matmul_mosaic_gpu(x, Packed(*w), spec, integers=case.integers, **asked)
+    return int4_matmul_mosaic_gpu(x, Packed(*w), spec, fits=case.fits, **asked)
 
 
 def _text(folder: Path, suffix: str) -> str:

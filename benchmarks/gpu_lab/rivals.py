@@ -63,7 +63,7 @@ def _copy(weight: Any) -> Any:
 
 
 def _refuse_other_than_plain(name: str, case: Case) -> None:
-    if case.experts or case.transposed or case.integers or case.bits != 4:
+    if case.experts or case.transposed or case.fits or case.bits != 4:
         raise UnavailableError(f"{name} is compared with at 4 bits, floating rows and one weight")
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jq4
-from benchmarks.gpu_lab.cases import Case, group_sizes, spread_over_groups, wanted_product
+from benchmarks.gpu_lab.cases import Case, group_sizes, numbers_that_fit, spread_over_groups, wanted_product
 from jq4.layouts import prepare
 from jq4.matmul import packed_matmul, spec_of
 from pallas_kernels.grouped_int4_matmul import grouped_int4_matmul
@@ -72,7 +72,9 @@ def error_of(case: Case, seed: int) -> float:
 def random_rows(case: Case, random: np.random.Generator) -> jax.Array:
     """x; or dy, of a product by the transpose."""
     size = (case.rows, case.n if case.transposed else case.k)
-    return jnp.asarray(random.integers(-127, 128, size) if case.integers else random.normal(size=size), case.dtype)
+    if case.fits:
+        return jnp.asarray(numbers_that_fit(case.fits, size, random).astype(np.float32), case.dtype)
+    return jnp.asarray(random.normal(size=size), case.dtype)
 
 
 def product_of(case: Case) -> Callable[..., jax.Array]:
@@ -86,15 +88,15 @@ def product_of(case: Case) -> Callable[..., jax.Array]:
 
         return jax.jit(backward)
     if case.experts:
-        return jax.jit(lambda x, q, sizes: ragged_product(x, q, sizes, case.integers))
-    if case.integers:
-        return jax.jit(lambda x, q: packed_matmul(x, q, x.dtype, integers=True))
+        return jax.jit(lambda x, q, sizes: ragged_product(x, q, sizes, case.fits))
+    if case.fits:
+        return jax.jit(lambda x, q: packed_matmul(x, q, x.dtype, fits=case.fits))
     return ours
 
 
-def ragged_product(x: jax.Array, q: Any, sizes: jax.Array, integers: bool) -> jax.Array:
+def ragged_product(x: jax.Array, q: Any, sizes: jax.Array, fits: str) -> jax.Array:
     return grouped_int4_matmul(
-        x, q.codes, q.scale, q.zero_point, group_sizes=sizes, spec=spec_of(q), integers=integers
+        x, q.codes, q.scale, q.zero_point, group_sizes=sizes, spec=spec_of(q), fits=fits
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from benchmarks.gpu_lab.cases import Case
 
 def small_cases() -> list[Case]:
     return [
-        *dense_cases(), *grouped_cases(), *wide_cases(), *integer_cases(), *transposed_cases(), *mma_cases("a100"),
+        *dense_cases(), *grouped_cases(), *wide_cases(), *byte_cases(), *transposed_cases(), *mma_cases("a100"),
         *mma_cases("l40s"),
     ]  # fmt: skip
 
@@ -42,7 +42,8 @@ def grouped_cases() -> list[Case]:
         Case(24, 512, 128, 128, True, plan=split, experts=3),
         Case(50, 256, 192, 64, plan=deep, experts=3),
         Case(20, 256, 128, 64, True, experts=3, bits=8),
-        Case(20, 256, 128, 64, True, experts=3, integers=True),
+        Case(20, 256, 128, 64, True, experts=3, fits="int8"),
+        Case(20, 256, 128, 64, True, experts=3, fits="float8_e4m3fn"),
         Case(9, 256, 64, 128, True, "float16", "float32", experts=2),
     ]
 
@@ -60,15 +61,19 @@ def wide_cases() -> list[Case]:
     ]
 
 
-def integer_cases() -> list[Case]:
-    """Rows of int8, by codes of 4 bits, and of 8 without zero points."""
-    kinds, groups = [(4, False), (4, True), (8, False)], (64, 128, 0)
-    sizes = [(20, 300, group) for group in groups] + [(1, 512, 128), (130, 300, 64), (130, 300, 0)]
-    split = {"form": "sums", "tile_m": 16, "splits": 2}
-    return [
-        *(Case(m, k, 128, g, z, bits=bits, integers=True) for (m, k, g), (bits, z) in itertools.product(sizes, kinds)),
-        Case(20, 640, 192, 128, True, plan=split, integers=True),
+def byte_cases() -> list[Case]:
+    """Rows of int8 and e4m3, by codes of 4 bits, and of int8 by codes of 8 without zero points."""
+    kinds = [(4, False, "int8"), (4, True, "int8"), (8, False, "int8")]
+    kinds += [(4, False, "float8_e4m3fn"), (4, True, "float8_e4m3fn")]
+    sizes = [(20, 300, group) for group in (64, 128, 0)] + [(1, 512, 128), (130, 300, 64), (130, 300, 0)]
+    chosen = [
+        Case(m, k, 128, group, zeros, bits=bits, fits=fits)
+        for (m, k, group), (bits, zeros, fits) in itertools.product(sizes, kinds)
     ]
+    split, deep = {"form": "sums", "tile_m": 16, "splits": 2}, {"form": "sums", "tile_m": 8, "tile_k": 256, "strips": 2}
+    planned = [Case(20, 640, 192, 128, True, plan=split, fits=fits) for fits in ("int8", "float8_e4m3fn")]
+    longer = [Case(5, 1024, 320, group, True, plan=deep, fits="float8_e4m3fn") for group in (64, 256, 0)]
+    return [*chosen, *planned, *longer]
 
 
 def transposed_cases() -> list[Case]:

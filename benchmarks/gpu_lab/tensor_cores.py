@@ -1,5 +1,5 @@
 """Which thread holds which element of wgmma's operands: PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16",
-and k32 for int8; and of mma's, "Matrix Fragments for mma.m16n8k16": a warp's left operand and sums are as a warp's of
+and k32 for bytes; and of mma's, "Matrix Fragments for mma.m16n8k16": a warp's left operand and sums are as a warp's of
 wgmma, the right operand is in registers too."""
 
 from typing import Any
@@ -11,16 +11,17 @@ from benchmarks.gpu_lab.memory import THREADS
 
 
 def element_type(kind: str) -> Any:
-    return {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8}[kind]
+    return {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8, "e4m3": ml_dtypes.float8_e4m3fn}[kind]
 
 
+FIXED_BITS = 14  # of a sum of products of e4m3
 _THREAD = np.arange(THREADS)
 _ROW = 16 * (_THREAD // 32) + _THREAD % 32 // 4
 _COLUMN = 2 * (_THREAD % 4)
 
 
 def left_fragments(registers: np.ndarray, kind: str) -> np.ndarray:
-    """f64[64, 16], or [64, 32] of int8, of four registers u32[128, 4]."""
+    """f64[64, 16], or [64, 32] of bytes, of four registers u32[128, 4]."""
     held = np.ascontiguousarray(registers).view(element_type(kind)).reshape(THREADS, 4, -1)
     width = held.shape[-1]  # elements of a register
     matrix = np.empty((64, 8 * width))
@@ -38,6 +39,18 @@ def right_fragments(registers: np.ndarray, kind: str) -> np.ndarray:
     for register, half in np.ndindex(2, 2):
         matrix[_THREAD // 32, _COLUMN + 8 * register + half, _THREAD % 32 // 4] = held[:, register, half]
     return matrix
+
+
+def summed_in_fixed_point(sums: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """f32[64, n] of sums[64, n] + left[64, k] right[n, k]^T as Hopper adds up products of e4m3.
+
+    What is known was found by measuring (DeepSeek-V3 Technical Report, 2024, section 3.5.2): products are shifted to
+    the largest of them, and what lies below its highest FIXED_BITS bits is cut off. Here the sum before takes part.
+    """
+    products = np.concatenate([sums.astype(np.float64)[..., None], left[:, None] * right], -1)  # [64, n, 1 + k]
+    largest = np.max(np.abs(products), -1, keepdims=True)
+    unit = np.exp2(np.frexp(largest)[1] - FIXED_BITS)
+    return (np.floor(products / unit) * unit).sum(-1).astype(np.float32)
 
 
 def _places(count: int) -> tuple[np.ndarray, np.ndarray]:

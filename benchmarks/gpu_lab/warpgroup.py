@@ -16,6 +16,7 @@ from benchmarks.gpu_lab.tensor_cores import (
     left_fragments,
     registers_of,
     right_fragments,
+    summed_in_fixed_point,
     sums_of,
 )
 
@@ -302,7 +303,8 @@ class Warpgroup:
             assert self.value(use_sums, "pred").all(), instruction
             where, kind = int(self.value(descriptor, "b64")[0]), words[-1]
             if factors.startswith("{"):
-                assert scales_and_transposed in ([], ["1", "1", "0"]), instruction
+                wanted = {"s8": [], "e4m3": ["1", "1"]}.get(kind, ["1", "1", "0"])
+                assert scales_and_transposed == wanted, instruction
                 registers = np.stack([self.value(name, "b32").copy() for name in _listed(factors)], -1)
                 left = functools.partial(left_fragments, registers, kind)
             else:
@@ -318,13 +320,14 @@ class Warpgroup:
                     product()
 
     def _multiply(self, sums: list[str], left: Callable[[], np.ndarray], descriptor: int, kind: str) -> None:
-        """sums[64, n] += left[64, 16 or 32] right[n, 16 or 32]^T, right in shared memory; f32, or int32 of int8."""
+        """sums[64, n] += left[64, 16 or 32] right[n, 16 or 32]^T, right in shared memory; f32, int32 or fixed point."""
         columns = len(sums) * 2
         a = left()
         b = self._right(descriptor, columns, a.shape[1], kind)
         number = np.int32 if kind == "s8" else np.float32
         held = np.stack([self.registers[name].view(number) for name in sums], -1)
-        total = (sums_of(held) + a @ b.T).astype(number)
+        before = sums_of(held)
+        total = summed_in_fixed_point(before, a, b) if kind == "e4m3" else (before + a @ b.T).astype(number)
         for i, name in enumerate(sums):
             self.registers[name] = np.ascontiguousarray(registers_of(total)[:, i]).view(np.uint32)
 

@@ -67,6 +67,10 @@ class Case:
         return -(-self.k // self.group)
 
     @property
+    def fits(self) -> str:
+        return "int8" if self.integers else ""
+
+    @property
     def macs(self) -> int:
         return self.rows * self.k * self.n
 
@@ -118,9 +122,7 @@ def _ours(implementation: str) -> Callable[[Case, Chip], Iterator[Program]]:
         spec = _spec(case)
 
         def product(x: Any, codes: Any, scale: Any, zero_point: Any) -> jax.Array:
-            return int4_matmul(
-                x, codes, scale, zero_point, spec=spec, implementation=implementation, integers=case.integers
-            )
+            return int4_matmul(x, codes, scale, zero_point, spec=spec, implementation=implementation, fits=case.fits)
 
         yield Program(implementation, product, (_x(case), *_prepared(case)))
 
@@ -136,7 +138,7 @@ def _experts(implementation: str | None) -> Callable[[Case, Chip], Iterator[Prog
         def product(x: Any, codes: Any, scale: Any, zero_point: Any, sizes: Any) -> jax.Array:
             return grouped_int4_matmul(
                 x, codes, scale, zero_point, group_sizes=sizes, spec=spec, implementation=implementation,
-                integers=case.integers,
+                fits=case.fits,
             )  # fmt: skip
 
         stacked = jax.tree.map(lambda part: _struct((case.experts, *part.shape), part.dtype), _prepared(case))

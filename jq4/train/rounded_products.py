@@ -2,7 +2,7 @@
 
     x W  ~  step * (round(x / step) W)
 
-The integers are what is multiplied, and the step follows, as in the products of packed weights: in bfloat16 they are
+The numbers are what is multiplied, and the step follows, as in the products of packed weights: in bfloat16 they are
 exact, and x rounded to a step would not be. (A convolution sums over pixels of different steps,
 and does multiply those.)
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jq4 import jax_compat
-from jq4.activations import integers_of, most_of
+from jq4.activations import in_steps, most_of
 from jq4.train.lsq import slowed, stored_step
 from jq4.train.traced import Rounded
 
@@ -37,8 +37,8 @@ def dot_general(eqn: Any, values: Values) -> Values:
         return _bind(eqn, values)
     x_contract, x_batch = contract[1 - side], batch[1 - side]
     fixed = _fixed_step(weight, x, dict(zip((*contract[side], *batch[side]), (*x_contract, *x_batch), strict=True)))
-    integers, step = integers_of(x, weight.activations, x_contract, _slowed(fixed, weight, x, x_contract))
-    (sums,) = _bind_wide(eqn, [weight.array, integers] if side == 0 else [integers, weight.array])
+    numbers, step = in_steps(x, weight.activations, x_contract, _slowed(fixed, weight, x, x_contract))
+    (sums,) = _bind_wide(eqn, [weight.array, numbers] if side == 0 else [numbers, weight.array])
     free = [axis for axis in range(x.ndim) if axis not in (*x_contract, *x_batch)]
     kept = [axis for axis in range(weight.array.ndim) if axis not in (*contract[side], *batch[side])]
     rows = jnp.broadcast_to(step, [1 if axis in x_contract else size for axis, size in enumerate(x.shape)])
@@ -65,8 +65,8 @@ def ragged_dot(eqn: Any, values: Values) -> Values:
             expert = jnp.searchsorted(sizes, jnp.arange(x.shape[1 - x_contract[0]], dtype=sizes.dtype), side="right")
             fixed = jnp.expand_dims(jnp.take(fixed.reshape(-1), expert, mode="clip"), x_contract[0])
         fixed = _slowed(fixed.reshape(fixed.shape if fixed.ndim == 2 else (1, 1)), weight, x, x_contract)
-    integers, step = integers_of(x, weight.activations, x_contract, fixed)
-    (sums,) = _bind_wide(eqn, [integers, weight.array, *values[2:]])
+    numbers, step = in_steps(x, weight.activations, x_contract, fixed)
+    (sums,) = _bind_wide(eqn, [numbers, weight.array, *values[2:]])
     return [(sums * step.reshape(-1, 1).astype(sums.dtype)).astype(eqn.outvars[0].aval.dtype)]
 
 
@@ -80,8 +80,8 @@ def convolution(eqn: Any, values: Values) -> Values:
         return _bind(eqn, values)
     channels = (eqn.params["dimension_numbers"].lhs_spec[1],)
     fixed = _slowed(_fixed_step(kernel, x, {}), kernel, x, channels)
-    integers, step = integers_of(x, kernel.activations, channels, fixed)  # a pixel is a token
-    return _bind(eqn, [(integers.astype(jnp.float32) * step).astype(x.dtype), kernel])
+    numbers, step = in_steps(x, kernel.activations, channels, fixed)  # a pixel is a token
+    return _bind(eqn, [(numbers.astype(jnp.float32) * step).astype(x.dtype), kernel])
 
 
 RULES: dict[str, Callable[[Any, Values], Values]] = {

@@ -63,7 +63,7 @@ def grouped_int4_matmul(
     implementation: str | None = None,
     preferred_element_type: Any = None,
     precision: Any = None,
-    integers: bool = False,
+    fits: str = "",
 ) -> jax.Array:
     """`lax.ragged_dot(x, W, group_sizes)` with W[E, K, N] packed -> [M, N].
 
@@ -75,7 +75,8 @@ def grouped_int4_matmul(
       implementation: None, or a name of those above: that one or an error.
       preferred_element_type: dtype of the result; None is x's. Sums are float32 in any case.
       precision: of the products.
-      integers: x holds whole numbers of at most 127, which may be multiplied as int8 where that is faster.
+      fits: a dtype of 8 bits that holds every number of x, "int8" or "float8_e4m3fn": x may be multiplied in it where
+        that is faster.
 
     Raises:
       UnsupportedError: no such implementation, or it does not take the weight; while a program is lowered,
@@ -95,7 +96,7 @@ def grouped_int4_matmul(
     rows, columns = x.shape[0], spec.columns(codes.shape)
     if 0 in (*x.shape, codes.shape[0], columns):
         return jnp.zeros((rows, columns), dtype)
-    return _jitted(x, w, group_sizes, spec, implementation, dtype, resolved_precision(precision), integers)
+    return _jitted(x, w, group_sizes, spec, implementation, dtype, resolved_precision(precision), fits)
 
 
 def _check(x: jax.Array, w: Packed, group_sizes: jax.Array, spec: PackedSpec) -> None:
@@ -116,15 +117,15 @@ def _check(x: jax.Array, w: Packed, group_sizes: jax.Array, spec: PackedSpec) ->
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
-def _jitted(x, w: Packed, group_sizes, spec: PackedSpec, implementation, dtype, precision, integers) -> jax.Array:
+def _jitted(x, w: Packed, group_sizes, spec: PackedSpec, implementation, dtype, precision, fits) -> jax.Array:
     if implementation == "reference":
         w, spec = in_rows(w, spec)
         return grouped_int4_matmul_reference(x, *w, group_sizes, spec=spec, precision=precision).astype(dtype)
     x, w, group_sizes = vary_alike((x, w, group_sizes))
-    return _product(x, w, group_sizes, spec, implementation, precision, dtype, integers)
+    return _product(x, w, group_sizes, spec, implementation, precision, dtype, fits)
 
 
-def _value(x, w: Packed, group_sizes, spec: PackedSpec, implementation, precision, dtype, integers) -> Any:
+def _value(x, w: Packed, group_sizes, spec: PackedSpec, implementation, precision, dtype, fits) -> Any:
     def by_xla(platform: str):
         def run(x, w, sizes):
             rows, inner = in_rows(w, spec)
@@ -135,11 +136,11 @@ def _value(x, w: Packed, group_sizes, spec: PackedSpec, implementation, precisio
 
     def by_tpu(x, w, sizes, interpret: bool = False):
         run = functools.partial(tpu.grouped_int4_matmul_tpu, precision=precision, interpret=interpret)
-        return run(x, w, sizes, spec, integers=integers).astype(dtype)
+        return run(x, w, sizes, spec, integers=fits == "int8").astype(dtype)
 
     def by_mosaic_gpu(x, w, sizes):
         run = functools.partial(mosaic_gpu.grouped_int4_matmul_mosaic_gpu, precision=precision, dtype=dtype)
-        return run(x, w, sizes, spec, integers=integers).astype(dtype)
+        return run(x, w, sizes, spec, fits=fits).astype(dtype)
 
     return _on_the_platform(by_tpu, by_mosaic_gpu, by_xla, spec, implementation, x, w, group_sizes)
 
@@ -180,12 +181,12 @@ def _unsupported_on(implementation: str | None, platforms: Sequence[str]) -> Uns
 _product: Any = jax.custom_vjp(_value, nondiff_argnums=(3, 4, 5, 6, 7))
 
 
-def _forward(x, w, group_sizes, spec, implementation, precision, dtype, integers):
-    return _product(x, w, group_sizes, spec, implementation, precision, dtype, integers), (x, w, group_sizes)
+def _forward(x, w, group_sizes, spec, implementation, precision, dtype, fits):
+    return _product(x, w, group_sizes, spec, implementation, precision, dtype, fits), (x, w, group_sizes)
 
 
-def _backward(spec, implementation, precision, dtype, integers, residuals, dy):
-    del dtype, integers
+def _backward(spec, implementation, precision, dtype, fits, residuals, dy):
+    del dtype, fits
     x, held, group_sizes = residuals
     own, rows_spec = in_rows(held, spec)
     w = tiles.flat_scales(own, rows_spec)

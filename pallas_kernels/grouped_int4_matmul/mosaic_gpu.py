@@ -26,7 +26,7 @@ from jax import lax
 from pallas_kernels.grouped_int4_matmul.work_items import place_of_rows, work_items
 from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan
 from pallas_kernels.int4_matmul.gpu_chips import Gpu
-from pallas_kernels.int4_matmul.mosaic_gpu import in_integers, plan_of, product, result_dtype, sums_of_groups, terms_of
+from pallas_kernels.int4_matmul.mosaic_gpu import in_bytes, plan_of, product, result_dtype, sums_of_groups, terms_of
 from pallas_kernels.int4_matmul.mosaic_gpu import refusal as refusal
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
@@ -40,7 +40,7 @@ def grouped_int4_matmul_mosaic_gpu(
     *,
     precision: Any = None,
     dtype: Any = None,
-    integers: bool = False,
+    fits: str = "",
     gpu: Gpu | None = None,
     plan: GpuPlan | None = None,
 ) -> jax.Array:
@@ -53,14 +53,14 @@ def grouped_int4_matmul_mosaic_gpu(
       spec: layout "hopper".
       precision: of a float32 x, as the dense kernel's.
       dtype: of the result.
-      integers: x holds whole numbers of at most 127: they may be multiplied as int8.
+      fits: "int8" or "float8_e4m3fn", which holds every number of x: they may be multiplied in it.
       gpu: None is the one of the trace.
       plan: None is chosen for the GPU and the sizes.
     """
     rows, sizes = x.shape[0], group_sizes.astype(jnp.int32)
-    terms = list(terms_of(x, precision, integers))
+    terms = list(terms_of(x, precision, fits))
     dtype = result_dtype(dtype, len(terms))
-    terms = [in_integers(term, w, spec) for term in terms] if integers else terms
+    terms = [in_bytes(term, w, spec, fits) for term in terms] if fits else terms
     plan = plan or plan_of(terms[0], w, spec, dtype, gpu)
     items = work_items(sizes, rows, plan.tile_m)
     tiles = [product(term, w, spec, plan, dtype, (items.tile, items.expert, items.used)) for term in terms]

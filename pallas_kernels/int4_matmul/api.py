@@ -42,7 +42,7 @@ def int4_matmul(
     implementation: Implementation = None,
     preferred_element_type: Any = None,
     precision: Any = None,
-    integers: bool = False,
+    fits: str = "",
 ) -> jax.Array:
     """x[*B, M, K] @ dequantize(codes, scale, zero_point, offset)[*B, K, N] -> [*B, M, N].
 
@@ -56,7 +56,8 @@ def int4_matmul(
         sequence of names the first that takes the weight on the platform is used.
       preferred_element_type: dtype of the result; None is x's. Sums are float32 in any case.
       precision: of the products, as lax.dot_general's: None is jax.default_matmul_precision's.
-      integers: x holds whole numbers of at most 127, which may be multiplied as int8 where that is faster.
+      fits: a dtype of 8 bits that holds every number of x, "int8" or "float8_e4m3fn": x may be multiplied in it where
+        that is faster.
 
     Raises:
       UnsupportedError: no such implementation, or none of those named takes this spec; while a program is
@@ -68,26 +69,26 @@ def int4_matmul(
     names = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
     by_platform(names, spec)  # raises for unknown or unfit names, before any tracing
     dtype = jnp.dtype(preferred_element_type or x.dtype)
-    return _int4_matmul(x, w, spec, names, dtype, resolved_precision(precision), integers)
+    return _int4_matmul(x, w, spec, names, dtype, resolved_precision(precision), fits)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
-def _int4_matmul(x, w: Packed, spec: PackedSpec, implementation, dtype, precision, integers) -> jax.Array:
+def _int4_matmul(x, w: Packed, spec: PackedSpec, implementation, dtype, precision, fits) -> jax.Array:
     batch, columns = w.codes.shape[:-2], spec.columns(w.codes.shape)
     if x.size == 0 or columns == 0:
         return jnp.zeros((*x.shape[:-1], columns), dtype)
     rows = x if batch else x.reshape(-1, x.shape[-1])
-    out = _product(*vary_alike((rows, w)), spec, implementation, precision, dtype, integers)
+    out = _product(*vary_alike((rows, w)), spec, implementation, precision, dtype, fits)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _value(x, w: Packed, spec: PackedSpec, implementation, precision, dtype, integers) -> Any:
+def _value(x, w: Packed, spec: PackedSpec, implementation, precision, dtype, fits) -> Any:
     """dtype[*B, M, N] from x[*B, M, K] and codes [*B, ...]."""
     chosen = by_platform(implementation, spec)
 
     def run_by(name: str, platform: str):
         run = functools.partial(BACKENDS[name].run, spec=spec, platform=platform, precision=precision, dtype=dtype)
-        run = functools.partial(run, integers=True) if integers and BACKENDS[name].integers else run
+        run = functools.partial(run, fits=fits) if fits in BACKENDS[name].fits else run
         return lambda x, w: _batched(run, platform)(x, w).astype(dtype)
 
     def on(platform: str):
@@ -103,12 +104,12 @@ def _value(x, w: Packed, spec: PackedSpec, implementation, precision, dtype, int
 _product: Any = jax.custom_vjp(_value, nondiff_argnums=(2, 3, 4, 5, 6))
 
 
-def _forward(x, w, spec, implementation, precision, dtype, integers):
-    return _product(x, w, spec, implementation, precision, dtype, integers), (x, w)
+def _forward(x, w, spec, implementation, precision, dtype, fits):
+    return _product(x, w, spec, implementation, precision, dtype, fits), (x, w)
 
 
-def _backward(spec, implementation, precision, dtype, integers, residuals, dy):
-    del dtype, integers
+def _backward(spec, implementation, precision, dtype, fits, residuals, dy):
+    del dtype, fits
     x, own = residuals
     chosen = by_platform(implementation, spec)
     w, rows_spec = in_rows(own, spec)

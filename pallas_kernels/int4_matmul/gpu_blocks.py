@@ -13,6 +13,7 @@ ones.
                                 be scaled by as many instructions as unpack its weights
     groups of 32                "weights": a chain of two wgmma would be waited for
     x of int8                   "sums" whatever the rows, of blocks of at most 128, as scaled weights are no integers
+    x of float8_e4m3fn          "sums" likewise, for one scale a column too, as its sums in the tensor core are short
 """
 
 import dataclasses
@@ -37,13 +38,13 @@ class GpuProblem:
     scale_bytes: int = 2
     out_bytes: int = 2
     bits: int = 4
-    integers: bool = False  # x is int8
+    fits: str = ""  # "int8" or "float8_e4m3fn": what x is multiplied in; "" is a float of 16 bits
     transposed: bool = False  # by codes [n, k], grouped along n, which are stored as those of a product by [k, n] are
     experts: int = 0
 
     @property
     def x_bytes(self) -> int:
-        return 1 if self.integers else 2
+        return 1 if self.fits else 2
 
     @property
     def matrices(self) -> int:
@@ -88,10 +89,11 @@ class GpuPlan:
 
 
 SUMS_ROWS = 64
-# Of a thread, a weight, by strips of a warpgroup; of codes of 4 and 8 bits and, where x is int8, of either.
+# Of a thread, a weight, by strips of a warpgroup; of codes of 4 and 8 bits and, where x is int8, of either; by e4m3.
 INSTRUCTIONS = {"column": (2.25, 1.9), "sums": (2.4, 2.1), "weights": (2.9, 2.5)}
 INSTRUCTIONS_OF_WIDE = {"column": (2.8, 2.3), "sums": (3.1, 2.7), "weights": (3.7, 3.1)}
 INSTRUCTIONS_OF_INTEGERS = {"column": (1.3, 1.0), "sums": (1.6, 1.2)}
+INSTRUCTIONS_OF_E4M3 = {"sums": (1.9, 1.65)}
 INSTRUCTIONS_OF_TRANSPOSED = {4: 4.0, 8: 4.6}  # by bits
 LEAST_ROWS_OF_TENSOR_CORE = 16  # fewer take as long
 TENSOR_SHARE = 0.7
@@ -122,9 +124,9 @@ DEPTHS: dict[int, tuple[int, ...]] = {
 def form_of(problem: GpuProblem) -> str:
     if problem.transposed:
         return "transposed"
-    if problem.groups == 1:
+    if problem.groups == 1 and problem.fits != "float8_e4m3fn":
         return "column"
-    if problem.integers:
+    if problem.fits:
         return "sums"
     return "sums" if problem.group_size >= TILE_K and problem.rows_of_weight <= SUMS_ROWS else "weights"
 
@@ -162,8 +164,8 @@ def _instructions(problem: GpuProblem, plan: GpuPlan) -> float:
     if problem.transposed:
         return INSTRUCTIONS_OF_TRANSPOSED[problem.bits]
     of_floats = INSTRUCTIONS_OF_WIDE if problem.bits == 8 else INSTRUCTIONS
-    table = INSTRUCTIONS_OF_INTEGERS if problem.integers else of_floats
-    of_a_sum = (2 if problem.integers else 1) / min(problem.group_size, plan.tile_k)
+    table = {"int8": INSTRUCTIONS_OF_INTEGERS, "float8_e4m3fn": INSTRUCTIONS_OF_E4M3}.get(problem.fits, of_floats)
+    of_a_sum = (2 if problem.fits == "int8" else 1) / min(problem.group_size, plan.tile_k)
     return table[plan.form][plan.strips - 1] + (of_a_sum * (plan.tile_m - 16) if plan.form == "sums" else 0.0)
 
 
@@ -171,7 +173,7 @@ def shared_bytes(problem: GpuProblem, plan: GpuPlan) -> int:
     """Shared memory that a plan takes: the rings, the staged result, and barriers."""
     x = problem.x_bytes * plan.tile_m * plan.tile_k
     codes = plan.columns * plan.tile_k * problem.bits // 8
-    per_row = 0 if plan.form == "column" else problem.scale_bytes + 1
+    per_row = 0 if problem.groups == 1 and not problem.transposed else problem.scale_bytes + 1
     scales = max(1, plan.tile_k // problem.group_size) * plan.columns * per_row
     staged = plan.columns * plan.tile_m * (4 if plan.splits > 1 else problem.out_bytes)
     dense = 2 * 2 * STRIP * plan.columns if plan.form == "transposed" else 0

@@ -78,7 +78,7 @@ def _sizes(k: int, n: int) -> list[int]:
 
 
 def in_order_of_bytes(x: jax.Array) -> jax.Array:
-    """x[M, K], 16 dividing K, with column 8 j + 2 c + e of each 16 at 4 c + 2 e + j (mosaic_gpu_integers.py)."""
+    """x[M, K], 16 dividing K, with column 8 j + 2 c + e of each 16 at 4 c + 2 e + j (mosaic_gpu_bytes.py)."""
     split = x.reshape(*x.shape[:-1], -1, 2, 4, 2)  # [M, K / 16, j, c, e]
     return jnp.moveaxis(split, -3, -1).reshape(x.shape)
 

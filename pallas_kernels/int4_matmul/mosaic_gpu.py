@@ -9,8 +9,8 @@ PTX, emulated instruction by instruction on a CPU (benchmarks/gpu_lab), computes
 So nothing takes them that does not ask for them: `jq4.prepare(tree, "NVIDIA H200")` makes the layout that XLA's forms
 read, and only `layout="hopper"` makes this one.
 
-Codes of 8 bits are read likewise. Where x holds whole numbers (activations rounded to int8) its products are int8's, at
-twice the tensor cores' speed (mosaic_gpu_integers.py).
+Codes of 8 bits are read likewise. Where x holds whole numbers (activations rounded to int8), or numbers of e4m3, its
+products are those of 8 bits, at twice the tensor cores' speed (mosaic_gpu_bytes.py).
 
 Where M is large the codes are unpacked to memory once and multiplied by XLA: the product is then bound by the tensor
 cores, which XLA's own kernels keep busier than this one can be expected to.
@@ -66,11 +66,13 @@ def layout_refusal(spec: PackedSpec) -> str | None:
     return None
 
 
-def takes_int8(spec: PackedSpec, zero_points: bool) -> bool:
-    """Whether a weight can be multiplied by an x of int8: its levels fit int8, its groups are chains of wgmma."""
-    if spec.bits == 8 and zero_points:
+def takes(fits: str, spec: PackedSpec, zero_points: bool) -> bool:
+    """Whether a weight can be multiplied by an x of `fits`: its levels fit too, its groups are chains of wgmma."""
+    if spec.bits == 8 and (zero_points or fits != "int8"):
         return False
-    return spec.length <= MOST_ROWS_OF_SUM if spec.num_groups == 1 else spec.group_size % TILE_K == 0
+    if spec.num_groups == 1:
+        return fits != "int8" or spec.length <= MOST_ROWS_OF_SUM
+    return spec.group_size % TILE_K == 0
 
 
 def int4_matmul_mosaic_gpu(
@@ -81,7 +83,7 @@ def int4_matmul_mosaic_gpu(
     platform: str = "gpu",
     precision: Any = None,
     dtype: Any = None,
-    integers: bool = False,
+    fits: str = "",
     gpu: Gpu | None = None,
     plan: GpuPlan | None = None,
 ) -> jax.Array:
@@ -94,28 +96,28 @@ def int4_matmul_mosaic_gpu(
       platform: always "gpu".
       precision: of a float32 x.
       dtype: of the result.
-      integers: x holds whole numbers of at most 127: they may be multiplied as int8.
+      fits: "int8" or "float8_e4m3fn", which holds every number of x: they may be multiplied in it.
       gpu: None is the one of the trace.
       plan: None is chosen for the GPU and the sizes.
     """
 
     def multiply(rows: jax.Array, dtype: Any) -> jax.Array:
-        rows = in_integers(rows, w, spec) if integers else rows
+        rows = in_bytes(rows, w, spec, fits) if fits else rows
         return product(rows, w, spec, plan or plan_of(rows, w, spec, dtype, gpu), dtype)
 
     most_rows = MOST_ROWS if plan is None else None
-    return of_terms(multiply, x, w, spec, most_rows, platform, precision, dtype, integers)
+    return of_terms(multiply, x, w, spec, most_rows, platform, precision, dtype, fits)
 
 
 def of_terms(
     multiply: Callable[[jax.Array, Any], jax.Array], x: jax.Array, w: Packed, spec: PackedSpec, most_rows: int | None,
-    platform: str, precision: Any, dtype: Any, integers: bool,
+    platform: str, precision: Any, dtype: Any, fits: str,
 ) -> jax.Array:  # fmt: skip
     """[M, N] by `multiply` (rows of all of x's terms, the result's dtype), or by XLA if they are more than most_rows.
 
     What offsets add is added.
     """
-    terms = terms_of(x, precision, integers)  # [T, M, K]
+    terms = terms_of(x, precision, fits)  # [T, M, K]
     count, m, k = terms.shape
     if most_rows is not None and count * m > most_rows:
         return int4_matmul_xla(x, *rows_of(w, spec), platform=platform, precision=precision)
@@ -136,7 +138,7 @@ def plan_of(
     problem = GpuProblem(
         m, depth, columns, spec.num_groups, spec.group_size, bits=spec.bits, transposed=transposed,
         scale_bytes=jnp.dtype(w.scale.dtype).itemsize, out_bytes=dtype.itemsize,
-        integers=rows.dtype == jnp.int8, experts=w.codes.shape[0] if w.codes.ndim == 3 else 0,
+        fits=rows.dtype.name if rows.dtype.itemsize == 1 else "", experts=w.codes.shape[0] if w.codes.ndim == 3 else 0,
     )  # fmt: skip
     return choose_plan(problem, gpu or gpu_named(traced_kind()) or HOPPER[0])
 
@@ -149,7 +151,7 @@ def product(
 
     m, k = rows.shape
     rows = jnp.pad(rows, ((0, -m % ROW_MULTIPLE), (0, -k % COLUMN_MULTIPLE)))
-    rows = in_order_of_bytes(rows) if rows.dtype == jnp.int8 else rows
+    rows = in_order_of_bytes(rows) if rows.dtype.itemsize == 1 else rows
     return called(kernel, rows, w, spec, plan, dtype, items, k=rows.shape[1], n=spec.columns(w.codes.shape))
 
 
@@ -175,14 +177,14 @@ def result_dtype(dtype: Any, terms: int) -> Any:
     return jnp.dtype(jnp.float32 if terms > 1 or dtype not in (jnp.bfloat16, jnp.float16) else dtype)
 
 
-def in_integers(x: jax.Array, w: Packed, spec: PackedSpec) -> jax.Array:
-    """Whole numbers as int8 where the kernel takes that, else as they are."""
-    return x.astype(jnp.int8) if takes_int8(spec, w.zero_point is not None) else x
+def in_bytes(x: jax.Array, w: Packed, spec: PackedSpec, fits: str) -> jax.Array:
+    """Numbers of 8 bits in their dtype where the kernel takes that, else as they are."""
+    return x.astype(fits) if takes(fits, spec, w.zero_point is not None) else x
 
 
-def terms_of(x: jax.Array, precision: Any, integers: bool = False) -> jax.Array:
-    """bf16 or f16[T, M, K] that sum to x: itself where it is of 16 bits, and one where it holds whole numbers."""
-    if integers:
+def terms_of(x: jax.Array, precision: Any, fits: str = "") -> jax.Array:
+    """bf16 or f16[T, M, K] that sum to x: itself where it is of 16 bits, and one where it holds numbers of 8."""
+    if fits:
         return x.astype(jnp.bfloat16)[None]
     if x.dtype in (jnp.bfloat16, jnp.float16):
         return x[None]

@@ -1,14 +1,15 @@
-"""A step of a warpgroup: tiles of codes to floats (or int8) in registers, products, sums.
+"""A step of a warpgroup: tiles of codes to floats (or bytes) in registers, products, sums.
 
     sums[64, tile_m] += W^T[64, 64] (registers)  x^T[64, tile_m] (shared memory)          wgmma, in f32 (or int32)
 
-    "sums"      one chain of wgmma a group and step; its result is scaled, in f32, and added up
+    "sums"      one chain of wgmma a group and step (of e4m3 at most CHAIN rows); its result is scaled, in f32, and
+                added up
     "weights"   weights are scaled in registers (rounded to x's dtype), one chain over all of K
     "column"    one scale a column: one chain over all of K, scaled at the end
 
-Where x is int8 there are "sums" and "column". With several strips their chains are asked for in turn, so that one is
-multiplied while the next is unpacked. `FORMS` has for each form its step, how the pipeline around it is run, and what
-accumulators that takes.
+Where x is int8 there are "sums" and "column", where it is e4m3 "sums" alone. With several strips their chains are asked
+for in turn, so that one is multiplied while the next is unpacked. `FORMS` has for each form its step, how the pipeline
+around it is run, and what accumulators that takes.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
-from pallas_kernels.int4_matmul.mosaic_gpu_integers import factor_of, integers_of, zero_bytes_of
+from pallas_kernels.int4_matmul.mosaic_gpu_bytes import CHAIN, bytes_of, factor_of, zero_bytes_of
 from pallas_kernels.int4_matmul.mosaic_gpu_registers import floats_of, words_layout, zero_points_of
 from pallas_kernels.int4_matmul.mosaic_gpu_seams import load
 
@@ -44,13 +45,18 @@ class Shape:
     items: int = 0  # work items, of a product with experts
 
     @property
-    def integers(self) -> bool:
-        return self.dtype == jnp.int8
+    def in_bytes(self) -> bool:
+        return jnp.dtype(self.dtype).itemsize == 1
 
     @property
     def factor(self) -> float:
         """What products are multiplied by beside their scales."""
-        return factor_of(self.bits, self.zero_points) if self.integers else 1.0
+        return factor_of(self.dtype, self.bits, self.zero_points) if self.in_bytes else 1.0
+
+    def chain(self, plan: GpuPlan) -> int:
+        """Rows of W whose products are summed before they are scaled."""
+        rows = plan.tile_k if self.groups == 1 else min(self.group_size, plan.tile_k)
+        return min(rows, CHAIN) if self.dtype == jnp.float8_e4m3fn else rows
 
 
 class Rows(NamedTuple):
@@ -61,21 +67,23 @@ class Rows(NamedTuple):
 
 
 def sums_step(shape: Shape, plan: GpuPlan, x: Any, codes: Sequence[Any], rows_of: Sequence[Rows], sums: Any) -> Any:
-    """f32[64, tile_m] a strip, and one step's products: a chain for each group of the step, scaled and added."""
-    group, sums = min(shape.group_size, plan.tile_k), list(sums)
+    """f32[64, tile_m] a strip, and one step's products: chains for each group of the step, scaled and added."""
+    tiles, sums = shape.chain(plan) // TILE_K, list(sums)
+    count = plan.tile_k // TILE_K // tiles
     convert = _operand_of(shape, 0, int(shape.zero_points))
-    for i in range(len(rows_of[0].scale)):
+    for chain in range(count):
+        group = chain * len(rows_of[0].scale) // count
 
-        def chains(*partial: Any, i: int = i) -> list[jax.Array]:
-            for tile in range(i * group // TILE_K, (i + 1) * group // TILE_K):
+        def chains(*partial: Any, chain: int = chain, group: int = group) -> list[jax.Array]:
+            for tile in range(chain * tiles, (chain + 1) * tiles):
                 for strip, rows in enumerate(rows_of):
-                    zeros = [] if rows.zero_point is None else [_zero_of(shape, rows.zero_point[i])]
+                    zeros = [] if rows.zero_point is None else [_zero_of(shape, rows.zero_point[group])]
                     _multiply(shape, convert, x, codes[strip], tile, zeros, partial[strip])
             return [one[...] for one in partial]
 
         products = pl.run_scoped(chains, *_accumulators(shape, plan))
         for strip, (rows, product) in enumerate(zip(rows_of, products, strict=True)):
-            sums[strip] = sums[strip] + scaled(shape, product, rows.scale[i])
+            sums[strip] = sums[strip] + scaled(shape, product, rows.scale[group])
     return tuple(sums)
 
 
@@ -101,13 +109,13 @@ def scaled(shape: Shape, product: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _operand_of(shape: Shape, scales: int, zero_points: int) -> Callable[..., jax.Array]:
-    if shape.integers:
-        return integers_of(shape.bits, zero_points)
+    if shape.in_bytes:
+        return bytes_of(shape.dtype, shape.bits, zero_points)
     return floats_of(shape.dtype, shape.bits, scales, zero_points)
 
 
 def _zero_of(shape: Shape, row: jax.Array) -> jax.Array:
-    return zero_bytes_of(row) if shape.integers else zero_points_of(row, shape.dtype, shape.bits)
+    return zero_bytes_of(row) if shape.in_bytes else zero_points_of(row, shape.dtype, shape.bits)
 
 
 def _multiply(shape: Shape, convert: Any, x: Any, codes: Any, tile: int, parts: list[Any], total: Any) -> None:
@@ -122,7 +130,7 @@ def of_tile(rows: list[Any], tile: int, tiles: int) -> list[Any]:
 
 
 def _accumulators(shape: Shape, plan: GpuPlan) -> list[Any]:
-    dtype = jnp.int32 if shape.integers else jnp.float32
+    dtype = jnp.int32 if shape.dtype == jnp.int8 else jnp.float32
     return [plgpu.WGMMAAccumulatorRef((STRIP, plan.tile_m), dtype)] * plan.strips
 
 

@@ -42,7 +42,8 @@ def call(
     Args:
       items: none; or for experts, whose weights have a leading axis E, the tile of x's rows and the expert of each work
         item, i32[items], and how many are in use, i32[1]. The result then is [items * tile_m, N], each item's tile.
-      x: bf16 or f16[M, K], K a multiple of 8; or int8, in the order of `gpu_fragments.in_order_of_bytes`.
+      x: bf16 or f16[M, K], K a multiple of 8; or int8 or float8_e4m3fn, in the order of
+        `gpu_fragments.in_order_of_bytes`.
       words: i32[N / 64, 2 * bits * ceil128(K)], see gpu_fragments.py.
       scale: float[G, N].
       zero_point: u8[G, N] or None.
@@ -112,7 +113,9 @@ def _block(inputs: list[Any], out: Any, rows: Any, rows_out: Any, shape: Shape, 
         return multiply(shape, plan, x, [codes.at[strip] for strip, _ in strips], rows_of, sums)
 
     def write(sums: list[jax.Array]) -> None:
-        parts = [scaled(shape, sums[i], own.scale[0]) for i, own in enumerate(whole)] or sums
+        parts = sums
+        if plan.form == "column":
+            parts = [scaled(shape, total, own.scale[0]) for total, own in zip(sums, whole, strict=True)]
         where = out.at[split] if plan.splits > 1 else out
         write_tiles(parts, staged, where, rows_out, strips, shape.n // STRIP)
 

@@ -8,8 +8,8 @@ a CPU (benchmarks/gpu_lab), computes the product. It has not run on a GPU, so on
 (mosaic_gpu.py). Where it cannot serve (`refusal` says why: JAX before 0.11.2 has no mma.sync), and for gradients and
 experts, weights are unpacked and multiplied by XLA.
 
-Rows of x are padded to whole tiles. Whole numbers (activations rounded to int8) are multiplied as bf16, which holds
-them exactly.
+Rows of x are padded to whole tiles. Activations rounded to int8 or e4m3 are multiplied as bf16, which holds them
+exactly.
 """
 
 import functools
@@ -43,14 +43,14 @@ def int4_matmul_mosaic_gpu_mma(
     platform: str = "gpu",
     precision: Any = None,
     dtype: Any = None,
-    integers: bool = False,
+    fits: str = "",
     gpu: Gpu | None = None,
     plan: GpuPlan | None = None,
 ) -> jax.Array:
     """`dtype` (f32)[M, N] = x[M, K] @ W[K, N]; arguments as `int4_matmul_mosaic_gpu` has them."""
     multiply = functools.partial(_product, w=w, spec=spec, gpu=gpu, plan=plan)
     most_rows = MOST_ROWS if plan is None else None
-    return of_terms(multiply, x, w, spec, most_rows, platform, precision, dtype, integers)
+    return of_terms(multiply, x, w, spec, most_rows, platform, precision, dtype, fits)
 
 
 def plan_of(m: int, w: Packed, spec: PackedSpec, dtype: Any, gpu: Gpu | None) -> GpuPlan:

@@ -49,15 +49,15 @@ class UnsupportedError(ValueError):
 class Backend:
     """One implementation: its function, where it runs, why it refuses a spec (None: it does not), and its transpose.
 
-    `integers` says whether `run` takes that word, for an x of whole numbers of at most 127; `partitions`, whether XLA
-    can cut it for several devices: of a kernel it cannot (pallas_kernels.partitioned).
+    `fits` are the dtypes of 8 bits that `run` takes as that word, for an x that holds no other numbers; `partitions`
+    says whether XLA can cut it for several devices: of a kernel it cannot (pallas_kernels.partitioned).
     """
 
     run: Callable[..., jax.Array]
     platforms: tuple[str, ...] = PLATFORMS
     refusal: Callable[[PackedSpec], str | None] = lambda spec: None
     partitions: bool = True
-    integers: bool = False
+    fits: tuple[str, ...] = ()
     transposed: Callable[..., jax.Array] | None = None
 
 
@@ -87,14 +87,14 @@ BACKENDS: dict[str, Backend] = {
         ("tpu",),
         tpu_refusal,
         partitions=False,
-        integers=True,
+        fits=("int8",),
         transposed=int4_matmul_tpu_transposed,
     ),
     "tpu_interpret": Backend(
         functools.partial(matmul_tpu, interpret=True),
         ("cpu",),
         tpu_refusal,
-        integers=True,
+        fits=("int8",),
         transposed=functools.partial(int4_matmul_tpu_transposed, interpret=True),
     ),
     "mosaic_gpu": Backend(
@@ -102,7 +102,7 @@ BACKENDS: dict[str, Backend] = {
         ("gpu",),
         mosaic_gpu_refusal,
         partitions=False,
-        integers=True,
+        fits=("int8", "float8_e4m3fn"),
         transposed=int4_matmul_mosaic_gpu_transposed,
     ),
     "mosaic_gpu_mma": Backend(
@@ -110,7 +110,7 @@ BACKENDS: dict[str, Backend] = {
         ("gpu",),
         mosaic_gpu_mma_refusal,
         partitions=False,
-        integers=True,
+        fits=("int8", "float8_e4m3fn"),
     ),
 }
 

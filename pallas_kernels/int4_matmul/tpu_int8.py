@@ -21,7 +21,7 @@ v5p, where bf16 takes 87.2 and 37.4.
 Activations in fp8 (e4m3) beside int4 weights, which e4m3 holds, were counted for TPU7x, whose MXU takes them at twice
 the rate, and left out. Bundles of a step of 1024 x 1024 codes, bf16 x and fp8 x: 16 rows 510 and 542 in groups of 128,
 433 and 434 by the column; 512 rows 4758 and 4028 (scaled weights beside bf16 take 2372), 1900 and 1370. Only many rows
-by the column would gain, and jq4's rounded activations are whole numbers up to 127, which e4m3 does not hold.
+by the column would gain: activations rounded to e4m3 are multiplied as bf16 here, which holds them.
 
 The kernel is that of tpu.py. Words of four codes would let it read a layer of a stack in place (tpu.py says why), but
 would keep XLA from fusing; rows are many where it is used, so that a layer is copied (two bytes of traffic a weight).
@@ -48,11 +48,11 @@ def matmul_tpu(
     precision: Any = None,
     dtype: Any = None,
     chip: Chip | None = None,
-    integers: bool = False,
+    fits: str = "",
     interpret: bool = False,
 ) -> jax.Array:
     """`dtype` (f32)[M, N] = x[M, K] @ W[K, N] as `int4_matmul_tpu` has it; of 8 bits by whichever is faster."""
-    chip = chip or traced_chip()
+    chip, integers = chip or traced_chip(), fits == "int8"
     if spec.bits == 8 and not kernel_pays(x.shape[0], spec, chip, integers):
         return by_xla(x, w, spec, precision=precision, integers=integers and chip.integer_mxu)
     return int4_matmul_tpu(
