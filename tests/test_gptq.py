@@ -47,8 +47,18 @@ def inputs(rows, features, seed=1):
     return normal(rows, features, seed=seed) @ normal(features, features, seed=seed + 1) + 0.3
 
 
+@functools.partial(jax.jit, compiler_options=QUICK)
 def statistics(x):
-    return statistics_of(jnp.asarray(x), frozenset({"hessian"}))
+    return statistics_of(x, frozenset({"hessian"}))
+
+
+@functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK)
+def rounded(weight, encoding):
+    return rtn.quantize(weight, None, encoding)
+
+
+parameters = jax.jit(find_parameters, static_argnums=1, compiler_options=QUICK)
+codes_by = jax.jit(codes_of_blocks, static_argnums=2, compiler_options=QUICK)
 
 
 def gptq_of_the_paper(weight, x, encoding, damping=0.01):
@@ -64,11 +74,11 @@ def gptq_of_the_paper(weight, x, encoding, damping=0.01):
     codes, groups = np.zeros(weight.shape, np.uint8), []
     for row in range(len(weight)):
         if row % size == 0:
-            groups.append(find_parameters(jnp.asarray(weight[row : row + size], jnp.float32), encoding))
+            groups.append(parameters(weight[row : row + size].astype(np.float32), encoding))
         parts: Any = (None if part is None else np.asarray(part, np.float64)[0] for part in groups[-1])
         scale, zero, offset = parts
-        form, now = encoding.number_format, jnp.asarray(weight[row : row + 1], jnp.float32)
-        codes[row] = np.asarray(codes_of_blocks(now, groups[-1], form))[0]
+        form, now = encoding.number_format, weight[row : row + 1].astype(np.float32)
+        codes[row] = np.asarray(codes_by(now, groups[-1], form))[0]
         levels = np.asarray(form.levels)[codes[row]] if form.levels else codes[row] - (8.0 if zero is None else zero)
         error = (weight[row] - levels * scale - (0 if offset is None else offset)) / upper[row, row]
         weight[row:] -= np.outer(upper[row, row:], error)
@@ -99,9 +109,9 @@ def test_percentiles_of_a_short_group_are_those_of_its_own_rows(symmetric):
     """Inputs that know nothing of each other: what is left of GPTQ is rounding to nearest."""
     encoding = Encoding(group_size=32, observer="percentile", percentile=80.0, symmetric=symmetric)
     weight = normal(17 * 32 + 3, 24)
-    known = WeightStatistics(jnp.int32(100), outer_total=100 * jnp.eye(len(weight)))
+    known = WeightStatistics(jnp.int32(100), outer_total=jax.device_put(100 * np.eye(len(weight), dtype=np.float32)))
     found = quantize(weight, known, encoding, refinements=0)
-    wanted = rtn.quantize(jnp.asarray(weight), None, encoding)
+    wanted = rounded(weight, encoding)
     np.testing.assert_array_equal(found.scale, wanted.scale)
     np.testing.assert_array_equal(codes_of(found), codes_of(wanted))
 
@@ -133,8 +143,7 @@ def test_it_beats_rounding_and_refinements_lower_the_error(encoding):
     errors = [
         hessian_error(quantize(weight, statistics(x), encoding, refinements=rounds), weight, x) for rounds in (0, 2)
     ]
-    rounded = hessian_error(rtn.quantize(jnp.asarray(weight), None, encoding), weight, x)
-    assert errors[0] < 0.7 * rounded
+    assert errors[0] < 0.7 * hessian_error(rounded(weight, encoding), weight, x)
     assert errors[1] < errors[0]
 
 
@@ -169,10 +178,8 @@ def test_a_weight_contracted_over_two_axes_has_groups_within_the_last():
     q = quantize(weight, statistics(x), Encoding(group_size=16, observer="mse"))
     assert q.scale.shape == (3, 2, 24)
     flat = np.asarray(q.dequantize()).reshape(60, 24) - weight.reshape(60, 24)
-    rounded = np.asarray(rtn.quantize(jnp.asarray(weight), None, Encoding(group_size=16)).dequantize()).reshape(
-        60, 24
-    ) - weight.reshape(60, 24)
-    assert np.square(x @ flat).sum() < 0.5 * np.square(x @ rounded).sum()
+    nearest = np.asarray(rounded(weight, Encoding(group_size=16)).dequantize()).reshape(60, 24) - weight.reshape(60, 24)
+    assert np.square(x @ flat).sum() < 0.5 * np.square(x @ nearest).sum()
 
 
 def test_sharded_over_columns_it_gives_the_same_codes():
@@ -188,7 +195,7 @@ def test_sharded_over_columns_it_gives_the_same_codes():
 def test_statistics_of_a_pair_undo_what_the_prefix_did():
     weight, x = normal(48, 24), inputs(500, 48)
     y = x + 0.3 * inputs(500, 48, seed=7)
-    pair = statistics_of(jnp.asarray(y), frozenset({"hessian"}))
+    pair = statistics(y)
     crossed = WeightStatistics(pair.count, outer_total=pair.outer_total, cross_total=jnp.asarray(x.T @ y))
     fine = Encoding(format="int8", group_size=16, observer="mse")
     best = np.linalg.lstsq(y.astype(np.float64), (x @ weight).astype(np.float64), rcond=None)[0]
@@ -274,13 +281,12 @@ def mixture(tree, x):
 
 
 def test_starved_experts_fall_back_are_counted_and_never_nan():
-    router = (
-        jnp.zeros((32, 4)).at[0].set(jnp.asarray([2.0, 1.0, 0.0, -1e3])).at[1].set(jnp.asarray([0.0, 3.0, 0.0, -1e3]))
-    )
-    tree = {"router": router, "w": jnp.asarray(normal(4, 32, 24))}
-    x = jnp.asarray(inputs(400, 32)).at[:, 0].set(1.0)  # expert 3 is sent nothing, expert 2 hardly anything
-    x = x.at[:5, 0].set(-1.0).at[:5, 1].set(0.0)
-    stats = jq4.observe(mixture, tree, [x], collect=("hessian",))
+    router, x = np.zeros((32, 4), np.float32), inputs(400, 32)
+    router[:2] = [2.0, 1.0, 0.0, -1e3], [0.0, 3.0, 0.0, -1e3]
+    tree = jax.device_put({"router": router, "w": normal(4, 32, 24)})
+    x[:, 0] = 1.0  # expert 3 is sent nothing, expert 2 hardly anything
+    x[:5, 0], x[:5, 1] = -1.0, 0.0
+    stats = jq4.observe(mixture, tree, [jax.device_put(x)], collect=("hessian",))
     counts = np.asarray(stats["w"].count)
     starved = int((counts < 32).sum())
     assert counts.min() == 0 and 1 <= starved < 4
@@ -290,15 +296,15 @@ def test_starved_experts_fall_back_are_counted_and_never_nan():
     assert (leaf.starved, leaf.slices) == (starved, 4)
     assert leaf.note.startswith(f"{starved} of 4 slices saw fewer than 32 rows: rtn without data")
     assert np.isfinite(q.dequantize()).all()
-    rounded = rtn.quantize(tree["w"], None, rule().encoding(-2))
+    nearest = codes_of(rounded(tree["w"], rule().encoding(-2)))
     for expert in np.flatnonzero(counts < 32):
-        np.testing.assert_array_equal(codes_of(q)[expert], codes_of(rounded)[expert])
+        np.testing.assert_array_equal(codes_of(q)[expert], nearest[expert])
     with pytest.warns(jq4.CalibrationWarning, match=f"{starved} of 4 slices saw fewer"):
         jq4.quantize({"w": tree["w"]}, rule(), stats)
     unseen = WeightStatistics(jnp.int32(0), outer_total=jnp.zeros((32, 32)))
     with pytest.warns(jq4.CalibrationWarning, match="1 of 1 slices saw fewer than 1 rows: rtn"):
         alone = jq4.quantize({"w": tree["w"][0]}, rule(fallback="rtn", min_rows=0), {"w": unseen})["w"]
-    np.testing.assert_array_equal(codes_of(alone), codes_of(rounded)[0])
+    np.testing.assert_array_equal(codes_of(alone), nearest[0])
 
 
 def test_bad_statistics_are_refused():

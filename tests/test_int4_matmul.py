@@ -70,12 +70,18 @@ def make(format, k, n, group, orientation, zero_points, offsets, one_scale, batc
     levels = tuple(float(level) for level in CODEBOOKS[format]) if format in CODEBOOKS else None
     spec = PackedSpec(k, BITS[format], levels, group, orientation)
     arrays = (pack_bits(codes, BITS[format], axis, garbage), scale, zero_point, offset)
-    packed = Packed(*(None if a is None else jnp.asarray(a) for a in arrays))
+    packed = Packed(*(None if a is None else jax.device_put(a) for a in arrays))
     return Weight(packed, spec, dense if orientation == "kn" else np.swapaxes(dense, -1, -2))
 
 
 def rows(m, k, batch=(), seed=1) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(*batch, m, k)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "implementation"))
+def product(x, packed, spec, implementation=None):
+    """int4_matmul, compiled as one program."""
+    return int4_matmul(x, *packed, spec=spec, implementation=implementation)
 
 
 def assert_close(got, x, dense, unit=2.0**-22):
@@ -99,7 +105,7 @@ def small_tiles(monkeypatch):
 def test_public_function_matches_float64(case, implementation):
     w = make(*CASES[case])
     x = rows(3, w.spec.length)
-    assert_close(int4_matmul(x, *w.packed, spec=w.spec, implementation=implementation), x, w.dense)
+    assert_close(product(x, w.packed, w.spec, implementation), x, w.dense)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -134,16 +140,14 @@ def test_padding_codes_do_not_leak(case):
     clean, dirty = make(*CASES[case]), make(*CASES[case], garbage=2 ** BITS[CASES[case][0]] - 1)
     assert (np.asarray(clean.packed.codes) != np.asarray(dirty.packed.codes)).any()
     x = rows(3, clean.spec.length)
-    one = int4_matmul(x, *clean.packed, spec=clean.spec)
-    other = int4_matmul(x, *dirty.packed, spec=dirty.spec)
-    np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(product(x, clean.packed, clean.spec), product(x, dirty.packed, dirty.spec))
 
 
 def test_nan_in_x_stays_in_its_row():
     w = make(*CASES["odd K, short last group"])
     x = rows(3, w.spec.length)
     x[1, 7] = np.nan
-    out = np.asarray(int4_matmul(x, *w.packed, spec=w.spec))
+    out = np.asarray(product(x, w.packed, w.spec))
     assert np.isnan(out[1]).all()
     assert_close(out[[0, 2]], x[[0, 2]], w.dense)
 
@@ -151,15 +155,15 @@ def test_nan_in_x_stays_in_its_row():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_rows_give_half_precision_or_what_is_preferred(dtype):
     w = make(*CASES["plain"])
-    x = jnp.asarray(rows(5, 128), dtype)
+    x = jax.device_put(rows(5, 128).astype(jnp.dtype(dtype)))
     exact = np.asarray(x, np.float64) @ w.dense
-    assert int4_matmul(x, *w.packed, spec=w.spec).dtype == dtype
-    wide = int4_matmul(x, *w.packed, spec=w.spec, preferred_element_type=jnp.float32)
+    call = functools.partial(int4_matmul, spec=w.spec)
+    half = jax.jit(call)(x, *w.packed)
+    assert half.dtype == dtype
+    wide = jax.jit(functools.partial(call, preferred_element_type=jnp.float32))(x, *w.packed)
     assert wide.dtype == jnp.float32
     assert_close(wide, x, w.dense)  # sums and weights are float32: only x was rounded
-    np.testing.assert_allclose(
-        np.asarray(int4_matmul(x, *w.packed, spec=w.spec), np.float64), exact, rtol=1e-2, atol=0.5
-    )
+    np.testing.assert_allclose(np.asarray(half, np.float64), exact, rtol=1e-2, atol=0.5)
 
 
 @pytest.mark.parametrize("orientation", ["kn", "nk"])
@@ -167,7 +171,7 @@ def test_half_precision_rows_give_half_precision_or_what_is_preferred(dtype):
 def test_batched_weights(batch, orientation):
     w = make("int4", 30, 20, 8, orientation, True, False, False, batch=batch)
     x = rows(4, 30, batch)
-    out = int4_matmul(x, *w.packed, spec=w.spec)
+    out = np.asarray(product(x, w.packed, w.spec))
     assert out.shape == (*batch, 4, 20)
     for at in np.ndindex(batch):
         assert_close(out[at], x[at], w.dense[at])
@@ -176,10 +180,10 @@ def test_batched_weights(batch, orientation):
 def test_leading_axes_of_x_are_rows_of_an_unbatched_weight():
     w = make(*CASES["plain"])
     x = rows(4, 128, (2, 3))
-    out = int4_matmul(x, *w.packed, spec=w.spec)
+    out = product(x, w.packed, w.spec)
     assert out.shape == (2, 3, 4, 75)
     assert_close(out, x, w.dense)
-    assert_close(int4_matmul(x[0, 0, 0], *w.packed, spec=w.spec), x[0, 0, 0], w.dense)
+    assert_close(product(x[0, 0, 0], w.packed, w.spec), x[0, 0, 0], w.dense)
 
 
 @pytest.mark.parametrize(
@@ -214,8 +218,13 @@ def test_gradients_match_those_of_the_dense_product(case, layout, small_tiles):
 def test_gradient_of_batched_weights_and_bfloat16_rows():
     w = make("int4", 30, 20, 8, "kn", True, False, False, batch=(3,))
     x, dy = jnp.asarray(rows(4, 30, (3,)), jnp.bfloat16), jnp.asarray(rows(4, 20, (3,)), jnp.bfloat16)
-    out, pull = jax.vjp(lambda x: int4_matmul(x, *w.packed, spec=w.spec), x)
-    (dx,) = pull(dy)
+
+    @jax.jit
+    def with_gradient(x, packed, dy):
+        out, pull = jax.vjp(lambda x: int4_matmul(x, *packed, spec=w.spec), x)
+        return out, pull(dy)[0]
+
+    out, dx = with_gradient(x, w.packed, dy)
     assert out.dtype == dx.dtype == jnp.bfloat16
     want = np.asarray(dy, np.float64) @ np.swapaxes(w.dense, -1, -2)
     np.testing.assert_allclose(np.asarray(dx, np.float64), want, rtol=1e-2, atol=0.5)
@@ -226,13 +235,22 @@ def test_vmap_and_scan(case):
     w = make(*CASES[case], batch=(3,))
     call = functools.partial(int4_matmul, spec=w.spec)
     x = rows(4, w.spec.length, (3,))
-    one = Packed(*(None if part is None else part[0] for part in w.packed))
-    assert_close(jax.vmap(lambda x: call(x, *one))(x), x, w.dense[0])  # rows mapped
-    assert_close(jax.vmap(lambda x, w: call(x, *w))(x, w.packed), x, w.dense)  # both
-    assert_close(jax.vmap(lambda w: call(x[0], *w))(w.packed), x[:1], w.dense)  # weights
-    _, out = jax.lax.scan(lambda _, xw: (None, call(xw[0], *xw[1])), None, (x, w.packed))
-    assert_close(out, x, w.dense)
-    grads = jax.vmap(jax.grad(lambda x, w: jnp.sum(call(x, *w))))(x, w.packed)
+
+    @jax.jit
+    def run(x, packed):
+        one = jax.tree.map(lambda part: part[0], packed)
+        of_rows = jax.vmap(lambda x: call(x, *one))(x)
+        of_both = jax.vmap(lambda x, w: call(x, *w))(x, packed)
+        of_weights = jax.vmap(lambda w: call(x[0], *w))(packed)
+        _, scanned = jax.lax.scan(lambda _, xw: (None, call(xw[0], *xw[1])), None, (x, packed))
+        grads = jax.vmap(jax.grad(lambda x, w: jnp.sum(call(x, *w))))(x, packed)
+        return of_rows, of_both, of_weights, scanned, grads
+
+    of_rows, of_both, of_weights, scanned, grads = run(x, w.packed)
+    assert_close(of_rows, x, w.dense[0])
+    assert_close(of_both, x, w.dense)
+    assert_close(of_weights, x[:1], w.dense)
+    assert_close(scanned, x, w.dense)
     np.testing.assert_allclose(grads, np.broadcast_to(w.dense.sum(-1)[:, None], x.shape), rtol=1e-4, atol=1e-4)
 
 
@@ -322,7 +340,7 @@ def test_without_a_precision_the_default_of_jax_holds(precision, allowed):
     prepared, spec = as_int4(w.packed, w.spec, "tpu")
     x = rows(3, spec.length)
     with jax.default_matmul_precision(precision):
-        out = int4_matmul(x, *prepared, spec=spec, implementation="tpu_interpret")
+        out = product(x, prepared, spec, "tpu_interpret")
     exact = np.asarray(x, np.float64) @ w.dense
     error = np.linalg.norm(out - exact) / np.linalg.norm(exact)
     assert error < allowed and (precision == "float32" or error > 1e-4)

@@ -251,8 +251,13 @@ MODELS: dict[str, Callable[[], Model]] = {
 
 def packed(shape: tuple[int, ...], axis: int = -2, group_size: int = 8, seed: int = 0, **options: Any) -> Any:
     """A random f32 weight of this shape, quantized to int4 along `axis`."""
-    weight = jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 4, jnp.float32)
+    weight = (np.random.default_rng(seed).normal(size=shape) / 4).astype(np.float32)
     rule = Rule(targets=("kernel",), group_size=group_size, scale_dtype="float32", **options)
+    return _quantized(weight, rule, axis)
+
+
+@functools.partial(jit, static_argnums=(1, 2))
+def _quantized(weight: Any, rule: Rule, axis: int) -> Any:
     return quantize({"kernel": weight}, rule, axes={"kernel": axis})["kernel"]
 
 
