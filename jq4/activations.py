@@ -36,7 +36,7 @@ from jq4.errors import JQ4Error
 from jq4.qarray import QArray
 
 NAMES = ("", "int8-token", "int8-tensor", "int4-token", "int4-tensor", "float8-token", "float8-tensor")
-_NOTHING = 1e-30  # a token no larger than this is zeros: a 127th of it is near where float32 ends
+_NOTHING = 1e-30  # a token no larger than this is zeros: a 448th of it is near where float32 ends
 _STRATEGIES = {("token", True): "token", ("tensor", False): "tensor"}
 _KINDS = (("int", 8), ("int", 4), ("float", 8))
 _MOST_OF_E4M3, _LEAST_NORMAL, _LEAST = 448, 2**-6, 2**-9
@@ -60,7 +60,7 @@ class Activations:
     dynamic: bool = True
 
     def __post_init__(self) -> None:
-        forms = (self.type, self.num_bits) in _KINDS and self.symmetric is True
+        forms = (self.type, self.num_bits) in _KINDS and type(self.num_bits) is int and self.symmetric is True
         if not forms or (self.strategy, self.dynamic) not in _STRATEGIES:
             found = ", ".join(f"{name} {value!r}" for name, value in dataclasses.asdict(self).items())
             raise JQ4Error(

@@ -59,8 +59,12 @@ def _history(source: Any) -> Iterator[Mapping[str, Any]]:
 def _recipe_rows(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     if recipe.get("name"):
         return [("recipe", str(recipe["name"]))]
-    steps = [(f"{when} the rules", _step_words(step)) for when in ("before", "after") for step in recipe.get(when, ())]
-    return [("recipe", _rule_words(rule)) for rule in recipe["rules"]] + steps
+    rules = [("recipe", _rule_words(rule)) for rule in recipe["rules"]]
+    return [*_step_rows(recipe, "before"), *rules, *_step_rows(recipe, "after")]
+
+
+def _step_rows(recipe: Mapping[str, Any], when: str) -> list[tuple[str, str]]:
+    return [(f"{when} the rules", _step_words(step)) for step in recipe.get(when, ())]
 
 
 def _step_words(step: Mapping[str, Any]) -> str:

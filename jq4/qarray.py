@@ -178,9 +178,9 @@ def dequantize_array(q: QArray, dtype: Any = None) -> jax.Array:
 
 
 def _rounds_alike(q: QArray) -> bool:
-    """Whether a compiler that sees the whole of its dequantization can but give the bits of a step at a time.
+    """Whether its dequantization as one compiled program has the bits that it has a step at a time.
 
-    It can where a level meets its scale and nothing after: it might fuse that product with a sum, or leave out the
+    It has where a level meets its scale and nothing after: it might fuse that product with a sum, or leave out the
     rounding of a scale that was itself dequantized.
     """
     more = (q.offset, q.permutation, q.input_scale)

@@ -254,7 +254,13 @@ def test_what_is_merged_is_not_written_over(capsys, source, adapted, tmp_path):
 def test_what_adapters_learned_is_not_replaced(capsys, source, adapted, tmp_path):
     shutil.copytree(adapted, tmp_path / "out")
     held = contents(tmp_path / "out")
-    for argv in (["merge", adapted], ["convert", source, "--to", "orbax"]):
+    trained = ["--text", source / "config.json", "--out"]
+    for argv in (
+        ["merge", adapted],
+        ["convert", source, "--to", "orbax"],
+        ["train", "qat", source, *trained],
+        ["train", "distill", source, *trained],
+    ):
         assert main([*map(str, argv), str(tmp_path / "out")]) == 1
         assert "adapters that were trained beside the weights" in capsys.readouterr().err
     assert contents(tmp_path / "out") == held
@@ -269,4 +275,4 @@ def test_merging_over_a_trained_folder_leaves_nothing_of_its_training(capsys, ad
     for name in ("metrics.jsonl", "run.json", "loss.png"):
         (tmp_path / "out" / "training" / name).write_text("of an earlier training")
     run_json(capsys, "merge", adapted, tmp_path / "out")
-    assert not any((tmp_path / "out" / name).exists() for name in ("adapters", "peft", "training"))
+    assert not any((tmp_path / "out" / name).exists() for name in ("peft", "training"))

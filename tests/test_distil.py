@@ -134,6 +134,7 @@ def test_a_dense_model_is_taught_to_its_packed_self(tmp_path):
     )
     assert apart(of_model) < 0.5 * apart(start)
     np.testing.assert_allclose(apart(of_cache), apart(of_model), rtol=0.05)
+    self_distill(m.function, m.tree, recipe, text, start=jq4.quantizers(m.tree, recipe), steps=1)  # ranges alone
     assert [each[:2] for each in told] == [(25, 30), (30, 30)] and min(each[2] for each in told) > 0
     with pytest.raises(jq4.JQ4Error, match=r"is of other rows than these, \(16, 4\)"):
         self_distill(m.function, m.tree, recipe, text[::-1], teacher=cache, steps=1)

@@ -39,10 +39,8 @@ def config():
     return DecoderConfig.from_hf(SMALL)
 
 
-@pytest.fixture(scope="module")
-def untied_config():
-    """Its leaves are of two shapes, and not of four, for each of which all that is learned is compiled."""
-    return DecoderConfig.from_hf(SMALL | {"tie_word_embeddings": False, "intermediate_size": 32})
+def untied(inner):
+    return DecoderConfig.from_hf(SMALL | {"tie_word_embeddings": False, "intermediate_size": inner})
 
 
 @pytest.fixture(scope="module")
@@ -93,16 +91,18 @@ LEARNED = {
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "limit"),
-    [(["rotate"], [], 1.3), (["awq"], ["adaround", "distill"], 0.9)],
+    ("before", "after", "limit", "inner"),
+    [(["rotate"], [], 1.3, 48), (["awq"], ["adaround", "distill"], 0.9, 32)],
 )
-def test_steps_are_followed(untied_config, rows, before, after, limit):
-    params = random_params(untied_config)
+def test_steps_are_followed(rows, before, after, limit, inner):
+    """What is learned compiles anew for every shape, so that there inner weights are of the shape of the others."""
+    config = untied(inner)
+    params = random_params(config)
     recipe = jq4.Recipe.preset("rtn-w4g16").to_dict()
     recipe |= {"before": before, "after": [{"step": step, **LEARNED[step]} for step in after]}
-    chain, source = decoder_chain(untied_config), TreeSource(params, LAYERS)
+    chain, source = decoder_chain(config), TreeSource(params, LAYERS)
     result = quantize_blocks(chain, source, jq4.Recipe.from_dict(recipe), rows)
-    model, dense = jax.jit(jq4.quantized(Decoder(untied_config).apply, strict=True)), Decoder(untied_config).apply
+    model, dense = jax.jit(jq4.quantized(Decoder(config).apply, strict=True)), Decoder(config).apply
     wanted = dense({"params": params}, rows)
     plain = jq4.quantize(params, "rtn-w4g16")
     lost, lost_plain = (float(jnp.mean((model({"params": p}, rows) - wanted) ** 2)) for p in (result.params, plain))
@@ -212,8 +212,9 @@ def test_steps_that_would_not_be_followed_are_refused(config, params, rows, afte
         quantize_blocks(decoder_chain(config), TreeSource(params, LAYERS), recipe, rows)
 
 
-def test_a_table_that_is_only_looked_up_has_no_inputs_to_calibrate_on(untied_config, rows):
-    chain, source = decoder_chain(untied_config), TreeSource(random_params(untied_config), LAYERS)
+def test_a_table_that_is_only_looked_up_has_no_inputs_to_calibrate_on(rows):
+    config = untied(48)
+    chain, source = decoder_chain(config), TreeSource(random_params(config), LAYERS)
     recipe = jq4.Recipe.preset("gptq-w4g16", embeddings=True)
     with pytest.raises(JQ4Error, match=r"embed/embedding: its rule looks at what it is multiplied by"):
         quantize_blocks(chain, source, recipe, rows)

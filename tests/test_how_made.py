@@ -12,11 +12,11 @@ def test_what_jq4_wrote_is_told_in_words():
     recipe = jq4.Recipe.preset("gptq-w4g32-a8").to_dict() | {"name": None}
     training = {"training": "qlora", "text": [{"file": "x.npy", "rows": 97, "context": 256}], "steps": 10, "seed": None}
     source = {"folder": "m", "merged": {"adapters": "a", "to": "dense", "leaves": ["p", "q"], "into": {"folder": "b"}}}
-    recipe |= {"before": [{"step": "smooth", "alpha": 0.5}], "after": [{"step": "distill", "rows": None}]}
+    recipe |= {"before": [{"step": "smoothquant", "alpha": 0.5}], "after": [{"step": "distill", "rows": None}]}
     rows = made_rows(recipe, source | {"training": training}, {"file": "y.npy", "tokens": 5})
     assert rows[-1] == ("calibrated on", "y.npy (5 tokens)")
     assert ("recipe", "gptq int4 g32, inputs int8 by the token: Linear") in rows
-    assert ("before the rules", "smooth, alpha 0.5") in rows and ("after the rules", "distill") in rows
+    assert ("before the rules", "smoothquant, alpha 0.5") in rows and ("after the rules", "distill") in rows
     assert [words for what, words in rows if what == "made from"] == ["m", "b"]
     assert ("merged", "adapters of 2 leaves (a), which became dense") in rows
     assert ("trained on", "x.npy (97 rows of 256 tokens)") in rows and ("options", "steps 10") in rows

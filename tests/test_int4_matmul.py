@@ -331,6 +331,8 @@ def test_errors_name_what_was_found_and_wanted():
         int4_matmul(x, *w.packed, spec=dataclasses.replace(w.spec, length=130))
     with pytest.raises(ValueError, match=r"scale has shape \(4, 75\), wanted \[\.\.\., 8, 75\]"):
         int4_matmul(x, *w.packed, spec=dataclasses.replace(w.spec, group_size=16))
+    with pytest.raises(ValueError, match="fits is True, wanted one of '', 'int8', 'float8_e4m3fn'"):
+        int4_matmul(x, *w.packed, spec=w.spec, fits=True)
     assert int4_matmul(x, *w.packed, spec=w.spec, implementation=("xla", "reference")).shape == (2, 75)
 
 

@@ -175,6 +175,30 @@ def test_training_may_start_at_a_calibrated_solution():
         np.testing.assert_array_equal(params["bias"], weight[0])
 
 
+@pytest.mark.parametrize("name", ["rtn-w2g32-asym", "rtn-w3g32", "rtn-w8g32-asym", "nf4-g32"])
+def test_training_begins_at_the_codes_of_a_start(name):
+    """And at what else the start holds: changed norms, leaves packed by another recipe; the rest as it was."""
+    random = np.random.default_rng(0)
+    recipe = dataclasses.replace(jq4.Recipe.preset(name), ignore=("other", "norm"))
+    layer = {"kernel": random.normal(size=(64, 6)), "norm": np.ones(6), "other": {"kernel": np.eye(64)[:, :6]}}
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), layer) | {"count": jnp.int32(3)}
+    other = jq4.quantize(params["other"], "rtn-w8g32")
+    q = jq4.quantize({"kernel": params["kernel"]}, recipe)["kernel"]
+    codes = jnp.asarray(random.integers(0, 256, q.codes.shape), jnp.uint8)  # that no rounding to nearest gives
+    start = {"kernel": dataclasses.replace(q, codes=codes), "norm": 2 * params["norm"], "other": other}
+    masters, quantizers = jq4.train.begin_at(params, recipe, start)
+    again = jq4.harden(masters, quantizers, recipe)
+    for field in ("codes", "scale", "zero_point"):
+        np.testing.assert_array_equal(getattr(again["kernel"], field), getattr(start["kernel"], field))
+    np.testing.assert_array_equal(masters["norm"], np.full(6, 2, np.float32))
+    np.testing.assert_array_equal(masters["other"]["kernel"], other["kernel"].dequantize(jnp.float32))
+    assert {leaf.dtype for leaf in jax.tree.leaves((masters["kernel"], masters["norm"]))} == {jnp.dtype("float32")}
+    assert masters["count"] == 3 and masters["count"].dtype == jnp.int32
+    for wrong in (jq4.quantize({"kernel": jnp.ones((64, 8))}, recipe), start | {"norm": jnp.ones(7)}):
+        with pytest.raises(jq4.JQ4Error, match=r"the start's leaf has shape .*, wanted .*, the params'"):
+            jq4.train.begin_at(params, recipe, start | wrong)
+
+
 def test_a_start_is_held_to_the_recipe():
     params = {"kernel": jnp.ones((8, 2))}
     start = jq4.quantize(params, "rtn-w4g4")

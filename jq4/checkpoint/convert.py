@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jq4.checkpoint.conversion.destination import check_destination, check_space, install, no_space
+from jq4.checkpoint.conversion.destination import check_convertible, check_space, install, no_space
 from jq4.checkpoint.conversion.progress import Journal, journal_for
 from jq4.checkpoint.conversion.requantize import Requantizer
 from jq4.checkpoint.conversion.stream import Output, Target, check_fits, default_memory, room_within, stream
@@ -64,7 +64,7 @@ def convert(
         that changed; OSError. The destination is as it was then.
     """
     source, destination = Path(source), Path(destination).resolve()
-    check_destination(source, destination)
+    check_convertible(source, destination)
     memory = default_memory() if memory is None else memory
     room = room_within(memory)
     check_fits(target, room, memory)

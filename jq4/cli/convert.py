@@ -58,14 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jq4.checkpoint.conversion.destination import check_destination
+    from jq4.checkpoint.conversion.destination import check_convertible
     from jq4.checkpoint.conversion.progress import folder_of
     from jq4.cli import _conversion, _folders, _terminal
     from jq4.report import conversion_tables, conversion_title, format_bytes, verification_tables
 
     watch = _terminal.Stopwatch()
     source, destination = Path(arguments.source), Path(arguments.destination)
-    check_destination(source, destination)
+    check_convertible(source, destination)
     _folders.check_without_adapters(destination)
     _check_name(destination, arguments.to)
     work = _conversion.prepare(source, arguments.to, _options(arguments), arguments.requantize, arguments.shard_size)

@@ -27,7 +27,7 @@ from pallas_kernels.grouped_int4_matmul.xla import grouped_input_cotangent, grou
 from pallas_kernels.int4_matmul import gradients, tiles
 from pallas_kernels.int4_matmul.api import no_cotangent
 from pallas_kernels.int4_matmul.precision import asks_for_float32, resolved_precision
-from pallas_kernels.int4_matmul.registry import UnsupportedError, in_rows
+from pallas_kernels.int4_matmul.registry import UnsupportedError, check_fits, in_rows
 from pallas_kernels.int4_matmul.spec import PackedSpec
 from pallas_kernels.int4_matmul.tiles import Packed
 from pallas_kernels.lowering_platform import by_lowering_platform
@@ -81,9 +81,10 @@ def grouped_int4_matmul(
     Raises:
       UnsupportedError: no such implementation, or it does not take the weight; while a program is lowered,
         for a platform that it does not run on.
-      ValueError: shapes that do not fit the spec.
+      ValueError: shapes that do not fit the spec, another word for `fits`.
     """
     w = Packed(codes, scale, zero_point, offset)
+    check_fits(fits)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise UnsupportedError(
             f"unknown implementation {implementation!r} of grouped_int4_matmul: "

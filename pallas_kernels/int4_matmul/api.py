@@ -21,6 +21,7 @@ from pallas_kernels.int4_matmul.registry import (
     PLATFORMS,
     Implementation,
     by_platform,
+    check_fits,
     in_rows,
     unsupported_on,
 )
@@ -62,9 +63,10 @@ def int4_matmul(
     Raises:
       UnsupportedError: no such implementation, or none of those named takes this spec; while a program is
         lowered, for a platform that none of them runs on.
-      ValueError: shapes that do not fit the spec.
+      ValueError: shapes that do not fit the spec, another word for `fits`.
     """
     w = Packed(codes, scale, zero_point, offset)
+    check_fits(fits)
     _check(x, w, spec)
     names = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
     by_platform(names, spec)  # raises for unknown or unfit names, before any tracing

@@ -67,7 +67,11 @@ def layout_refusal(spec: PackedSpec) -> str | None:
 
 
 def takes(fits: str, spec: PackedSpec, zero_points: bool) -> bool:
-    """Whether a weight can be multiplied by an x of `fits`: its levels fit too, its groups are chains of wgmma."""
+    """Whether a weight can be multiplied by an x of `fits`: its levels fit too, its groups are chains of wgmma.
+
+    Zero points are values and not looked at: e4m3 has levels by zeros of 0 to 16 alone, which is all that codes of 4
+    bits are given by any method here, and by files that keep to their format.
+    """
     if spec.bits == 8 and (zero_points or fits != "int8"):
         return False
     if spec.num_groups == 1:

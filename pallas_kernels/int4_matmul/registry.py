@@ -39,6 +39,7 @@ from pallas_kernels.int4_matmul.xla import int4_matmul_xla
 
 PLATFORMS = ("cpu", "tpu", "gpu")
 Implementation = str | Sequence[str] | None
+FITS = ("", "int8", "float8_e4m3fn")
 
 
 class UnsupportedError(ValueError):
@@ -140,6 +141,11 @@ def _names(implementation: str | Sequence[str]) -> tuple[str, ...]:
                 f"unknown implementation {name!r} of int4_matmul: wanted one of {', '.join(BACKENDS)}"
             )
     return names
+
+
+def check_fits(fits: str) -> None:
+    if fits not in FITS:
+        raise ValueError(f"fits is {fits!r}, wanted one of {', '.join(map(repr, FITS))}")
 
 
 def by_platform(implementation: Implementation, spec: PackedSpec) -> dict[str, str]:

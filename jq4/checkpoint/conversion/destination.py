@@ -17,7 +17,7 @@ from jq4.errors import CheckpointError, JQ4Error
 REPORT = "jq4-conversion.json"  # software that opens folders of weights looks for files by name, and not for this one
 
 
-def check_destination(source: Path, destination: Path) -> None:
+def check_convertible(source: Path, destination: Path) -> None:
     """Refuses what would destroy something, before any work is done."""
     here, there = source.resolve(), destination.resolve()
     if not there.name:

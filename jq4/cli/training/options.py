@@ -61,7 +61,7 @@ def add_descent(parser: argparse.ArgumentParser, rate: float | None = None) -> N
         type=float,
         default=rate,
         metavar="X",
-        help="Adam's, as a share of a leaf (default: .005 for 2 and 3 bits, .0007 for 4)"
+        help="Adam's, as a share of a leaf (default: .005 for 2 and 3 bits, .0007 for 4, and less for more)"
         if rate is None
         else "Adam's (default %(default)s)",
     )

@@ -27,6 +27,7 @@ from jq4.train.distillation.losses import distillation_loss, hidden_loss
 from jq4.train.distillation.teacher_cache import TeacherCache, checked_rows, digest_of_rows
 from jq4.train.fake import fake_quantized
 from jq4.train.harden import harden
+from jq4.train.quantizer import Quantizers
 from jq4.train.running.optimizer import OptimizerOptions, make_optimizer, rate_for
 from jq4.tuning.descent import Progress, draw_batches
 
@@ -81,7 +82,8 @@ def self_distill(
       params: the dense tree, which is the teacher and where training starts.
       recipe, axes: as `jq4.fake_quantized` takes them.
       rows: tokens i32[R, T]: text, or such as jq4.train.generated_rows or jq4.tuning.perturb make.
-      start: a tree with the packed leaves of a calibrated solution, which is started at (jq4.train.begin_at).
+      start: a tree with the packed leaves of a calibrated solution, which is started at (jq4.train.begin_at); or
+        Quantizers, whose steps the dense weights start with.
       lesson: what is learned; by default the teacher's predictions alone.
       teacher: the teacher's predictions for these rows, if they are kept; else it is run in every step.
       mask: bool[R, T], True where there is text; by default everywhere.
@@ -139,9 +141,9 @@ def _stepper(
 
 
 def _begun(params: Any, recipe: Recipe, axes: Mapping[str, int] | None, start: Any) -> Any:
-    if start is not None:
-        return begin_at(params, recipe, start, axes)
-    return jax.tree.map(as_master, params), quantizers(params, recipe, axes=axes)
+    if start is None or isinstance(start, Quantizers):
+        return jax.tree.map(as_master, params), quantizers(params, recipe, axes=axes, start=start)
+    return begin_at(params, recipe, start, axes)
 
 
 def _as_given(masters: Any, params: Any) -> Any:
