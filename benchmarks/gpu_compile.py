@@ -42,12 +42,12 @@ from benchmarks.gpu_lab.small_cases import small_cases
 from benchmarks.provenance import publish
 from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan
 from pallas_kernels.int4_matmul.gpu_chips import LANES
+from pallas_kernels.int4_matmul.registry import FITS
 from pallas_kernels.int4_matmul.shapes import SHAPES
 
 COLUMNS = ("device", "rows", "experts", "k", "n", "bits", "group_size", "dtype", "label")
 COLUMNS += ("us", "hbm_us", "issue_us", "bf16_us", "per_weight", "mma", "registers", "spilled_bytes", "shared_kib")
 COLUMNS += ("warnings",)
-FITS = ("int8", "float8_e4m3fn")
 
 
 def emulated(case: Case, row: dict[str, Any], seed: int = 0) -> float:
@@ -169,7 +169,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, nargs="+", default=[128], help="0: one scale for each column")
     parser.add_argument("--named", nargs="+", choices=sorted(SHAPES), default=["llama-3-70b/gate_proj"])
     parser.add_argument("--asymmetric", action="store_true", help="with zero points")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", *FITS], default="bfloat16", help="of x")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", *filter(None, FITS)], default="bfloat16", help="of x"
+    )
     parser.add_argument("--bits", type=int, choices=[4, 8], default=4)
     parser.add_argument("--transposed", action="store_true", help="the product by the transpose, of dy")
     parser.add_argument("--experts", type=int, default=0, help="rows sorted by so many experts; 0: one weight")

@@ -1,6 +1,6 @@
 """Memory of `jq4 merge`: a Llama-shaped model of 4 bits with adapters, merged to dense and to packed weights.
 
-    python -m benchmarks.merge_memory [--layers 8 16] [--rank 16] [--folder DIR] [--json FILE]
+    python -m benchmarks.merge_memory [--layers 4 8] [--rank 16] [--folder DIR] [--json FILE]
 
 The model has random weights (hidden 4096, inner 11008; 32,000 words), is packed by `jq4 quantize`, and its adapters, of
 every linear layer, are drawn. Each merge runs as a process of its own; the peak is its resident memory at most, mapped
@@ -60,7 +60,7 @@ def measured(folder: Path, layers: int, rank: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--layers", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--folder", help="where there is room (default: the system's temporary folder)")
     parser.add_argument("--json", help="a file to write")

@@ -29,9 +29,10 @@ middles of codes, text written from nothing and Muon by scripts that are not kep
                           the first losses are much lower (0.43, not 0.54), the last ones are not
     the same, evaluation  0.328; kernels by Muon 0.371 (its rate 3e-3 where an update's rms is .2) and 0.385 (1.5e-2)
 
-At 4 bits plain Adam and edges did harm: w4g32-a8 went from 0.025 to 0.028 at 1e-3, and at 2e-4 to 0.039 with the
-weights held still: the least change of a step throws weights at an edge back to other codes. From the middles, by rates
-relative to leaves, it comes to 0.0235 at 7e-4 and 0.0241 at 2e-4 in 60 steps of 8 rows (held out).
+At 4 bits plain Adam and edges did harm: w4g32-a8 went from 0.025 to 0.028 at 1e-3 (results/qat-held-out.json), and at
+2e-4 to 0.039 with the weights held still (a script that is not kept): the least change of a step throws weights at an
+edge back to other codes. From the middles, by rates relative to leaves, it comes to 0.0235 at 7e-4 and 0.0241 at 2e-4
+in 60 steps of 8 rows (held out).
 
 `--peer` runs torchao's fake quantization in a Python that holds it, on the same batches, with the same optimizer and
 loss (benchmarks.peer_qat); `--peer-options "--rate X"` gives it a rate of its own. `--speed` times a step of training

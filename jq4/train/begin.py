@@ -212,8 +212,9 @@ def _from_quantizer(entry: LeafReport, leaf: Any, before: Quantizer | None, marg
 
 
 def _check_shape(path: str, found: Any, leaf: Any) -> None:
-    if jnp.shape(leaf) != (found.shape if is_qarray(found) else jnp.shape(found)):
-        raise JQ4Error(f"{path}: the start's leaf has shape {found.shape}, wanted {jnp.shape(leaf)}, the params'")
+    shape, wanted = found.shape if is_qarray(found) else jnp.shape(found), jnp.shape(leaf)
+    if shape != wanted:
+        raise JQ4Error(f"{path}: the start's leaf has shape {shape}, wanted {wanted}, the params'")
 
 
 def _check_plain(q: QArray, path: str) -> None:

@@ -239,13 +239,13 @@ def begun(packed: Any, dense: Any, recipe: Any, at_codes: bool = True) -> Any:
     alone.
     """
     import jax
-    import jax.numpy as jnp
 
     from jq4.train import begin_at, quantizers
+    from jq4.train.begin import as_master
 
     if at_codes:
         return begin_at(dense, without_steps(recipe), packed)
-    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), dense)
+    weights = jax.tree.map(as_master, dense)
     return weights, quantizers(weights, without_steps(recipe), start=packed)
 
 
