@@ -74,7 +74,7 @@ from models.chain import LAYERS, decoder_chain
 from models.decoder import Decoder
 from models.hf import load_config, load_params
 
-FORMS = ("w2g32", "w2g32-asym", "w3g32", "w4g32-a8", "w4g32-a4")
+FORMS = ("w2g32", "w2g32-asym", "w3g32", "w4g32-a8", "w4g32-a4-asym")
 SHARE, SEED, HELD_OUT, WARMUP = 0.6, 0, 0.15, 20  # a twentieth of the steps
 FIGURES = ("kld_mean", "kld_p99", "perplexity", "reference_perplexity", "top1_agreement")
 
@@ -180,7 +180,7 @@ def quality(bench: Bench, form: str, options: argparse.Namespace) -> Iterator[di
 
 def peer(bench: Bench, form: str, batches: np.ndarray, words: str, options: argparse.Namespace) -> dict[str, Any]:
     """What torchao makes of the same batches; the last word of an option counts, so that `--rate` may be given."""
-    found = re.fullmatch(r"w(\d)g(\d+)(-asym)?(?:-a(\d))?", form)
+    found = re.fullmatch(r"w(\d)g(\d+)(-asym)?(?:-a(\d)(?:-asym)?)?", form)  # its inputs always have zero points
     assert found is not None
     more = ["--bits", found[1], "--group", found[2], *(["--asym"] if found[3] else [])]
     more += ["--inputs", found[4]] if found[4] else []

@@ -4,10 +4,13 @@
     int8-tensor    all tokens by one step, fixed by calibration; what lies beyond is clipped
     int4-...       the same with 7 for 127
     float8-...     the same with 448 for 127, and for round the nearest number of e4m3 (formats.py), ties to even
+    ...-token-asym of integers: a token's range need not lie around 0, as it does not behind a gate or a GELU.
+                   step = (max x - min x) / 255 (of 4 bits: 15), where 0 counts as one of the values
 
     x W  ~  step * (round(x / step) W)
 
-The numbers round(x / step) are what is multiplied. Where they and the weight's codes are integers, with one scale for
+The numbers round(x / step) are what is multiplied. A token's zero point z = round(-min x / step) does not enter: of its
+codes c from 0 to 255 the numbers are c - z, those from -z to 255 - z. Where they and the weight's codes are integers, with one scale for
 each output channel and no zero point, the product is one of int8 by int8 into int32 (XLA has it on CPU, GPU and TPU:
 sums are exact) and the scales follow. Weights in groups would need a sum of their own for each group; there the
 numbers, which every float dtype holds exactly, go through the same kernels as ever, and only the order of the float
@@ -35,10 +38,16 @@ import jax.numpy as jnp
 from jq4.errors import JQ4Error
 from jq4.qarray import QArray
 
-NAMES = ("", "int8-token", "int8-tensor", "int4-token", "int4-tensor", "float8-token", "float8-tensor")
+NAMES = (
+    "",
+    *("int8-token", "int8-token-asym", "int8-tensor"),
+    *("int4-token", "int4-token-asym", "int4-tensor"),
+    *("float8-token", "float8-tensor"),
+)
 _NOTHING = 1e-30  # a token no larger than this is zeros: a 448th of it is near where float32 ends
-_STRATEGIES = {("token", True): "token", ("tensor", False): "tensor"}
+_STRATEGIES = {("token", True), ("tensor", False)}
 _KINDS = (("int", 8), ("int", 4), ("float", 8))
+_ASYMMETRIC = "-asym"
 _MOST_OF_E4M3, _LEAST_NORMAL, _LEAST = 448, 2**-6, 2**-9
 
 
@@ -49,7 +58,7 @@ class Activations:
     Attributes:
       num_bits: 8, or 4 of integers.
       type: "int", or "float" for e4m3.
-      symmetric: true.
+      symmetric: false for integers by the token whose range has ends of its own.
       strategy, dynamic: "token" and true, or "tensor" and false (one step from calibration's max |x|).
     """
 
@@ -60,17 +69,17 @@ class Activations:
     dynamic: bool = True
 
     def __post_init__(self) -> None:
-        forms = (self.type, self.num_bits) in _KINDS and type(self.num_bits) is int and self.symmetric is True
-        if not forms or (self.strategy, self.dynamic) not in _STRATEGIES:
+        known = (self.type, self.num_bits) in _KINDS and type(self.num_bits) is int and type(self.symmetric) is bool
+        if not known or (self.strategy, self.dynamic) not in _STRATEGIES or self.name not in NAMES:
             found = ", ".join(f"{name} {value!r}" for name, value in dataclasses.asdict(self).items())
             raise JQ4Error(
-                f"rule: input_activations is {found}; wanted num_bits 8 or 4, type int (or 8, float), symmetric true, "
-                "and strategy token with dynamic true or tensor with dynamic false"
+                f"rule: input_activations is {found}; wanted num_bits 8 or 4, type int (or 8, float), and strategy token "
+                "with dynamic true or tensor with dynamic false; symmetric true, or false for integers by the token"
             )
 
     @property
     def name(self) -> str:
-        return f"{self.type}{self.num_bits}-{self.strategy}"
+        return f"{self.type}{self.num_bits}-{self.strategy}{'' if self.symmetric else _ASYMMETRIC}"
 
     @classmethod
     def of(cls, value: Any) -> "Activations | None":
@@ -89,14 +98,23 @@ def check_name(name: Any, where: str) -> str:
     return name
 
 
+def is_fixed(name: str) -> bool:
+    """Whether the step is one that calibration or training found."""
+    return name.endswith("tensor")
+
+
 def most_of(name: str) -> int:
-    """The largest number that is multiplied: 127, 7 or 448."""
-    return _MOST_OF_E4M3 if name.startswith("float") else 2 ** (int(name[3]) - 1) - 1
+    """The largest size of the numbers that are multiplied: 127, 7 or 448; 255 or 15 where ranges have their own ends."""
+    if name.startswith("float"):
+        return _MOST_OF_E4M3
+    return 2 ** int(name[3]) - 1 if name.endswith(_ASYMMETRIC) else 2 ** (int(name[3]) - 1) - 1
 
 
 def fits_of(name: str) -> str:
-    """The dtype of 8 bits that holds what is multiplied; "" for inputs that are not rounded."""
-    return name and ("float8_e4m3fn" if name.startswith("float") else "int8")
+    """The dtype of 8 bits that holds what is multiplied; "" where none does, and for inputs that are not rounded."""
+    if not name or name.startswith("float"):
+        return name and "float8_e4m3fn"
+    return "int8" if most_of(name) <= 127 else ""
 
 
 def in_steps(x: jax.Array, name: str, axes: Sequence[int], fixed: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -107,28 +125,37 @@ def in_steps(x: jax.Array, name: str, axes: Sequence[int], fixed: jax.Array | No
       axes: those that are contracted, over which a token's values lie.
       fixed: the step f32 of a "tensor" strategy, broadcasting to x.
     """
-    most = most_of(name)
     wide = x.astype(jnp.float32)
+    least, most = jnp.float32(-most_of(name)), jnp.float32(most_of(name))
     if fixed is not None:
         step = fixed.astype(jnp.float32)
+    elif name.endswith(_ASYMMETRIC):
+        lowest = jnp.min(wide, axis=tuple(axes), keepdims=True, initial=0)
+        step = _step_of(jnp.max(wide, axis=tuple(axes), keepdims=True, initial=0) - lowest, name)
+        least = jax.lax.stop_gradient(jnp.round(lowest / step))
+        most = least + most
     else:
-        largest = jnp.max(jnp.abs(wide), axis=tuple(axes), keepdims=True, initial=0)
-        step = jax.lax.stop_gradient(jnp.where(largest > _NOTHING, largest, most) / most)
+        step = _step_of(jnp.max(jnp.abs(wide), axis=tuple(axes), keepdims=True, initial=0), name)
     poisoned = jnp.any(jnp.isnan(wide), axis=tuple(axes), keepdims=True)  # no integer says so: the step does
     step = jnp.where(poisoned, jnp.nan, step)
-    return _nearest(wide / step, name).astype(x.dtype), step
+    return _nearest(wide / step, least, most, name).astype(x.dtype), step
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _nearest(x: jax.Array, name: str) -> jax.Array:
+def _step_of(largest: jax.Array, name: str) -> jax.Array:
     most = most_of(name)
-    return _nearest_e4m3(jnp.clip(x, -most, most)) if name.startswith("float") else jnp.clip(jnp.round(x), -most, most)
+    return jax.lax.stop_gradient(jnp.where(largest > _NOTHING, largest, most) / most)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _nearest(x: jax.Array, least: jax.Array, most: jax.Array, name: str) -> jax.Array:
+    return _nearest_e4m3(jnp.clip(x, least, most)) if name.startswith("float") else jnp.clip(jnp.round(x), least, most)
 
 
 @_nearest.defjvp
-def _straight_through(name: str, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    (x,), (tangent,) = primals, tangents
-    return _nearest(x, name), jnp.where(jnp.abs(x) <= most_of(name) + 0.5, tangent, 0.0)
+def _straight_through(name: str, primals: Sequence[jax.Array], tangents: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+    x, least, most = primals
+    inside = (x >= least - 0.5) & (x <= most + 0.5)
+    return _nearest(x, least, most, name), jnp.where(inside, tangents[0], 0.0)
 
 
 def _nearest_e4m3(x: jax.Array) -> jax.Array:
@@ -144,7 +171,7 @@ def rounding_inputs(q: QArray, name: str, absmax: Any) -> QArray:
       name: of NAMES; "" for products that do not.
       absmax: for a "tensor" strategy, max |x| f32[*S, K] of the inputs of each stacked slice; else not looked at.
     """
-    if not check_name(name, "rounding_inputs") or name.endswith("token"):
+    if not is_fixed(check_name(name, "rounding_inputs")):
         return dataclasses.replace(q, activations=name, activation_scale=None)
     stacked = absmax.shape[:-1]
     rows = jnp.asarray(absmax, jnp.float32)

@@ -3,8 +3,8 @@
     rtn-w4g32   hqq-w4g64-asym   rtn-w8gc   nf4 (groups of 64, as bitsandbytes)   fp4 (of 32, as OCP's)   nf4-g128
     nf4-dq      scales packed as well, as bitsandbytes' double quantization: 4.127 bits a weight
 
-`-a8` after any of them rounds the inputs of products as well, to 8 bits a token as they come (`-a4`: to 4; `-afp8`: to
-floats of 8, e4m3).
+`-a8` after any of them rounds the inputs of products as well, to 8 bits a token as they come (`-a4`: to 4; `-a8-asym`,
+`-a4-asym`: from each token's least to its largest; `-afp8`: to floats of 8, e4m3).
 
     rtn-w4g128-a8           smoothquant-w8a8        8 bits by 8, a scale an output channel, inputs smoothed beforehand
     rotate-rtn-w4g128-a8    smoothquant-w8a8-static the same with a step for each weight's inputs from calibration
@@ -34,8 +34,14 @@ _DEFAULT_GROUP = {"nf": "64", "fp": "32"}
 _TYPE = {"nf": "nf", "fp": "float"}
 
 
-_ACTIVATIONS = re.compile(r"(?P<weights>.+)-a(?P<inputs>8|4|fp8)")
-_INPUTS = {"8": Activations(), "4": Activations(num_bits=4), "fp8": Activations(type="float")}
+_ACTIVATIONS = re.compile(r"(?P<weights>.+)-a(?P<inputs>8|4|8-asym|4-asym|fp8)")
+_INPUTS = {
+    "8": Activations(),
+    "4": Activations(num_bits=4),
+    "8-asym": Activations(symmetric=False),
+    "4-asym": Activations(num_bits=4, symmetric=False),
+    "fp8": Activations(type="float"),
+}
 _LEARNED = {"adaround": ("adaround",), "autoround": ("autoround",), "best": ("distill",)}
 _LEARNED_FROM = "gptq"
 _SMOOTHQUANT = {"smoothquant-w8a8": "", "smoothquant-w8a8-static": "static"}
@@ -52,7 +58,7 @@ def preset(name: str, *, embeddings: bool = False, head: bool = False) -> Recipe
     kind, _, form = weights.partition("-")
     if kind in _LEARNED:
         after, weights = tuple(Step(step) for step in _LEARNED[kind]), f"{_LEARNED_FROM}-{form}"
-    if before and weights.endswith("-a4"):
+    if before and weights.endswith(("-a4", "-a4-asym")):
         before = (Step("rotate", (("inner", True),)),)
     if weights in _SMOOTHQUANT:
         before = (*before, Step("smoothquant"))
@@ -100,6 +106,6 @@ def _make(name: str, targets: tuple[str, ...], method: str, group: str, bits: in
 def _known() -> str:
     return (
         f"METHOD-wBITSgGROUP[-asym] with METHOD one of {', '.join((*METHODS, *_LEARNED))}; BITS 2 to 8; GROUP a "
-        "number, c (channel) or t (tensor); or nf4, fp4; with -a8 (activations too; -a4, -afp8) or rotate- before it; "
-        "or smoothquant-w8a8"
+        "number, c (channel) or t (tensor); or nf4, fp4; with -a8 (activations too; -a4, -a8-asym, -a4-asym, -afp8) "
+        "after or rotate- before it; or smoothquant-w8a8"
     )

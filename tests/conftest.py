@@ -1,5 +1,6 @@
 """The strict house rules that every test runs under."""
 
+import functools
 import gc
 import os
 from pathlib import Path
@@ -19,9 +20,13 @@ os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 # Traces are many objects that live: Python's own thresholds look for cycles among them fifty times as often.
 gc.set_threshold(50_000, 10, 5)
+
+# A third of a small program's compiling is filling a new context with MLIR's operations: all programs share one.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

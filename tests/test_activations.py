@@ -96,6 +96,41 @@ def test_every_float_is_rounded_to_e4m3_as_ml_dtypes_does(dtype):
     assert held.dtype == x.dtype and float(step[0]) == 1.0
 
 
+def asymmetric(x, bits):
+    """(codes less zero point, step) by torch's formula (choose_qparams_affine): float32 numpy."""
+    x, levels = np.asarray(x, np.float32), 2**bits - 1
+    low, high = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
+    step = (high - low) / np.float32(levels)
+    zero = -np.round(low / step)
+    codes = np.clip(np.round(x / step) + zero, 0, levels)
+    return (codes - zero).astype(np.float64), step
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", [("int4", 8, True), ("int4", None, False), ("int8", None, True)])
+def test_ranges_with_ends_of_their_own(form, bits):
+    """Tokens of both signs, of one (behind a ReLU), of nothing but one value; by groups and by the column."""
+    name, group, symmetric = form
+    q = quantize_weight(W, name, group_size=group, symmetric=symmetric)
+    q = rounding_inputs(q, f"int{bits}-token-asym", None)
+    x = X.at[1].set(jnp.abs(X[1])).at[2].set(-jnp.abs(X[2])).at[3].set(X[3] + 2).at[4].set(0.7)
+    numbers, step = asymmetric(x, bits)
+    assert numbers.min() == -(2**bits - 1) and numbers.max() == 2**bits - 1
+    wanted = (numbers * step) @ np.asarray(q.dequantize(), np.float64)
+    np.testing.assert_allclose(jit(jq4.matmul)(x, q), wanted, rtol=2e-5, atol=2e-5)
+    of_integers = "preferred_element_type=int32" in str(jax.make_jaxpr(jq4.matmul)(x, q))
+    assert of_integers == (form[0] == "int8" and bits == 4)  # numbers up to 255 fit no int8
+    held, _ = in_steps(x.astype(jnp.bfloat16), q.activations, (1,), None)
+    again, _ = asymmetric(x.astype(jnp.bfloat16), bits)
+    np.testing.assert_array_equal(np.asarray(held, np.float64), again)
+
+
+def test_gradients_pass_the_rounding_of_ranges_with_ends_of_their_own():
+    q = rounding_inputs(quantize_weight(W, "int4", group_size=8), "int4-token-asym", None)
+    slope = jax.grad(lambda x: jnp.sum(jq4.matmul(x, q)))(X)
+    np.testing.assert_allclose(slope, np.broadcast_to(np.asarray(q.dequantize()).sum(-1), X.shape), rtol=1e-5, atol=1e-5)
+
+
 def test_a_fixed_step_clips_what_lies_beyond():
     q = rounding_inputs(quantize_weight(W, "int8", group_size=None), "int8-tensor", jnp.abs(X[:2]).max(0))
     step = float(np.abs(np.asarray(X[:2], np.float64)).max() / 127)
@@ -105,7 +140,7 @@ def test_a_fixed_step_clips_what_lies_beyond():
     np.testing.assert_allclose(jq4.matmul(X, q), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["int8-token", "int8-tensor", "float8-token"])
+@pytest.mark.parametrize("name", ["int8-token", "int4-token-asym", "int8-tensor", "float8-token"])
 @pytest.mark.parametrize("group", [None, 8])
 def test_a_token_with_a_nan_gives_nan_and_no_other_does(group, name):
     """Integers know no NaN, and a sum of them would hide it."""
@@ -115,7 +150,7 @@ def test_a_token_with_a_nan_gives_nan_and_no_other_does(group, name):
     np.testing.assert_array_equal(np.delete(out, 1, 0), np.delete(np.asarray(jq4.matmul(X, q)), 1, 0))
 
 
-@pytest.mark.parametrize("name", ["int8-token", "float8-token"])
+@pytest.mark.parametrize("name", ["int8-token", "int8-token-asym", "float8-token"])
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-37])
 def test_a_token_of_nothing_gives_nothing(size, name):
     q = rounding_inputs(quantize_weight(W, "int8", group_size=None), name, None)
@@ -254,6 +289,8 @@ def test_smoothing_makes_eight_bits_of_a_tensor_do():
     [
         ({"num_bits": 3}, "num_bits 3.*wanted num_bits 8 or 4"),
         ({"num_bits": 4, "type": "float"}, r"num_bits 4, type 'float'.*wanted .* type int \(or 8, float\)"),
+        ({"type": "float", "symmetric": False}, "type 'float', symmetric False.*symmetric true, or false for integers"),
+        ({"symmetric": False, "strategy": "tensor", "dynamic": False}, "symmetric False, strategy 'tensor'"),
         ({"strategy": "tensor"}, "strategy 'tensor', dynamic True; wanted"),
         (
             {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": False},
@@ -280,6 +317,10 @@ def test_dense_leaves_have_no_rounded_inputs():
 def test_presets_with_activations():
     assert jq4.Recipe.preset("rtn-w4g128-a8").rules[0].input_activations == Activations()
     assert jq4.Recipe.preset("hqq-w4g64-asym-a4").rules[0].input_activations == Activations(num_bits=4)
+    assert jq4.Recipe.preset("rtn-w4g64-asym-a8-asym").rules[0].input_activations == Activations(symmetric=False)
+    four = Activations(num_bits=4, symmetric=False)
+    assert jq4.Recipe.preset("gptq-w4g32-a4-asym").rules[0].input_activations == four
+    assert jq4.Recipe.preset("rotate-rtn-w4g32-a4-asym").before == jq4.Recipe.preset("rotate-rtn-w4g32-a4").before
     assert jq4.Recipe.preset("gptq-w4g128-afp8").rules[0].input_activations == Activations(type="float")
     recipe = jq4.Recipe.preset("smoothquant-w8a8")
     assert (recipe.before[0].step, recipe.rules[0].num_bits, recipe.rules[0].strategy) == ("smoothquant", 8, "channel")

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jq4.activations import is_fixed
 from jq4.errors import JQ4Error
 from jq4.paths import flatten_with_paths, leaf_path
 from jq4.qarray import QArray, dense, is_qarray, spread_groups
@@ -198,13 +199,13 @@ def _from_quantizer(entry: LeafReport, leaf: Any, before: Quantizer | None, marg
     if offset is not None:  # the lowest level stays where it is
         offset = offset - old.center * before.scale + new.center * scale
     inputs = activations_of(entry)
-    if inputs.endswith("tensor") and before.activations != inputs:
+    if is_fixed(inputs) and before.activations != inputs:
         raise JQ4Error(f"{entry.path}: the start has no learned step for its inputs: give a packed start, or none")
     return Quantizer(
         scale=scale,
         zero_point=None if before.zero_point is None else before.zero_point / share,
         offset=offset,
-        input_step=before.input_step if inputs.endswith("tensor") else None,
+        input_step=before.input_step if is_fixed(inputs) else None,
         encoding=encoding,
         activations=inputs,
         margin=margin,
