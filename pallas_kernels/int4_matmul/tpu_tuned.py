@@ -5,7 +5,7 @@
 M is the largest number of rows of a bucket: an entry serves every problem in it, with its block_m cut to the rows there
 are; a group of 0 is one for the whole of K, and z stands for zero points. benchmarks/tpu_tune.py compiles the model's
 first few plans for shapes of real models and writes an entry where one of them is faster than the model's first by
-more than 3 %. An entry that does not fit (float32 results, a layout it was not tuned for) is not taken.
+more than 1.5 %. An entry that does not fit (float32 results, a layout it was not tuned for) is not taken.
 """
 
 import functools
@@ -19,7 +19,7 @@ from pallas_kernels.int4_matmul.tpu_model import vmem_of
 from pallas_kernels.int4_matmul.tpu_plan import EXACT, Plan, Problem
 
 FILE = "tuned.json"
-BUCKETS = (16, 512)  # rows: up to 16, and from 257 to 512
+BUCKETS = (16, 512, 2048)  # rows: up to 16, from 257 to 512, and from 1025 to 2048
 
 
 def tuned_plan(problem: Problem, chip: Chip, exact: bool) -> Plan | None:
@@ -35,7 +35,7 @@ def tuned_plan(problem: Problem, chip: Chip, exact: bool) -> Plan | None:
 
 
 def bucket_of(rows: int) -> int | None:
-    """The bucket that a number of rows is in; none has those from 17 to 256, and those beyond the last."""
+    """The bucket that a number of rows is in; none has those of fewer than half of it, and those beyond the last."""
     return next((most for most in BUCKETS if most // 2 < rows <= most or rows <= most == BUCKETS[0]), None)
 
 
