@@ -10,12 +10,12 @@
     x W  ~  step * (round(x / step) W)
 
 The numbers round(x / step) are what is multiplied. A token's zero point z = round(-min x / step) does not enter: of its
-codes c from 0 to 255 the numbers are c - z, those from -z to 255 - z. Where they and the weight's codes are integers, with one scale for
-each output channel and no zero point, the product is one of int8 by int8 into int32 (XLA has it on CPU, GPU and TPU:
-sums are exact) and the scales follow. Weights in groups would need a sum of their own for each group; there the
-numbers, which every float dtype holds exactly, go through the same kernels as ever, and only the order of the float
-sums differs. Kernels that multiply bytes are told what dtype holds them (`fits`). Gradients go straight through the
-rounding, and not past the clipping.
+codes c from 0 to 255 the numbers are c - z, those from -z to 255 - z, which bfloat16 and float16 hold. Where they fit
+int8 and the weight's codes are integers, with one scale for each output channel and no zero point, the product is one
+of int8 by int8 into int32 (XLA has it on CPU, GPU and TPU: sums are exact) and the scales follow. Weights in groups
+would need a sum of their own for each group; there the numbers, which every float dtype holds exactly, go through the
+same kernels as ever, and only the order of the float sums differs. Kernels that multiply bytes are told what dtype
+holds them (`fits`). Gradients go straight through the rounding, and not past the clipping.
 
 Integers have equal steps up to a token's largest value. Those of e4m3 are a sixteenth to an eighth of each value: finer
 where that is less than an eighth to a sixteenth of the largest, coarser above. On the TinyStories Llama integers lose
@@ -73,8 +73,8 @@ class Activations:
         if not known or (self.strategy, self.dynamic) not in _STRATEGIES or self.name not in NAMES:
             found = ", ".join(f"{name} {value!r}" for name, value in dataclasses.asdict(self).items())
             raise JQ4Error(
-                f"rule: input_activations is {found}; wanted num_bits 8 or 4, type int (or 8, float), and strategy token "
-                "with dynamic true or tensor with dynamic false; symmetric true, or false for integers by the token"
+                f"rule: input_activations is {found}; wanted num_bits 8 or 4, type int (or 8, float), and strategy "
+                "token with dynamic true or tensor with dynamic false; symmetric true, or false for integers by token"
             )
 
     @property
@@ -104,7 +104,7 @@ def is_fixed(name: str) -> bool:
 
 
 def most_of(name: str) -> int:
-    """The largest size of the numbers that are multiplied: 127, 7 or 448; 255 or 15 where ranges have their own ends."""
+    """The largest number that is multiplied: 127, 7 or 448; 255 or 15 where ranges have ends of their own."""
     if name.startswith("float"):
         return _MOST_OF_E4M3
     return 2 ** int(name[3]) - 1 if name.endswith(_ASYMMETRIC) else 2 ** (int(name[3]) - 1) - 1

@@ -128,7 +128,8 @@ def test_ranges_with_ends_of_their_own(form, bits):
 def test_gradients_pass_the_rounding_of_ranges_with_ends_of_their_own():
     q = rounding_inputs(quantize_weight(W, "int4", group_size=8), "int4-token-asym", None)
     slope = jax.grad(lambda x: jnp.sum(jq4.matmul(x, q)))(X)
-    np.testing.assert_allclose(slope, np.broadcast_to(np.asarray(q.dequantize()).sum(-1), X.shape), rtol=1e-5, atol=1e-5)
+    wanted = np.broadcast_to(np.asarray(q.dequantize()).sum(-1), X.shape)
+    np.testing.assert_allclose(slope, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_fixed_step_clips_what_lies_beyond():

@@ -158,6 +158,18 @@ def test_narrow_params_learn_as_wide_ones_do():
     assert wide < 0.6 * told[0] and narrow_loss < 1.3 * wide
 
 
+def test_counts_and_indices_beside_the_weights_stay_as_they_are():
+    m = model("tied_embedding")
+    text = np.asarray(np.random.default_rng(5).integers(0, 40, (4, 4)), np.int32)
+    tree = {"model": m.tree, "order": jnp.arange(3, -1, -1), "count": np.int32(7)}
+    function = lambda tree, tokens: m.function(tree["model"], tokens[:, tree["order"]]) / tree["count"].astype(float)  # noqa: E731
+    recipe = jq4.Recipe.preset("rtn-w2g32")
+    for start in (None, jq4.quantize(tree, recipe)):
+        found = self_distill(function, tree, recipe, text, start=start, steps=2, batch_size=4)
+        np.testing.assert_array_equal(found["order"], tree["order"])
+        assert (found["count"], found["order"].dtype) == (7, jnp.int32)
+
+
 def test_impossible_lessons_are_refused():
     for given in ({"share": 1.5}, {"temperature": 0.0}):
         with pytest.raises(jq4.JQ4Error, match=r"share is .* and temperature .*, wanted a share from 0 to 1"):

@@ -142,13 +142,19 @@ def _stepper(
 
 def _begun(params: Any, recipe: Recipe, axes: Mapping[str, int] | None, start: Any) -> Any:
     if start is None or isinstance(start, Quantizers):
-        return jax.tree.map(as_master, params), quantizers(params, recipe, axes=axes, start=start)
-    return begin_at(params, recipe, start, axes)
+        return _floats(jax.tree.map(as_master, params)), quantizers(params, recipe, axes=axes, start=start)
+    begun, learned = begin_at(params, recipe, start, axes)
+    return _floats(begun), learned
+
+
+def _floats(params: Any) -> Any:
+    """The tree with None for what has no gradient: counts, tables of indices."""
+    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None, params)
 
 
 def _as_given(masters: Any, params: Any) -> Any:
-    """The masters in the dtypes of the params; gradients go straight through."""
-    return jax.tree.map(lambda master, leaf: master.astype(leaf.dtype), masters, params)
+    """The masters in the dtypes of the params, and what of them is not trained; gradients go straight through."""
+    return jax.tree.map(lambda leaf, master: leaf if master is None else master.astype(leaf.dtype), params, masters)
 
 
 def _tell(done: int, steps: int, value: float, progress: Progress | None) -> None:
