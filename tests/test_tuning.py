@@ -9,12 +9,15 @@ import pytest
 from linear_block import as_block, error_of, heavy_tailed, linear, problem, small_layer
 
 import jq4
+from jq4.activations import rounding_inputs
 from jq4.chain import Chain
-from jq4.qarray import codes_of
+from jq4.divergence import divergence
+from jq4.qarray import codes_of, is_qarray
 from jq4.tuning import distill, logits_of_chain, tune_block, with_effort
 from jq4.tuning.descent import draw_batches, split_rows
 from jq4.tuning.learned import begin, harden, weight_of
 from jq4.tuning.learned_tree import begin_tree
+from jq4.tuning.rounded_inputs import with_rounded_inputs
 
 FORMS = ("rtn-w4g32", "rtn-w3g32-asym", "hqq-w4g32-asym", "rtn-w8gc", "nf4-g32", "fp4")
 
@@ -267,6 +270,45 @@ def _divergence(logits, dense, packed, rows):
         for tree in (dense, jq4.dequantize(packed))
     )
     return (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+
+
+def _with_inputs(packed, name):
+    """The packed tree, whose kernels' products round their inputs; where steps are fixed, each layer by its own."""
+    seen = jnp.asarray([[4.0], [2.0]]) * jnp.ones((2, 16))
+    kernel = rounding_inputs(packed["layers"]["kernel"], name, seen)
+    return packed | {"layers": {"kernel": kernel}}
+
+
+@pytest.mark.parametrize("name", ["int8-token", "int4-token-asym", "int4-tensor", "float8-token"])
+def test_inputs_are_rounded_as_those_of_what_is_served(name):
+    """Oracle: jq4.quantized of the packed weights; through a scan over layers, and in one block."""
+    chain, _, packed, rows = _small_model()
+    packed = _with_inputs(packed, name)
+    logits, plain = logits_of_chain(chain), jq4.dequantize(packed)
+    served = jax.jit(jq4.quantized(logits, strict=True))(packed, rows)
+    learned = jax.jit(lambda tree: with_rounded_inputs(logits, packed)(tree, rows))(plain)
+    np.testing.assert_allclose(learned, served, rtol=2e-4, atol=2e-4)
+    assert np.abs(np.asarray(logits(plain, rows)) - np.asarray(served)).max() > 0.02
+    assert with_rounded_inputs(logits, _small_model()[2]) is logits
+
+
+def test_learning_makes_up_for_rounded_inputs():
+    """Judged as served: on rows held out in the whole model, on its own rows in a block."""
+    chain, dense, packed, rows = _small_model()
+    packed = _with_inputs(packed, "int4-token")
+    logits = logits_of_chain(chain)
+    served = jax.jit(jq4.quantized(logits, strict=True))
+    apart = lambda tree: float(jnp.mean(divergence(served(tree, rows), logits(dense, rows))))  # noqa: E731
+    learn = lambda start: distill(logits, dense, start, rows, options={"iterations": 60})  # noqa: E731
+    plain = jax.tree.map(
+        lambda q: dataclasses.replace(q, activations="") if is_qarray(q) else q, packed, is_leaf=is_qarray
+    )
+    blind = _with_inputs(learn(plain), "int4-token")
+    assert apart(learn(packed)) < 0.9 * min(apart(blind), apart(packed))
+    dense, packed, inputs, targets = problem("rtn-w4g32-a4")
+    error = lambda block: float(np.mean(np.square(jq4.quantized(linear)(block, 0, inputs) - targets)))  # noqa: E731
+    tuned = tune_block(linear, dense, packed, inputs, targets, index=0, options={"iterations": 60})
+    assert error(tuned) < error(packed)
 
 
 def test_the_rows_that_distillation_judges_by_are_not_learned_from():

@@ -1,6 +1,9 @@
 """Training with few bits: fake quantization, learned steps, distillation, and packed leaves from the result."""
 
 from jq4.divergence import divergence as divergence
+from jq4.rounded.record import RoundingRecord as RoundingRecord
+from jq4.rounded.record import UnroundedError as UnroundedError
+from jq4.rounded.record import UnroundedWarning as UnroundedWarning
 from jq4.train.adapters.adapter import Adapter as Adapter
 from jq4.train.adapters.adapter import Adapters as Adapters
 from jq4.train.adapters.loftq import loftq as loftq
@@ -39,8 +42,5 @@ from jq4.train.fake import fake_quantized as fake_quantized
 from jq4.train.harden import harden as harden
 from jq4.train.quantizer import Quantizer as Quantizer
 from jq4.train.quantizer import Quantizers as Quantizers
-from jq4.train.record import RoundingRecord as RoundingRecord
-from jq4.train.record import UnroundedError as UnroundedError
-from jq4.train.record import UnroundedWarning as UnroundedWarning
 from jq4.train.stages import Stage as Stage
 from jq4.train.stages import stages as stages

@@ -10,148 +10,22 @@ The first argument of f is its params, and what takes their place is that tree o
 params went: `jax.grad(loss)(pair, batch)`, `optimizer.init(pair)`, `TrainState(params=pair)`. f keeps its arity, and
 what is returned composes with jit, grad, vmap, remat, scan and shard_map as f does.
 
-It is the interpreter of `jq4.quantized` with another set of rules (jq4.train.rounded_products, and jq4.watch_rules for
-what moves axes). Where is a weight rounded? At its use: a scan over layers rounds a layer's slice in its body, so that
-one layer's copy is alive, and under remat none is kept for the backward pass. What a loop does not slice is rounded
-once, before the loop; so is what enters a shard_map, where a group may lie on several devices. A user's own custom
-derivative gets the rounded weight as a plain array, gradients pass through its rule to the weight, and inputs of
-products inside are not rounded, which is told.
+A weight is rounded where it is used, by the interpreter of jq4.rounded.
 """
 
-import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-from jax.sharding import PartitionSpec
-
-from jq4 import jax_compat, watch_rules
 from jq4.arguments import Arguments
-from jq4.interpret import Interpreter, Values
+from jq4.paths import flatten_with_paths
 from jq4.recipe import Recipe
-from jq4.record import DENSE
+from jq4.rounded.interpreter import RoundingInterpreter
+from jq4.rounded.record import UNROUNDED, UNUSED, RoundingRecord
 from jq4.rule import Rule
-from jq4.train import rounded_products
 from jq4.train.plan import plan_quantizers
 from jq4.train.quantizer import split_pair
-from jq4.train.record import INPUTS, UNROUNDED, UNUSED, RoundingRecord, UnroundedError, UnroundedWarning
-from jq4.train.rounded_products import NotFollowed
-from jq4.train.traced import Rounded, Unrounded
-
-_MOVES = {name: rule for name, rule in watch_rules.RULES.items() if name not in watch_rules.PRODUCTS}
-_ENTERED_WHOLE = ("eval_jit", "eval_call", "eval_remat", "eval_cond", "eval_scan")
-
-
-class RoundingInterpreter(Interpreter):
-    """Evaluates a jaxpr with weights that are rounded where they are used."""
-
-    def __init__(self, record: RoundingRecord, strict: bool) -> None:
-        self.record = record
-        self.strict = strict
-        self.rounded: set[str] = set()
-        self.looked_up: dict[str, int] = {}
-
-    def is_special(self, value: Any) -> bool:
-        return isinstance(value, Unrounded | Rounded)
-
-    def equation(self, eqn: Any, values: Values) -> Values:
-        if jax_compat.method_of(eqn) not in _ENTERED_WHOLE:
-            values = [self.round(value) for value in values]
-        return super().equation(eqn, values)
-
-    def round(self, value: Any) -> Any:
-        if not isinstance(value, Unrounded):
-            return value
-        self.rounded.add(value.path)
-        return value.round()
-
-    def rule(self, eqn: Any, values: Values) -> Values | None:
-        name = eqn.primitive.name
-        if product := rounded_products.RULES.get(name):
-            try:
-                return product(eqn, values)
-            except NotFollowed as reason:
-                return jax_compat.bind(eqn, self.dense(values, eqn, str(reason)))
-        if name not in _MOVES:
-            return None
-        outputs = _MOVES[name](self, eqn, values)
-        if not any(isinstance(output, Rounded) for output in outputs) and not _looks_rows_up(eqn, values):
-            self.dense(values, eqn)
-        return outputs
-
-    def compute(self, eqn: Any, values: Values) -> Values:
-        """The equation on the arrays, for the rules that move axes."""
-        return jax_compat.bind(eqn, [value.array if isinstance(value, Rounded) else value for value in values])
-
-    def densify(self, value: Any, eqn: Any, reason: str = "") -> jax.Array:
-        value, primitive = self.round(value), eqn.primitive.name
-        reason = reason or f"{primitive} has no packed rule"
-        kind = INPUTS if value.activations else DENSE
-        self.tell(kind, value.path, primitive, reason, value)
-        return value.array
-
-    def tell(self, kind: str, path: str, primitive: str, reason: str, leaf: Any) -> None:
-        """Notes it; where something is not what the recipe says, raises or warns as well."""
-        first = self.record.note_leaf(kind, path, primitive, reason, leaf)
-        if kind == DENSE:
-            return
-        text = _told(kind, path, primitive, reason)
-        if self.strict:
-            raise UnroundedError(text)
-        if first:
-            warnings.warn(text, UnroundedWarning, stacklevel=2)
-
-    # What enters loops, meshes and rules of the user's own ------------------------------------------------------
-
-    def eval_scan(self, eqn: Any, values: Values) -> Values:
-        num_consts, num_carry = jax_compat.scan_counts(eqn)
-        whole = num_consts + num_carry
-        return super().eval_scan(eqn, [*(self.round(value) for value in values[:whole]), *values[whole:]])
-
-    def before_slicing(self, value: Any, eqn: Any) -> Any:
-        if isinstance(value, Unrounded):
-            if value.can_be_sliced():
-                return value.with_whole_leading_axis()
-            value = self.round(value)
-        leading = value.axes[0]
-        if not value.can_be_scanned():
-            return self.densify(value, eqn, "the scan slices it along a part of its axis")
-        if value.step is None:
-            return value
-        if leading[0].axis != -value.step.ndim:
-            return self.densify(value, eqn, "the scan slices it along another axis than its learned steps'")
-        whole = (len(value.array), *value.step.shape[1:])
-        return dataclasses.replace(value, step=jax.numpy.broadcast_to(value.step, whole))
-
-    def inside_loop(self, value: Any) -> Any:
-        return value if isinstance(value, Unrounded) else dataclasses.replace(value, axes=value.axes[1:])
-
-    def enter_shard_map(self, value: Rounded, spec: Any, mesh: Any) -> tuple[Any, Any]:
-        del mesh
-        parts = jax.tree.map(lambda _: PartitionSpec(), value)
-        if value.step is not None and value.step.size > 1:  # each device its own experts' steps
-            along = {atoms[0].axis: entry for atoms, entry in zip(value.axes, spec, strict=False) if atoms}
-            entries = [along.get(axis) if value.step.shape[axis] > 1 else None for axis in range(-value.step.ndim, 0)]
-            parts = dataclasses.replace(parts, step=PartitionSpec(*entries))
-        return value, dataclasses.replace(parts, array=spec)
-
-    def inside_shard_map(self, value: Rounded) -> Any:
-        return value.localised()
-
-    def constrain(self, value: Any, sharding: Any) -> Any:
-        if isinstance(value, Unrounded):
-            return dataclasses.replace(value, weight=super().constrain(value.weight, sharding))
-        if isinstance(value, Rounded):
-            return value.holding(super().constrain(value.array, sharding))
-        return super().constrain(value, sharding)
-
-    def eval_custom_jvp(self, eqn: Any, values: Values) -> Values:
-        return jax_compat.bind(eqn, self.dense(values, eqn, "a function with a derivative of the user's own"))
-
-    def eval_custom_vjp(self, eqn: Any, values: Values) -> Values:
-        return self.eval_custom_jvp(eqn, values)
+from jq4.train.traced import Unrounded
 
 
 class FakeQuantized:
@@ -174,18 +48,16 @@ class FakeQuantized:
         found, left = plan_quantizers(params, quantizers, self.recipe, self.axes)
         for path, (leaf, reason) in left.items():
             interpreter.tell(UNROUNDED, path, "", reason, leaf)
-        arguments = Arguments((params, *args), kwargs)
-        paths = [arguments.paths.get(place) for place in arguments.traced]
-        values = [
-            Unrounded(leaf, found[path], path) if path in found else leaf
-            for path, leaf in zip(paths, arguments.arrays, strict=True)
-        ]
-        jaxpr, outputs = arguments.trace(self.function, arguments.arrays)
-        results = [_unwrapped(interpreter.round(value)) for value in interpreter.evaluate(jaxpr, values)]
-        for value in values:
-            if isinstance(value, Unrounded) and value.path not in interpreter.rounded:
-                interpreter.tell(UNUSED, value.path, "", "the function does not look at it", value)
-        return outputs.rebuild(results)
+
+        def special(path: str, leaf: Any) -> Any:
+            return Unrounded(leaf, found[path], path) if path in found else leaf
+
+        results = interpreter.run(self.function, Arguments((params, *args), kwargs), special)
+        leaves = dict(flatten_with_paths(params))
+        for path in found:
+            if path not in interpreter.rounded:
+                interpreter.tell(UNUSED, path, "", "the function does not look at it", leaves[path])
+        return results
 
     def __repr__(self) -> str:
         return f"jq4.fake_quantized({self.function!r})"
@@ -214,24 +86,3 @@ def fake_quantized(
       UnroundedError: `strict`, and a leaf has no quantizer, is not used, or has inputs that were not rounded.
     """
     return FakeQuantized(function, Recipe.of(recipe), axes, strict)
-
-
-def _told(kind: str, path: str, primitive: str, reason: str) -> str:
-    remedy = "Ignore the leaf in the recipe, or see jq4.fake_quantized's record"
-    if kind == INPUTS:
-        return f"{path}: inputs are not rounded at {primitive}, though the recipe says so: {reason}. {remedy}"
-    what = "it is not rounded, though the recipe means it" if kind == UNROUNDED else "the recipe means it for nothing"
-    return f"{path}: {what}: {reason}. {remedy}"
-
-
-def _looks_rows_up(eqn: Any, values: Values) -> bool:
-    """Whether single rows of a table are taken, which have no product and no inputs."""
-    return (
-        eqn.primitive.name == "gather"
-        and isinstance(values[0], Rounded)
-        and sum(size > 1 for size in eqn.params["slice_sizes"]) <= 1
-    )
-
-
-def _unwrapped(value: Any) -> Any:
-    return value.array if isinstance(value, Rounded) else value

@@ -14,11 +14,11 @@ import jax
 from jq4.paths import leaf_path
 from jq4.quantize import check_values
 from jq4.recipe import Recipe
+from jq4.rounded.record import UnroundedError
 from jq4.rule import Rule
 from jq4.train.lsq import hardened
 from jq4.train.plan import plan_quantizers, planned_leaves
 from jq4.train.quantizer import Quantizers
-from jq4.train.record import UnroundedError
 
 _hardened = jax.jit(hardened)
 

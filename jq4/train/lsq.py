@@ -35,12 +35,11 @@ from jax import lax
 
 from jq4.formats import Format, get_format
 from jq4.qarray import QArray, levels_of, spread_groups
+from jq4.rounded.steps import slowed, stored_step
 from jq4.rounding import Parameters, find_parameters, map_groups, nearest_level, storable, storable_scale
 from jq4.straight_through import straight_through
 from jq4.train.quantizer import Quantizer
 from pallas_kernels import packing
-
-_SMALLEST = 1e-30  # an input's step no smaller than this
 
 
 def rounded(weight: jax.Array, quantizer: Quantizer) -> jax.Array:
@@ -94,16 +93,6 @@ def parameters_of(weight: jax.Array, quantizer: Quantizer) -> Parameters:
     if offset is not None:
         offset = straight_through(slow(offset), storable(offset, dtype))
     return Parameters(straight_through(slow(quantizer.scale), _stored_scale(quantizer.scale, dtype)), zero, offset)
-
-
-def stored_step(step: jax.Array) -> jax.Array:
-    """A step of inputs' codes as it is stored and used, f32, never zero; gradients go straight through."""
-    return straight_through(step, jnp.maximum(jnp.abs(step), _SMALLEST))
-
-
-def slowed(value: jax.Array, count: int, largest: float) -> jax.Array:
-    """The value, whose gradient is multiplied by 1 / sqrt(count * largest)."""
-    return straight_through(value * (max(count, 1) * largest) ** -0.5, value)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from jq4.tuning.descent import Progress, Rows, Settings, descend, split_rows
 from jq4.tuning.effort import ADAROUND, AUTOROUND, defaults
 from jq4.tuning.learned_tree import begin_tree, harden_tree, learned_tree, soft_tree
 from jq4.tuning.rectified import beta_at, penalty
+from jq4.tuning.rounded_inputs import with_rounded_inputs
 
 _LEAST_ENERGY = 1e-30  # of the targets; a block that gives zeros has no relative error
 
@@ -47,7 +48,8 @@ class BlockLoss:
     def __call__(self, variables: Any, context: Any, batch: Any) -> jax.Array:
         packed, dense, index, energy = context  # energy f32[]
         inputs, targets = batch  # [B, T, D] each
-        error = self.block(self.tree_of(variables, packed, dense), index, inputs).astype(jnp.float32) - targets
+        block = with_rounded_inputs(self.block, packed)
+        error = block(self.tree_of(variables, packed, dense), index, inputs).astype(jnp.float32) - targets
         return jnp.mean(jnp.square(error), axis=(1, 2)) / energy
 
 

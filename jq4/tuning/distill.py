@@ -35,6 +35,7 @@ from jq4.tuning.descent import Progress, Rows, Settings, descend, split_rows
 from jq4.tuning.effort import END_TO_END, TOKENS, defaults
 from jq4.tuning.learned_tree import begin_tree, harden_tree, learned_tree
 from jq4.tuning.perturb import perturb
+from jq4.tuning.rounded_inputs import with_rounded_inputs
 
 Logits = Callable[[Any, jax.Array], jax.Array]  # (tree, tokens i32[B, T]) -> [B, T, V]
 
@@ -47,7 +48,7 @@ class Divergence:
 
     def __call__(self, variables: Any, context: Any, batch: jax.Array) -> jax.Array:
         packed, dense = context
-        learned = self.logits(learned_tree(variables, packed, dense), batch)  # [B, T, V]
+        learned = with_rounded_inputs(self.logits, packed)(learned_tree(variables, packed, dense), batch)  # [B, T, V]
         return jnp.mean(divergence(learned, self.logits(dense, batch)), axis=-1)
 
 

@@ -20,8 +20,8 @@ goes from the start is bounded by the rates and their decay alone.
 
 A leaf with a scale of its inputs (AWQ's) is learned as the weight over that scale. Where only scales are learned
 (rounding is None) the start's codes are kept, and the weight itself is not looked at. The learned weight is float32
-whatever the leaf's dtype, so that the function must cast its weights, as Flax's layers do; and where products round
-their inputs too (jq4.activations), the function that is learned from does not.
+whatever the leaf's dtype, so that the function must cast its weights, as Flax's layers do. Where products round their
+inputs too, so do those of the function that is learned from (jq4.tuning.rounded_inputs).
 """
 
 import dataclasses

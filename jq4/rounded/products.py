@@ -16,8 +16,8 @@ from jax import lax
 
 from jq4 import jax_compat
 from jq4.activations import in_steps, most_of
-from jq4.train.lsq import slowed, stored_step
-from jq4.train.traced import Rounded
+from jq4.rounded.steps import slowed, stored_step
+from jq4.rounded.value import Rounded
 
 Values = list[Any]
 

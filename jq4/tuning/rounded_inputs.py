@@ -1,0 +1,46 @@
+"""A function of dense weights whose products round their inputs as those of the packed weights will (jq4.activations).
+
+What is learned is then what is served: codes and scales make up for what rounding the inputs loses as well. A leaf that
+scales or rotates its inputs before they are rounded is left out (its learned weight has both in it), and so are inputs
+that the interpreter does not reach, as within a derivative of the user's own: they are learned from as floats.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jq4.arguments import Arguments
+from jq4.paths import flatten_with_paths
+from jq4.qarray import QArray, is_qarray
+from jq4.rounded.interpreter import RoundingInterpreter
+from jq4.rounded.record import RoundingRecord
+from jq4.rounded.value import Rounded
+
+
+def with_rounded_inputs(function: Callable[..., Any], packed: Any) -> Callable[..., Any]:
+    """`function` of (a tree of dense weights, ...), rounding inputs as the leaves of `packed` at the same paths do."""
+    rounding = {path: q for path, q in flatten_with_paths(packed) if is_qarray(q) and _rounds_alone(q)}
+    if not rounding:
+        return function
+
+    def special(path: str, weight: Any) -> Any:
+        return _told_of(rounding[path], weight, path) if path in rounding else weight
+
+    def rounded(tree: Any, *args: Any) -> Any:
+        return _Untold(RoundingRecord(), strict=False).run(function, Arguments((tree, *args), {}), special)
+
+    return rounded
+
+
+class _Untold(RoundingInterpreter):
+    def tell(self, kind: str, path: str, primitive: str, reason: str, leaf: Any) -> None:
+        """Nothing: what is not rounded here is served as it always is."""
+
+
+def _rounds_alone(q: QArray) -> bool:
+    return bool(q.activations) and q.input_scale is None and not q.input_rotation
+
+
+def _told_of(q: QArray, weight: Any, path: str) -> Rounded:
+    whole = Rounded.whole(weight, path)
+    return dataclasses.replace(whole, step=q.activation_scale, activations=q.activations, grouped=q.axis)
