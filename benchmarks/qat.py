@@ -1,15 +1,15 @@
 """Training with few bits against calibrating for them: same model, same calibration rows, same held-out rows.
 
     python -m benchmarks.qat [--model tinystories|tiny] [--recipes FORM ...] [--steps N ...] [--best EFFORT]
-                             [--peer PYTHON] [--held-out] [--json FILE]
+                             [--from-best] [--peer PYTHON] [--held-out] [--json FILE]
     python -m benchmarks.qat --speed ROUNDS [--model ...] [--recipes FORM ...]
 
 A FORM is the end of a preset's name, as w2g32-asym or w4g32-a8. Its `gptq-` preset, by `jq4.quantize_blocks` as a user
 runs it, is where training starts, scales and codes, and the first row; with `--best` the strongest calibrated preset
-is the next. Then all params and the quantizers are trained by one optimizer to have the dense model's own predictions.
-What is measured is what is served: `jq4.quantized` on what `jq4.harden` packed, in float32, on the evaluation rows,
-which nothing was fitted to. `--held-out` measures on 15 % of the calibration rows instead, which it does not learn
-from then.
+is the next, and with `--from-best` the start. Then all params and the quantizers are trained by one optimizer to have
+the dense model's own predictions. What is measured is what is served: `jq4.quantized` on what `jq4.harden` packed, in
+float32, on the evaluation rows, which nothing was fitted to. `--held-out` measures on 15 % of the calibration rows
+instead, which it does not learn from then.
 
     loss       KL(dense || trained) at every position, no temperature
     batches    of 8 rows: four of text, four with six tokens in ten drawn anew by the dense model (jq4.tuning.perturb)
@@ -164,6 +164,7 @@ def quality(bench: Bench, form: str, options: argparse.Namespace) -> Iterator[di
     if options.best:
         packed, seconds = bench.calibrated(f"best-{form}", options.best)
         yield {"method": "best", "effort": options.best, **of_form, "seconds": seconds, **bench.measure(packed)}
+        start = packed if options.from_best else start
     rate = options.rate or rate_for(recipe)
     for steps in options.steps:
         batches = bench.batches(steps, options.batch)
@@ -171,6 +172,7 @@ def quality(bench: Bench, form: str, options: argparse.Namespace) -> Iterator[di
         if start is not None:
             pair, seconds, losses = train(bench, recipe, start, batches, rate, options.margin)
             mine = {"rate": rate, "margin": options.margin, "last_losses": float(np.mean(losses[-25:]))}
+            mine |= {"start": "best"} if options.from_best else {}
             figures = bench.measure(jq4.harden(*pair, recipe))
             yield {"method": "jq4", **of_form, **settings, **mine, "seconds": seconds, **figures}
         for words in options.peer_options if options.peer else ():
@@ -252,6 +254,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="instead of the bits' own")
     parser.add_argument("--margin", type=float, default=0.5)
     parser.add_argument("--best", choices=("light", "default", "best"), metavar="EFFORT")
+    parser.add_argument("--from-best", action="store_true", help="training starts from what --best made")
     parser.add_argument("--peer", metavar="PYTHON")
     parser.add_argument("--peers-alone", action="store_true", help="train nothing of ours")
     parser.add_argument("--peer-options", nargs="+", default=["", "--learned"], metavar="WORDS")
