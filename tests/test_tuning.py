@@ -292,6 +292,45 @@ def test_inputs_are_rounded_as_those_of_what_is_served(name):
     assert with_rounded_inputs(logits, _small_model()[2]) is logits
 
 
+@pytest.mark.parametrize("name", ["int8-token", "int4-token-asym", "int4-tensor"])
+@pytest.mark.parametrize("before", ["scaled", "scaled by the layer", "rotated"])
+def test_inputs_are_scaled_and_rotated_before_they_are_rounded(before, name):
+    """Oracle: jq4.quantized, whose products have the weight without either."""
+    chain, _, packed, rows = _small_model()
+    kernel = packed["layers"]["kernel"]
+    scale = jnp.asarray(np.geomspace(0.25, 4, 32, dtype=np.float32).reshape(2, 16, 1))
+    changed = {"scaled": {"input_scale": scale[:1]}, "scaled by the layer": {"input_scale": scale}}
+    kernel = dataclasses.replace(kernel, **changed.get(before, {"input_rotation": 16}))
+    packed = _with_inputs(packed | {"layers": {"kernel": kernel}}, name)
+    logits, plain = logits_of_chain(chain), jq4.dequantize(packed)
+    served = jax.jit(jq4.quantized(logits, strict=True))(packed, rows)
+    learned = jax.jit(lambda tree: with_rounded_inputs(logits, packed)(tree, rows))(plain)
+    np.testing.assert_allclose(learned, served, rtol=2e-3, atol=2e-3)
+    assert np.abs(np.asarray(logits(plain, rows)) - np.asarray(served)).max() > 0.02
+
+
+@pytest.mark.parametrize("form", ["experts", "convolution", "turned"])
+def test_inputs_of_other_products_are_scaled_before_they_are_rounded(form):
+    random = np.random.default_rng(8)
+    shape, groups = {"experts": (3, 16, 8), "convolution": (3, 16, 8), "turned": (8, 16)}[form], jnp.asarray([2, 0, 4])
+    axis = -1 if form == "turned" else -2
+    function = {
+        "experts": lambda tree, x: jax.lax.ragged_dot(x, tree["w"], groups),
+        "convolution": lambda tree, x: jax.lax.conv_general_dilated(
+            x[None], tree["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        ),
+        "turned": lambda tree, x: x @ tree["w"].T,
+    }[form]
+    weight, x = (random.standard_normal(each).astype(np.float32) for each in (shape, (6, 16)))
+    q = jq4.quantize({"w": weight}, "rtn-w4g16", axes={"w": axis})["w"]
+    scale = np.geomspace(0.25, 4, shape[0] * 16, dtype=np.float32).reshape(shape[0], 16, 1)
+    scale = {"experts": scale, "convolution": scale[:1], "turned": scale[:1, :, 0]}[form]
+    packed = {"w": rounding_inputs(dataclasses.replace(q, input_scale=jnp.asarray(scale)), "int4-token", None)}
+    learned = with_rounded_inputs(function, packed)(jq4.dequantize(packed), x)
+    np.testing.assert_allclose(learned, jq4.quantized(function)(packed, x), rtol=1e-3, atol=1e-3)
+    assert np.abs(np.asarray(learned - function(jq4.dequantize(packed), x))).max() > 0.02
+
+
 def test_learning_makes_up_for_rounded_inputs():
     """Judged as served: on rows held out in the whole model, on its own rows in a block."""
     chain, dense, packed, rows = _small_model()

@@ -102,12 +102,12 @@ class RoundingInterpreter(Interpreter):
         leading = value.axes[0]
         if not value.can_be_scanned():
             return self.densify(value, eqn, "the scan slices it along a part of its axis")
-        if value.step is None:
-            return value
-        if leading[0].axis != -value.step.ndim:
-            return self.densify(value, eqn, "the scan slices it along another axis than its learned steps'")
-        whole = (len(value.array), *value.step.shape[1:])
-        return dataclasses.replace(value, step=jax.numpy.broadcast_to(value.step, whole))
+        for name, part in value.beside.items():
+            if leading[0].axis != -part.ndim:
+                return self.densify(value, eqn, "the scan slices it along another axis than what its inputs meet")
+            whole = jax.numpy.broadcast_to(part, (len(value.array), *part.shape[1:]))
+            value = dataclasses.replace(value, **{name: whole})
+        return value
 
     def inside_loop(self, value: Any) -> Any:
         return value if isinstance(value, ToRound) else dataclasses.replace(value, axes=value.axes[1:])
@@ -115,10 +115,10 @@ class RoundingInterpreter(Interpreter):
     def enter_shard_map(self, value: Rounded, spec: Any, mesh: Any) -> tuple[Any, Any]:
         del mesh
         parts = jax.tree.map(lambda _: PartitionSpec(), value)
-        if value.step is not None and value.step.size > 1:  # each device its own experts' steps
-            along = {atoms[0].axis: entry for atoms, entry in zip(value.axes, spec, strict=False) if atoms}
-            entries = [along.get(axis) if value.step.shape[axis] > 1 else None for axis in range(-value.step.ndim, 0)]
-            parts = dataclasses.replace(parts, step=PartitionSpec(*entries))
+        along = {atoms[0].axis: entry for atoms, entry in zip(value.axes, spec, strict=False) if atoms}
+        for name, part in value.beside.items():  # each device its own experts' steps, and its own inputs' scales
+            entries = [along.get(axis) if part.shape[axis] > 1 else None for axis in range(-part.ndim, 0)]
+            parts = dataclasses.replace(parts, **{name: PartitionSpec(*entries)})
         return value, dataclasses.replace(parts, array=spec)
 
     def inside_shard_map(self, value: Rounded) -> Any:

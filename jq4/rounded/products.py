@@ -3,8 +3,9 @@
     x W  ~  step * (round(x / step) W)
 
 The numbers are what is multiplied, and the step follows, as in the products of packed weights: in bfloat16 they are
-exact, and x rounded to a step would not be. (A convolution sums over pixels of different steps,
-and does multiply those.)
+exact, and x rounded to a step would not be. (A convolution sums over pixels of different steps, and does multiply
+those. So do products whose inputs are scaled or rotated before they are rounded: the weight has both in it, and the
+rounded inputs come back from them.)
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from jax import lax
 
 from jq4 import jax_compat
 from jq4.activations import in_steps, most_of
+from jq4.input_rotation import rotated
 from jq4.rounded.steps import slowed, stored_step
 from jq4.rounded.value import Rounded
 
@@ -36,8 +38,9 @@ def dot_general(eqn: Any, values: Values) -> Values:
     if not weight.activations:
         return _bind(eqn, values)
     x_contract, x_batch = contract[1 - side], batch[1 - side]
-    fixed = _fixed_step(weight, x, dict(zip((*contract[side], *batch[side]), (*x_contract, *x_batch), strict=True)))
-    numbers, step = in_steps(x, weight.activations, x_contract, _slowed(fixed, weight, x, x_contract))
+    partner = dict(zip((*contract[side], *batch[side]), (*x_contract, *x_batch), strict=True))
+    parts = {name: _beside_inputs(part, weight, x, partner) for name, part in weight.beside.items()}
+    numbers, step = _in_steps(x, weight, x_contract, parts, partner.get(_run_of(weight, weight.grouped)))
     (sums,) = _bind_wide(eqn, [weight.array, numbers] if side == 0 else [numbers, weight.array])
     free = [axis for axis in range(x.ndim) if axis not in (*x_contract, *x_batch)]
     kept = [axis for axis in range(weight.array.ndim) if axis not in (*contract[side], *batch[side])]
@@ -58,14 +61,18 @@ def ragged_dot(eqn: Any, values: Values) -> Values:
     _check_contracted(weight, w_contract)
     if not weight.activations:
         return _bind(eqn, values)
-    fixed = weight.step
-    if fixed is not None:
-        if fixed.size > 1:
-            sizes = jnp.cumsum(values[2])
-            expert = jnp.searchsorted(sizes, jnp.arange(x.shape[1 - x_contract[0]], dtype=sizes.dtype), side="right")
-            fixed = jnp.expand_dims(jnp.take(fixed.reshape(-1), expert, mode="clip"), x_contract[0])
-        fixed = _slowed(fixed.reshape(fixed.shape if fixed.ndim == 2 else (1, 1)), weight, x, x_contract)
-    numbers, step = in_steps(x, weight.activations, x_contract, fixed)
+
+    def of_rows(part: jax.Array) -> jax.Array:
+        """A part as it broadcasts to x, each row with its expert's."""
+        whole = jnp.moveaxis(part, weight.grouped, -1).reshape(-1, part.shape[weight.grouped])  # [E or 1, K or 1]
+        if len(whole) > 1:
+            ends = jnp.cumsum(values[2])
+            rows = jnp.arange(x.shape[1 - x_contract[0]], dtype=ends.dtype)
+            whole = jnp.take(whole, jnp.searchsorted(ends, rows, side="right"), axis=0, mode="clip")
+        return jnp.moveaxis(whole, 1, x_contract[0])
+
+    parts = {name: of_rows(part) for name, part in weight.beside.items()}
+    numbers, step = _in_steps(x, weight, x_contract, parts, x_contract[0])
     (sums,) = _bind_wide(eqn, [numbers, weight.array, *values[2:]])
     return [(sums * step.reshape(-1, 1).astype(sums.dtype)).astype(eqn.outvars[0].aval.dtype)]
 
@@ -79,8 +86,8 @@ def convolution(eqn: Any, values: Values) -> Values:
     if not kernel.activations:
         return _bind(eqn, values)
     channels = (eqn.params["dimension_numbers"].lhs_spec[1],)
-    fixed = _slowed(_fixed_step(kernel, x, {}), kernel, x, channels)
-    numbers, step = in_steps(x, kernel.activations, channels, fixed)  # a pixel is a token
+    parts = {name: _beside_inputs(part, kernel, x, {in_axis: channels[0]}) for name, part in kernel.beside.items()}
+    numbers, step = _in_steps(x, kernel, channels, parts, channels[0])  # a pixel is a token
     return _bind(eqn, [(numbers.astype(jnp.float32) * step).astype(x.dtype), kernel])
 
 
@@ -114,20 +121,47 @@ def _check_contracted(weight: Rounded, contracted: Any) -> None:
         raise NotFollowed(f"its product contracts axis {named} of the leaf, and groups lie along {weight.grouped}")
 
 
-def _fixed_step(weight: Rounded, x: jax.Array, partner: dict[int, int]) -> jax.Array | None:
-    """The learned step, so that it broadcasts to x: stacked steps lie where x has the weight's stack."""
-    step = weight.step
-    if step is None:
-        return None
+def _in_steps(
+    x: jax.Array, weight: Rounded, contracted: Any, parts: dict[str, jax.Array], grouped: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Numbers and the step that the product is times, as jq4.activations has them; `parts` broadcast to x.
+
+    Of inputs that are scaled or rotated first, along the axis `grouped` of x, the numbers are the rounded inputs.
+    """
+    fixed, scale, block = parts.get("step"), parts.get("input_scale"), weight.input_rotation
+    fixed = None if fixed is None else _slowed(fixed, weight, x, contracted)
+    if scale is None and not block:
+        return in_steps(x, weight.activations, contracted, fixed)
+    if grouped is None:
+        raise NotFollowed("inputs that are rotated along an axis which the product splits")
+    met = x if scale is None else (x.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)
+    met = rotated(met, block, grouped) if block else met
+    numbers, step = in_steps(met, weight.activations, contracted, fixed)
+    near = numbers.astype(jnp.float32) * step
+    near = rotated(near, block, grouped) if block else near
+    near = near if scale is None else near / scale.astype(jnp.float32)
+    return near.astype(x.dtype), jnp.ones_like(step)
+
+
+def _run_of(weight: Rounded, axis: int) -> int | None:
+    """Which axis of the value is a whole axis of the leaf, alone."""
+    return next((i for i, atoms in enumerate(weight.axes) if [atom.id for atom in atoms] == [(axis,)]), None)
+
+
+def _beside_inputs(part: jax.Array, weight: Rounded, x: jax.Array, partner: dict[int, int]) -> jax.Array:
+    """A part with the leaf's axes as one that broadcasts to x: each axis where x has its partner."""
+    step = part
     for index, atom in zip(weight.indices, weight.indexed, strict=True):
         if step.shape[atom.axis] > 1:
             step = lax.dynamic_index_in_dim(step, index, axis=atom.axis % step.ndim, keepdims=True)
     stacked = [axis for axis in range(-step.ndim, 0) if step.shape[axis] > 1]
     places = []
     for axis in stacked:
-        run = next((i for i, atoms in enumerate(weight.axes) if [atom.axis for atom in atoms] == [axis]), None)
+        run = _run_of(weight, axis)
         if run is None or run not in partner:
-            raise NotFollowed(f"a learned step for each slice along axis {axis}, which is no batch of its product")
+            raise NotFollowed(
+                f"a step or scale of inputs that varies along axis {axis}, which its product has not whole"
+            )
         places.append(partner[run])
     order = sorted(range(len(stacked)), key=places.__getitem__)
     shape = [1] * x.ndim
@@ -137,10 +171,8 @@ def _fixed_step(weight: Rounded, x: jax.Array, partner: dict[int, int]) -> jax.A
     return lax.transpose(step, [axis % step.ndim for axis in (*(stacked[i] for i in order), *rest)]).reshape(shape)
 
 
-def _slowed(step: jax.Array | None, weight: Rounded, x: jax.Array, contracted: Any) -> jax.Array | None:
+def _slowed(step: jax.Array, weight: Rounded, x: jax.Array, contracted: Any) -> jax.Array:
     """The step as it is stored; its gradient as LSQ has it, by the features that share it and the largest level."""
-    if step is None:
-        return None
     features = 1
     for axis in contracted:
         features *= x.shape[axis]

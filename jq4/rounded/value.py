@@ -14,11 +14,13 @@ import jax
 
 from jq4.watched import Watched
 
+BESIDE = ("step", "input_scale")
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("array", "indices", "step"),
-    meta_fields=("path", "axes", "loops", "indexed", "activations", "grouped"),
+    data_fields=("array", "indices", "step", "input_scale"),
+    meta_fields=("path", "axes", "loops", "indexed", "activations", "grouped", "input_rotation"),
 )
 @dataclasses.dataclass(frozen=True)
 class Rounded(Watched):
@@ -28,11 +30,20 @@ class Rounded(Watched):
       step: the learned step of its products' inputs f32[*B, 1, 1], with the leaf's axes; None where there is none.
       activations: what products round their inputs to.
       grouped: the axis of the leaf that its groups lie along, negative.
+      input_scale, input_rotation: what inputs are multiplied and rotated by before they are rounded, as a QArray has
+        them; the array has both in it, so that inputs come back from them after they are rounded.
     """
 
     step: Any = None
     activations: str = ""
     grouped: int = -2
+    input_scale: Any = None
+    input_rotation: int = 0
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """The arrays with the leaf's axes beside the weight, by name."""
+        return {name: part for name in BESIDE if (part := getattr(self, name)) is not None}
 
 
 class ToRound(abc.ABC):

@@ -1,8 +1,7 @@
 """A function of dense weights whose products round their inputs as those of the packed weights will (jq4.activations).
 
-What is learned is then what is served: codes and scales make up for what rounding the inputs loses as well. A leaf that
-scales or rotates its inputs before they are rounded is left out (its learned weight has both in it), and so are inputs
-that the interpreter does not reach, as within a derivative of the user's own: they are learned from as floats.
+What is learned is then what is served: codes and scales make up for what rounding the inputs loses as well. Inputs that
+the interpreter does not reach, as within a derivative of the user's own, are learned from as floats.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from jq4.rounded.value import Rounded
 
 def with_rounded_inputs(function: Callable[..., Any], packed: Any) -> Callable[..., Any]:
     """`function` of (a tree of dense weights, ...), rounding inputs as the leaves of `packed` at the same paths do."""
-    rounding = {path: q for path, q in flatten_with_paths(packed) if is_qarray(q) and _rounds_alone(q)}
+    rounding = {path: q for path, q in flatten_with_paths(packed) if is_qarray(q) and q.activations}
     if not rounding:
         return function
 
@@ -37,10 +36,8 @@ class _Untold(RoundingInterpreter):
         """Nothing: what is not rounded here is served as it always is."""
 
 
-def _rounds_alone(q: QArray) -> bool:
-    return bool(q.activations) and q.input_scale is None and not q.input_rotation
-
-
 def _told_of(q: QArray, weight: Any, path: str) -> Rounded:
-    whole = Rounded.whole(weight, path)
-    return dataclasses.replace(whole, step=q.activation_scale, activations=q.activations, grouped=q.axis)
+    return dataclasses.replace(
+        Rounded.whole(weight, path), step=q.activation_scale, activations=q.activations, grouped=q.axis,
+        input_scale=q.input_scale, input_rotation=q.input_rotation,
+    )  # fmt: skip
