@@ -45,7 +45,7 @@ NAMES = (
     *("float8-token", "float8-tensor"),
 )
 _NOTHING = 1e-30  # a token no larger than this is zeros: a 448th of it is near where float32 ends
-_STRATEGIES = {("token", True), ("tensor", False)}
+_STRATEGIES = (["token", True], ["tensor", False])
 _KINDS = (("int", 8), ("int", 4), ("float", 8))
 _ASYMMETRIC = "-asym"
 _MOST_OF_E4M3, _LEAST_NORMAL, _LEAST = 448, 2**-6, 2**-9
@@ -70,7 +70,7 @@ class Activations:
 
     def __post_init__(self) -> None:
         known = (self.type, self.num_bits) in _KINDS and type(self.num_bits) is int and type(self.symmetric) is bool
-        if not known or (self.strategy, self.dynamic) not in _STRATEGIES or self.name not in NAMES:
+        if not known or [self.strategy, self.dynamic] not in _STRATEGIES or self.name not in NAMES:
             found = ", ".join(f"{name} {value!r}" for name, value in dataclasses.asdict(self).items())
             raise JQ4Error(
                 f"rule: input_activations is {found}; wanted num_bits 8 or 4, type int (or 8, float), and strategy "
@@ -131,7 +131,8 @@ def in_steps(x: jax.Array, name: str, axes: Sequence[int], fixed: jax.Array | No
         step = fixed.astype(jnp.float32)
     elif name.endswith(_ASYMMETRIC):
         lowest = jnp.min(wide, axis=tuple(axes), keepdims=True, initial=0)
-        step = _step_of(jnp.max(wide, axis=tuple(axes), keepdims=True, initial=0) - lowest, name)
+        highest = jnp.max(wide, axis=tuple(axes), keepdims=True, initial=0)
+        step = 2 * _step_of(highest / 2 - lowest / 2, name)  # by halves, whose difference float32 always holds
         least = jax.lax.stop_gradient(jnp.round(lowest / step))
         most = least + most
     else:

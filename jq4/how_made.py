@@ -78,6 +78,7 @@ def _rule_words(rule: Mapping[str, Any]) -> str:
     form = "dense" if bits == DENSE_BITS else f"{rule.get('method', 'rtn')} {rule.get('type', 'int')}{bits}{group}"
     if inputs := rule.get("input_activations"):
         form += f", inputs {inputs.get('type', 'int')}{inputs['num_bits']} by the {inputs.get('strategy', 'token')}"
+        form += "" if inputs.get("symmetric", True) else " with zero points"
     targets = rule["targets"]
     if isinstance(targets, str):
         targets = [targets]

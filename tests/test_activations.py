@@ -125,6 +125,13 @@ def test_ranges_with_ends_of_their_own(form, bits):
     np.testing.assert_array_equal(np.asarray(held, np.float64), again)
 
 
+def test_the_widest_ranges_have_a_step():
+    x = jnp.asarray([[3e38, -3e38, 1.0], [-3e38, -1.0, 0.0]])
+    numbers, step = in_steps(x, "int8-token-asym", (1,), None)
+    np.testing.assert_allclose(np.asarray(step)[:, 0] / 1e38, [6 / 255, 3 / 255], rtol=1e-6)
+    assert (np.abs(np.asarray(numbers) - np.asarray(x / step)) <= 0.5 + 1e-4).all()
+
+
 def test_gradients_pass_the_rounding_of_ranges_with_ends_of_their_own():
     q = rounding_inputs(quantize_weight(W, "int4", group_size=8), "int4-token-asym", None)
     slope = jax.grad(lambda x: jnp.sum(jq4.matmul(x, q)))(X)
@@ -297,6 +304,7 @@ def test_smoothing_makes_eight_bits_of_a_tensor_do():
             {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": False},
             "strategy 'token', dynamic False; wanted",
         ),
+        ({"strategy": ["token"]}, r"strategy \['token'\]"),
         ({"bits": 8}, r"\{'bits': 8\}, wanted a mapping with some of num_bits, type"),
         ("int8", "input_activations is 'int8', wanted a mapping"),
     ],

@@ -331,6 +331,55 @@ def test_inputs_of_other_products_are_scaled_before_they_are_rounded(form):
     assert np.abs(np.asarray(learned - function(jq4.dequantize(packed), x))).max() > 0.02
 
 
+def _learned_and_served(function, weight, x, before=None, name="int4-token"):
+    """What a function of one leaf gives with inputs rounded for learning, as served, and with float inputs."""
+    random = np.random.default_rng(9)
+    q = jq4.quantize({"w": random.standard_normal(weight).astype(np.float32)}, "rtn-w4g16", axes={"w": -2})["w"]
+    if before is not None:
+        q = dataclasses.replace(q, input_scale=jnp.asarray(np.exp(random.standard_normal(before)), jnp.float32))
+    packed = {"w": rounding_inputs(q, name, 4 * jnp.ones((*weight[:-2], weight[-2])))}
+    plain = jq4.dequantize(packed)
+    return with_rounded_inputs(function, packed)(plain, x), jq4.quantized(function)(packed, x), function(plain, x)
+
+
+@pytest.mark.parametrize("before", [None, (3, 1, 16, 1), (3, 2, 16, 1)])
+def test_experts_of_a_layer_that_is_indexed_have_their_own_scales(before):
+    x, sizes = np.random.default_rng(8).standard_normal((4, 16)).astype(np.float32), jnp.asarray([3, 1])
+
+    def function(tree, x):
+        return sum(jax.lax.ragged_dot(x, tree["w"][layer], sizes) for layer in (0, 2))
+
+    learned, served, plain = _learned_and_served(function, (3, 2, 16, 8), x, before)
+    np.testing.assert_allclose(learned, served, rtol=1e-3, atol=1e-3)
+    assert np.abs(np.asarray(learned - plain)).max() > 0.02
+
+
+def test_a_weight_cut_along_its_outputs_rounds_its_inputs():
+    x = np.random.default_rng(8).standard_normal((4, 16)).astype(np.float32)
+
+    def function(tree, x):
+        first, second = jnp.split(tree["w"], 2, axis=1)
+        return (x @ first) * (x @ second) + x @ tree["w"][:, 2:6]
+
+    learned, served, plain = _learned_and_served(function, (16, 8), x, (16, 1))
+    np.testing.assert_allclose(learned, served, rtol=1e-3, atol=1e-3)
+    assert np.abs(np.asarray(learned - plain)).max() > 0.02
+
+
+def test_inputs_that_cannot_be_rounded_are_told():
+    """Scaled along an axis that the product splits; a scale of nothing is no NaN."""
+    x = np.random.default_rng(8).standard_normal((4, 16)).astype(np.float32)
+    function = lambda tree, x: jnp.einsum("bhd,hdn->bn", x.reshape(4, 2, 8), tree["w"].reshape(2, 8, 8))  # noqa: E731
+    with pytest.warns(jq4.UnroundedWarning, match="w: is learned from inputs that are not rounded at dot_general: "):
+        learned, _, plain = _learned_and_served(function, (16, 8), x, (16, 1))
+    np.testing.assert_array_equal(learned, plain)
+    q = jq4.quantize({"w": np.ones((16, 8), np.float32)}, "rtn-w4g16")["w"]
+    scale = jnp.ones((16, 1)).at[3].set(0)
+    packed = {"w": rounding_inputs(dataclasses.replace(q, input_scale=scale), "int8-token", None)}
+    learned = with_rounded_inputs(lambda tree, x: x @ tree["w"], packed)(jq4.dequantize(packed), x)
+    np.testing.assert_allclose(learned, jq4.matmul(x, packed["w"]), rtol=1e-3, atol=1e-3)
+
+
 def test_learning_makes_up_for_rounded_inputs():
     """Judged as served: on rows held out in the whole model, on its own rows in a block."""
     chain, dense, packed, rows = _small_model()

@@ -25,6 +25,7 @@ from jq4.rounded.record import INPUTS, UNROUNDED, RoundingRecord, UnroundedError
 from jq4.rounded.value import Rounded, ToRound
 
 _MOVES = {name: rule for name, rule in watch_rules.RULES.items() if name not in watch_rules.PRODUCTS}
+_CUTS = ("slice", "dynamic_slice", "split")
 _ENTERED_WHOLE = ("eval_jit", "eval_call", "eval_remat", "eval_cond", "eval_scan")
 
 
@@ -58,12 +59,32 @@ class RoundingInterpreter(Interpreter):
                 return product(eqn, values)
             except NotFollowed as reason:
                 return jax_compat.bind(eqn, self.dense(values, eqn, str(reason)))
-        if name not in _MOVES:
+        if name not in (*_MOVES, "split"):
             return None
-        outputs = _MOVES[name](self, eqn, values)
+        outputs = self._narrowed(eqn, values) if name in _CUTS else None
+        outputs = outputs or (_MOVES[name](self, eqn, values) if name in _MOVES else None)
+        if outputs is None:
+            return None
         if not any(isinstance(output, Rounded) for output in outputs) and not _looks_rows_up(eqn, values):
             self.dense(values, eqn)
         return outputs
+
+    def _narrowed(self, eqn: Any, values: Values) -> Values | None:
+        """A weight cut along axes of its outputs (q, k and v in one) is still the weight to its inputs; else None."""
+        weight, parts = values[0], eqn.outvars
+        if not isinstance(weight, Rounded):
+            return None
+        sizes = [part.aval.shape for part in parts]
+        cut = [axis for axis, size in enumerate(weight.shape) if any(shape[axis] != size for shape in sizes)]
+        if not all(_is_of_outputs(weight, axis) and min(shape[axis] for shape in sizes) > 1 for axis in cut):
+            return None
+        results = []
+        for part in self.compute(eqn, values):
+            axes = list(weight.axes)
+            for axis in cut:
+                axes[axis] = (axes[axis][0]._replace(size=part.shape[axis]),)
+            results.append(weight.moved(part, tuple(axes)))
+        return results
 
     def compute(self, eqn: Any, values: Values) -> Values:
         """The equation on the arrays, for the rules that move axes."""
@@ -153,6 +174,15 @@ def _told(kind: str, path: str, primitive: str, reason: str) -> str:
         return f"{path}: inputs are not rounded at {primitive}, though the recipe says so: {reason}. {remedy}"
     what = "it is not rounded, though the recipe means it" if kind == UNROUNDED else "the recipe means it for nothing"
     return f"{path}: {what}: {reason}. {remedy}"
+
+
+def _is_of_outputs(weight: Rounded, axis: int) -> bool:
+    """Whether an axis of the value is one of the leaf that its inputs, and what is done to them, know nothing of."""
+    run = weight.axes[axis]
+    whole = len(run) == 1 and len(run[0].id) == 1
+    return (
+        whole and run[0].axis != weight.grouped and all(part.shape[run[0].axis] == 1 for part in weight.beside.values())
+    )
 
 
 def _looks_rows_up(eqn: Any, values: Values) -> bool:

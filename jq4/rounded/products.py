@@ -64,6 +64,7 @@ def ragged_dot(eqn: Any, values: Values) -> Values:
 
     def of_rows(part: jax.Array) -> jax.Array:
         """A part as it broadcasts to x, each row with its expert's."""
+        part = _at_indices(part, weight)
         whole = jnp.moveaxis(part, weight.grouped, -1).reshape(-1, part.shape[weight.grouped])  # [E or 1, K or 1]
         if len(whole) > 1:
             ends = jnp.cumsum(values[2])
@@ -139,7 +140,9 @@ def _in_steps(
     numbers, step = in_steps(met, weight.activations, contracted, fixed)
     near = numbers.astype(jnp.float32) * step
     near = rotated(near, block, grouped) if block else near
-    near = near if scale is None else near / scale.astype(jnp.float32)
+    near = (
+        near if scale is None else near / jnp.where(scale == 0, 1, scale).astype(jnp.float32)
+    )  # the weight is 0 there
     return near.astype(x.dtype), jnp.ones_like(step)
 
 
@@ -148,12 +151,17 @@ def _run_of(weight: Rounded, axis: int) -> int | None:
     return next((i for i, atoms in enumerate(weight.axes) if [atom.id for atom in atoms] == [(axis,)]), None)
 
 
+def _at_indices(part: jax.Array, weight: Rounded) -> jax.Array:
+    """The part of the slice that the value is: one long along the axes that were indexed."""
+    for index, atom in zip(weight.indices, weight.indexed, strict=True):
+        if part.shape[atom.axis] > 1:
+            part = lax.dynamic_index_in_dim(part, index, axis=atom.axis % part.ndim, keepdims=True)
+    return part
+
+
 def _beside_inputs(part: jax.Array, weight: Rounded, x: jax.Array, partner: dict[int, int]) -> jax.Array:
     """A part with the leaf's axes as one that broadcasts to x: each axis where x has its partner."""
-    step = part
-    for index, atom in zip(weight.indices, weight.indexed, strict=True):
-        if step.shape[atom.axis] > 1:
-            step = lax.dynamic_index_in_dim(step, index, axis=atom.axis % step.ndim, keepdims=True)
+    step = _at_indices(part, weight)
     stacked = [axis for axis in range(-step.ndim, 0) if step.shape[axis] > 1]
     places = []
     for axis in stacked:

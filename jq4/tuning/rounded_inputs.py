@@ -1,10 +1,12 @@
 """A function of dense weights whose products round their inputs as those of the packed weights will (jq4.activations).
 
 What is learned is then what is served: codes and scales make up for what rounding the inputs loses as well. Inputs that
-the interpreter does not reach, as within a derivative of the user's own, are learned from as floats.
+the interpreter does not reach (within a derivative of the user's own, or of a product that splits the axis which they
+are scaled or rotated along) are learned from as floats, with a warning.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from jq4.arguments import Arguments
 from jq4.paths import flatten_with_paths
 from jq4.qarray import QArray, is_qarray
 from jq4.rounded.interpreter import RoundingInterpreter
-from jq4.rounded.record import RoundingRecord
+from jq4.rounded.record import INPUTS, RoundingRecord, UnroundedWarning
 from jq4.rounded.value import Rounded
 
 
@@ -26,14 +28,17 @@ def with_rounded_inputs(function: Callable[..., Any], packed: Any) -> Callable[.
         return _told_of(rounding[path], weight, path) if path in rounding else weight
 
     def rounded(tree: Any, *args: Any) -> Any:
-        return _Untold(RoundingRecord(), strict=False).run(function, Arguments((tree, *args), {}), special)
+        return _Learning(RoundingRecord(), strict=False).run(function, Arguments((tree, *args), {}), special)
 
     return rounded
 
 
-class _Untold(RoundingInterpreter):
+class _Learning(RoundingInterpreter):
     def tell(self, kind: str, path: str, primitive: str, reason: str, leaf: Any) -> None:
-        """Nothing: what is not rounded here is served as it always is."""
+        """Warns where inputs are not rounded."""
+        if kind == INPUTS:
+            text = f"{path}: is learned from inputs that are not rounded at {primitive}: {reason}"
+            warnings.warn(text, UnroundedWarning, stacklevel=2)
 
 
 def _told_of(q: QArray, weight: Any, path: str) -> Rounded:

@@ -35,7 +35,7 @@ def tuned_plan(problem: Problem, chip: Chip, exact: bool) -> Plan | None:
 
 
 def bucket_of(rows: int) -> int | None:
-    """The bucket that a number of rows is in; none has those of fewer than half of it, and those beyond the last."""
+    """The bucket that a number of rows is in; none has those from 17 to 256, from 513 to 1024 and beyond 2048."""
     return next((most for most in BUCKETS if most // 2 < rows <= most or rows <= most == BUCKETS[0]), None)
 
 
