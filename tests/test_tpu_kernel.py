@@ -137,7 +137,7 @@ def test_codes_may_be_int4_as_well(form):
     np.testing.assert_array_equal(int4_to_words(int4.codes)[:-1], w.codes[:-1])
     x, plan = rows_of_x(5, 300), Plan(form, 5, 256, 128)
     out = product(x, int4, spec, plan=plan)
-    np.testing.assert_array_equal(out, product(x, w, spec, plan=plan))
+    assert relative_error(out, np.asarray(product(x, w, spec, plan=plan), np.float64)) < 1e-7  # two programs' last bits
 
 
 @pytest.mark.parametrize("form", FORMS)
