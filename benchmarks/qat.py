@@ -262,6 +262,8 @@ def main() -> None:
     parser.add_argument("--speed", type=int, default=0, metavar="ROUNDS")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.from_best and (options.peers_alone or not options.best):
+        parser.error("--from-best trains ours from what --best EFFORT made: give that, without --peers-alone")
     console, bench, rows = Console(), Bench.open(options.model, options.held_out), []
     for form in options.recipes:
         if options.speed:

@@ -25,9 +25,9 @@ from jax import lax
 
 from jq4 import qarray_ops
 from jq4.activations import fits_of, in_steps
-from jq4.input_rotation import rotated
 from jq4.integer_product import has_integer_product, integer_product
 from jq4.partition import Partition, merged_or_noted, sharded_product, sharded_ragged_product
+from jq4.product_inputs import expert_of_rows, placed, scaled_and_rotated
 from jq4.qarray import NEUTRAL, QArray, is_qarray
 from jq4.qarray_ops import NoPackedForm as NoPackedForm
 from jq4.record import note_relay, relay_to_note
@@ -285,16 +285,13 @@ def _prepared_inputs(
     x: jax.Array, q: QArray, contract: tuple[list[int], list[int]], batch: tuple[list[int], list[int]]
 ) -> tuple[jax.Array, QArray, jax.Array | None]:
     """(x times its scales, rotated, rounded; the weight without all that; the step f32 that the product is times)."""
-    if q.input_scale is not None:
-        factor = _beside_inputs(q.input_scale, "input_scale", x.ndim, contract, batch)
-        x = (x.astype(jnp.float32) * factor.astype(jnp.float32)).astype(x.dtype)
-    if q.input_rotation:
-        x = rotated(x, q.input_rotation, contract[0][contract[1].index(q.axis % q.ndim)])
+    scale = None if q.input_scale is None else _beside_inputs(q.input_scale, "input_scale", x.ndim, contract, batch)
+    x = scaled_and_rotated(x, scale, q.input_rotation, contract[0][contract[1].index(q.axis % q.ndim)])
     step = None
     if q.activations:
         fixed = q.activation_scale
-        placed = None if fixed is None else _beside_inputs(fixed, "activation_scale", x.ndim, contract, batch)
-        x, step = in_steps(x, q.activations, contract[0], placed)
+        fixed = None if fixed is None else _beside_inputs(fixed, "activation_scale", x.ndim, contract, batch)
+        x, step = in_steps(x, q.activations, contract[0], fixed)
         rows = [1 if axis in contract[0] else size for axis, size in enumerate(x.shape)]
         step = jnp.broadcast_to(step, rows)
     plain = dataclasses.replace(q, input_scale=None, activation_scale=None, activations="", input_rotation=0)
@@ -309,26 +306,18 @@ def _beside_inputs(
     places = {axis: partner.get(axis) for axis, size in enumerate(part.shape) if size > 1}
     if None in places.values():
         raise NoPackedForm(f"a product with {name} of shape {part.shape} that varies along an axis of its result")
-    order = sorted(places, key=lambda axis: places[axis] or 0)
-    shape = [1] * ndim
-    for axis, place in places.items():
-        shape[place or 0] = part.shape[axis]
-    rest = [axis for axis in range(part.ndim) if axis not in places]
-    return lax.transpose(part, (*order, *rest)).reshape(shape)
+    return placed(part, {axis: place for axis, place in places.items() if place is not None}, ndim)
 
 
 def _ragged_inputs(x: jax.Array, q: QArray, group_sizes: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """`_prepared_inputs` for rows x[M, K] sorted by expert."""
-    expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0], dtype=group_sizes.dtype), side="right")
+    expert = expert_of_rows(group_sizes, x.shape[0])
 
     def of_rows(part: jax.Array) -> jax.Array:
         whole = part[:, :, 0]  # [E, K] or [1, K]; [E, 1] for a step
         return whole if whole.shape[0] == 1 else jnp.take(whole, expert, axis=0, mode="clip")
 
-    if q.input_scale is not None:
-        x = (x.astype(jnp.float32) * of_rows(q.input_scale).astype(jnp.float32)).astype(x.dtype)
-    if q.input_rotation:
-        x = rotated(x, q.input_rotation, -1)
+    x = scaled_and_rotated(x, None if q.input_scale is None else of_rows(q.input_scale), q.input_rotation, -1)
     if not q.activations:
         return x, None
     fixed = None if q.activation_scale is None else of_rows(q.activation_scale)

@@ -31,6 +31,7 @@ from jax.core import Tracer
 
 from jq4.errors import JQ4Error
 from jq4.outer_rows import OuterRows
+from jq4.product_inputs import expert_of_rows
 from jq4.upper_squares import UpperSquares, whole
 
 COLLECTABLE = ("absmax", "mean", "mean_square", "hessian")
@@ -202,8 +203,7 @@ def ragged_statistics_of(x: jax.Array, group_sizes: jax.Array, collect: frozense
     """Statistics per expert of rows x[M, K] sorted by expert, i32[E] rows each; rows beyond their sum are left out."""
     x = x.astype(jnp.float32)
     experts = group_sizes.shape[0]
-    ends = jnp.cumsum(group_sizes)
-    expert_of_row = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
+    expert_of_row = expert_of_rows(group_sizes, x.shape[0])
 
     def sums(rows: jax.Array) -> jax.Array:
         return jax.ops.segment_sum(rows, expert_of_row, experts)

@@ -59,10 +59,9 @@ class RoundingInterpreter(Interpreter):
                 return product(eqn, values)
             except NotFollowed as reason:
                 return jax_compat.bind(eqn, self.dense(values, eqn, str(reason)))
-        if name not in (*_MOVES, "split"):
-            return None
         outputs = self._narrowed(eqn, values) if name in _CUTS else None
-        outputs = outputs or (_MOVES[name](self, eqn, values) if name in _MOVES else None)
+        if outputs is None and name in _MOVES:
+            outputs = _MOVES[name](self, eqn, values)
         if outputs is None:
             return None
         if not any(isinstance(output, Rounded) for output in outputs) and not _looks_rows_up(eqn, values):
@@ -71,10 +70,10 @@ class RoundingInterpreter(Interpreter):
 
     def _narrowed(self, eqn: Any, values: Values) -> Values | None:
         """A weight cut along axes of its outputs (q, k and v in one) is still the weight to its inputs; else None."""
-        weight, parts = values[0], eqn.outvars
+        weight = values[0]
         if not isinstance(weight, Rounded):
             return None
-        sizes = [part.aval.shape for part in parts]
+        sizes = [part.aval.shape for part in eqn.outvars]
         cut = [axis for axis, size in enumerate(weight.shape) if any(shape[axis] != size for shape in sizes)]
         if not all(_is_of_outputs(weight, axis) and min(shape[axis] for shape in sizes) > 1 for axis in cut):
             return None
@@ -179,10 +178,9 @@ def _told(kind: str, path: str, primitive: str, reason: str) -> str:
 def _is_of_outputs(weight: Rounded, axis: int) -> bool:
     """Whether an axis of the value is one of the leaf that its inputs, and what is done to them, know nothing of."""
     run = weight.axes[axis]
-    whole = len(run) == 1 and len(run[0].id) == 1
-    return (
-        whole and run[0].axis != weight.grouped and all(part.shape[run[0].axis] == 1 for part in weight.beside.values())
-    )
+    if len(run) != 1 or len(run[0].id) != 1 or run[0].axis == weight.grouped:
+        return False
+    return all(part.shape[run[0].axis] == 1 for part in weight.beside.values())
 
 
 def _looks_rows_up(eqn: Any, values: Values) -> bool:

@@ -18,6 +18,7 @@ from jax import lax
 from jq4 import jax_compat
 from jq4.activations import in_steps, most_of
 from jq4.input_rotation import rotated
+from jq4.product_inputs import expert_of_rows, placed, scaled_and_rotated
 from jq4.rounded.steps import slowed, stored_step
 from jq4.rounded.value import Rounded
 
@@ -67,9 +68,8 @@ def ragged_dot(eqn: Any, values: Values) -> Values:
         part = _at_indices(part, weight)
         whole = jnp.moveaxis(part, weight.grouped, -1).reshape(-1, part.shape[weight.grouped])  # [E or 1, K or 1]
         if len(whole) > 1:
-            ends = jnp.cumsum(values[2])
-            rows = jnp.arange(x.shape[1 - x_contract[0]], dtype=ends.dtype)
-            whole = jnp.take(whole, jnp.searchsorted(ends, rows, side="right"), axis=0, mode="clip")
+            expert = expert_of_rows(values[2], x.shape[1 - x_contract[0]])
+            whole = jnp.take(whole, expert, axis=0, mode="clip")
         return jnp.moveaxis(whole, 1, x_contract[0])
 
     parts = {name: of_rows(part) for name, part in weight.beside.items()}
@@ -135,14 +135,12 @@ def _in_steps(
         return in_steps(x, weight.activations, contracted, fixed)
     if grouped is None:
         raise NotFollowed("inputs that are rotated along an axis which the product splits")
-    met = x if scale is None else (x.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)
-    met = rotated(met, block, grouped) if block else met
+    met = scaled_and_rotated(x, scale, block, grouped)
     numbers, step = in_steps(met, weight.activations, contracted, fixed)
     near = numbers.astype(jnp.float32) * step
     near = rotated(near, block, grouped) if block else near
-    near = (
-        near if scale is None else near / jnp.where(scale == 0, 1, scale).astype(jnp.float32)
-    )  # the weight is 0 there
+    if scale is not None:
+        near = near / jnp.where(scale == 0, 1, scale).astype(jnp.float32)  # where it is 0 the weight is
     return near.astype(x.dtype), jnp.ones_like(step)
 
 
@@ -161,22 +159,18 @@ def _at_indices(part: jax.Array, weight: Rounded) -> jax.Array:
 
 def _beside_inputs(part: jax.Array, weight: Rounded, x: jax.Array, partner: dict[int, int]) -> jax.Array:
     """A part with the leaf's axes as one that broadcasts to x: each axis where x has its partner."""
-    step = _at_indices(part, weight)
-    stacked = [axis for axis in range(-step.ndim, 0) if step.shape[axis] > 1]
-    places = []
-    for axis in stacked:
-        run = _run_of(weight, axis)
+    part = _at_indices(part, weight)
+    places = {}
+    for axis in range(part.ndim):
+        if part.shape[axis] == 1:
+            continue
+        run = _run_of(weight, axis - part.ndim)
         if run is None or run not in partner:
             raise NotFollowed(
-                f"a step or scale of inputs that varies along axis {axis}, which its product has not whole"
+                f"a step or scale of inputs that varies along axis {axis - part.ndim}, which its product has not whole"
             )
-        places.append(partner[run])
-    order = sorted(range(len(stacked)), key=places.__getitem__)
-    shape = [1] * x.ndim
-    for axis, place in zip(stacked, places, strict=True):
-        shape[place] = step.shape[axis]
-    rest = [axis for axis in range(-step.ndim, 0) if axis not in stacked]
-    return lax.transpose(step, [axis % step.ndim for axis in (*(stacked[i] for i in order), *rest)]).reshape(shape)
+        places[axis] = partner[run]
+    return placed(part, places, x.ndim)
 
 
 def _slowed(step: jax.Array, weight: Rounded, x: jax.Array, contracted: Any) -> jax.Array:

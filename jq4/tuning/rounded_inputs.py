@@ -25,7 +25,7 @@ def with_rounded_inputs(function: Callable[..., Any], packed: Any) -> Callable[.
         return function
 
     def special(path: str, weight: Any) -> Any:
-        return _told_of(rounding[path], weight, path) if path in rounding else weight
+        return _rounded(rounding[path], weight, path) if path in rounding else weight
 
     def rounded(tree: Any, *args: Any) -> Any:
         return _Learning(RoundingRecord(), strict=False).run(function, Arguments((tree, *args), {}), special)
@@ -41,7 +41,7 @@ class _Learning(RoundingInterpreter):
             warnings.warn(text, UnroundedWarning, stacklevel=2)
 
 
-def _told_of(q: QArray, weight: Any, path: str) -> Rounded:
+def _rounded(q: QArray, weight: Any, path: str) -> Rounded:
     return dataclasses.replace(
         Rounded.whole(weight, path), step=q.activation_scale, activations=q.activations, grouped=q.axis,
         input_scale=q.input_scale, input_rotation=q.input_rotation,
