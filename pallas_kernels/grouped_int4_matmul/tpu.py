@@ -36,7 +36,7 @@ from pallas_kernels.int4_matmul.tpu import number_of
 from pallas_kernels.int4_matmul.tpu import refusal as refusal
 from pallas_kernels.int4_matmul.tpu_blocks import fitting
 from pallas_kernels.int4_matmul.tpu_chips import Chip, traced_chip
-from pallas_kernels.int4_matmul.tpu_model import STEP_BUNDLES, bundles_of_step, bytes_of_step, seconds
+from pallas_kernels.int4_matmul.tpu_model import bundles_of_step, bytes_of_step, seconds
 from pallas_kernels.int4_matmul.tpu_order import in_order
 from pallas_kernels.int4_matmul.tpu_plan import EXACT, Plan, Problem
 from pallas_kernels.manual_axes import shape_varying_as
@@ -112,7 +112,7 @@ def _time_of_item(problem: Problem, plan: Plan, chip: Chip) -> float:
 
 def _bundles_of_item(problem: Problem, plan: Plan, chip: Chip) -> float:
     steps = pl.cdiv(problem.n, plan.block_n) * pl.cdiv(problem.k, plan.block_k)
-    return steps * (bundles_of_step(problem, plan, chip) + STEP_BUNDLES)
+    return steps * bundles_of_step(problem, plan, chip)
 
 
 def tile_rows_of(rows: int, experts: int) -> int:
@@ -199,7 +199,6 @@ def _kernel(
     if steps > 1:
         x = x.at[:, pl.ds(pl.multiple_of(step * plan.block_k, plan.block_k), plan.block_k)]
     rest = [operands.get(name) for name in ("scale", "zero_point", "offset", "table")]
-    options = {"direct": {"upcast": interpret}, "wscale": {"wide": plan.wide}}.get(plan.form, {})
 
     @pl.when(item < used[0])
     def _() -> None:
@@ -207,7 +206,7 @@ def _kernel(
         def _() -> None:
             total[...] = jnp.zeros_like(total)
 
-        form = functools.partial(getattr(tpu_forms, plan.form), **options)
+        form = tpu_forms.form_of(plan.form, plan.wide, interpret)
         tpu_forms.accumulate(form, tpu_forms.Block(x, operands["codes"], *rest), group, plan.chunk, total)
 
         @pl.when(step == steps - 1)

@@ -144,10 +144,11 @@ def _call(x: jax.Array, w: Packed, table: Any, plan: Plan, spec: PackedSpec, dty
     if flat:
         by_group = pl.BlockSpec((per_block, bn), lambda i, j, k: (k, j))
     x_columns = steps * bk if plan.resident else bk
+    once = pl.Buffered(1) if plan.once else None
     stored = tpu_forms.rows_of_a_code(w.codes, spec.bits)
     full = [None if part is None else _full(part, n, flat) for part in w[1:]]
     operands = {
-        "x": (x, pl.BlockSpec((bm, x_columns), lambda i, j, k: (i, 0 if plan.resident else k))),
+        "x": (x, pl.BlockSpec((bm, x_columns), lambda i, j, k: (i, 0 if plan.resident else k), pipeline_mode=once)),
         "codes": (w.codes, pl.BlockSpec((bk // stored, bn), lambda i, j, k: (k, j))),
         **{name: (part, by_group) for name, part in zip(("scale", "zero_point", "offset"), full, strict=True)},
         "table": tpu_tables.operand(table),
@@ -188,8 +189,7 @@ def _kernel(*refs: Any, names: tuple[str, ...], plan: Plan, group: int, over: in
     *inputs, out, total = refs
     block = _block_of(dict(zip(names, inputs, strict=True)), plan.block_k)
     block = block._replace(groups_held=tpu_forms.held_of(block.scale.shape[0], over, steps))
-    options = {"direct": {"upcast": interpret}, "wscale": {"wide": plan.wide}}.get(plan.form, {})
-    form = functools.partial(getattr(tpu_forms, plan.form), **options)
+    form = tpu_forms.form_of(plan.form, plan.wide, interpret)
     if steps == 1 and plan.chunk >= plan.block_k:
         out[...] = form(block, group).astype(out.dtype)
         return

@@ -24,13 +24,17 @@ a total by `accumulate`):
              weights as a dense bf16 weight is: that errs by 1.4e-3 of the product, its rounding to bf16 by 1.7e-3, both
              by 2.2e-3, against 1.7e-3 of `direct`. Nothing less costly takes that away: a code times a scale has
              twelve bits, the MXU's operand eight, and what is left over differs from group to group.
-    shifted  the same in f32 by shifts of words, for v4, in an order of columns like `magic`'s.
+    shifted  the same in f32 by shifts of words, for v4. A row of words is read into all eight sublanes of a register,
+             which the load does for nothing, and each of them shifted by its own places: so the rows come in the order
+             of K, and x is read as it is. (Taking the same nibble of eight rows of words at a time costs as much, but
+             wants the columns of x moved first, which took 143 of 1246 us at 2048 x 14336 x 4096.)
 
 The magic numbers are those of FasterTransformer's and Marlin's GPU kernels (Kim et al. 2022; Frantar et al. 2024),
 for bf16 and for the order in which a TPU holds int4.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +45,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.int4_matmul import tpu_tables
 from pallas_kernels.int4_matmul.tpu_order import LANES as LANES
-from pallas_kernels.int4_matmul.tpu_order import chunk_of, rows_at_a_time
+from pallas_kernels.int4_matmul.tpu_order import chunk_of, groups_at_a_time
 
 
 class Block(NamedTuple):
@@ -87,13 +91,19 @@ def accumulate(form: Any, block: Block, group: int, chunk: int, total: Any) -> N
     @pl.loop(0, depth // chunk)
     def _(index: jax.Array) -> None:
         x = block.x[:, pl.ds(pl.multiple_of(index * chunk, chunk), chunk)]
-        codes = block.codes[pl.ds(pl.multiple_of(index * stored, stored), stored), :]
+        codes = block.codes.at[pl.ds(pl.multiple_of(index * stored, stored), stored), :]
         rows = pl.ds(pl.multiple_of(index * per, per), per) if per else slice(None)
         groups = [None if part is None else part[rows] for part in block[2:5]]
         rest = None if block.groups_held is None else block.groups_held - index * per
         scale, zero_point, offset = groups
         part = block._replace(x=x, codes=codes, scale=scale, zero_point=zero_point, offset=offset, groups_held=rest)
         total[...] += form(part, inner)
+
+
+def form_of(name: str, wide: bool, interpret: bool) -> Callable[[Block, int], jax.Array]:
+    """The form of a plan."""
+    options = {"direct": {"upcast": interpret}, "shifted": {"upcast": interpret}, "wscale": {"wide": wide}}
+    return functools.partial(globals()[name], **options.get(name, {}))
 
 
 def held_of(count: int, over: int, steps: int) -> jax.Array | None:
@@ -133,7 +143,7 @@ def integer(block: Block, group: int) -> jax.Array:
 
 
 def magic(block: Block, group: int) -> jax.Array:
-    return _by_groups(block, group, _magic_weight, 136.0, rows_at_a_time(group) // group)
+    return _by_groups(block, group, _magic_weight, 136.0, groups_at_a_time(group))
 
 
 def wscale(block: Block, group: int, *, wide: bool = False) -> jax.Array:
@@ -155,49 +165,47 @@ def dense(block: Block, group: int, *, wide: bool = False) -> jax.Array:
     return jnp.concatenate([part.astype(jnp.bfloat16) for part in parts], 0)
 
 
-def shifted(block: Block, group: int) -> jax.Array:
-    """`wscale` in f32, with codes that shifts take out of words: nibble j of every word, so x comes in `shifted_order`.
+def shifted(block: Block, group: int, *, upcast: bool = False) -> jax.Array:
+    """`wscale` in f32, with codes that shifts take out of words: each of the eight rows that a word's row is read into
+    is shifted by places of its own, so that they come in the order of K.
 
-    For a chip whose compiler unpacks int4 through memory.
+    For a chip whose compiler unpacks int4 through memory. `upcast` is for an interpreter that reads no row twice.
     """
-    rows = rows_at_a_time(group)
-    affine, step = _affine(block, group, jnp.float32), chunk_of(rows) // 8
-    parts = []
-    for start in range(0, block.x.shape[1], rows):
-        words = _words(block.codes[_stored(block, start) : _stored(block, start + rows), :])  # [rows / 8, bn]
-        left = [lax.shift_left(words, jnp.int32(28 - 4 * j)) if j < 7 else words for j in range(8)]
-        levels = [lax.shift_right_arithmetic(one, jnp.int32(28)).astype(jnp.float32) for one in left]
-        fields = [affine(start // group, one, rows // group) for one in levels]
-        parts += [field[row : row + step] for row in range(0, rows // 8, step) for field in fields]
-    return product(block.x[...], jnp.concatenate(parts, 0).astype(jnp.bfloat16))
+    in_words = block.codes.dtype == jnp.int32
+    words = block.codes if in_words else _words(block.codes[...])  # [bk / 8, bn]
+    left = 28 - 4 * lax.broadcasted_iota(jnp.int32, (8, words.shape[1]), 0)
+    affine, groups = _affine(block, group, jnp.float32), []
+    for i in range(block.x.shape[1] // group):
+        rows = range(i * group // 8, (i + 1) * group // 8)
+        eights = [_eight_times(words, row, upcast or not in_words) for row in rows]
+        fields = [lax.shift_right_arithmetic(lax.shift_left(eight, left), jnp.int32(28)) for eight in eights]
+        groups.append(affine(i, jnp.concatenate(fields, 0).astype(jnp.float32)).astype(jnp.bfloat16))
+    return product(block.x[...], jnp.concatenate(groups, 0))
+
+
+def _eight_times(words: Any, row: int, spread: bool) -> jax.Array:
+    """i32[8, bn]: one row, read so; `spread` after it was read, which goes through memory once more."""
+    if spread:
+        return jnp.broadcast_to(words[row : row + 1, :], (8, words.shape[1]))
+    return words[pl.ds(row, 8, stride=0), :]
 
 
 def _affine(block: Block, group: int, dtype: Any) -> Any:
-    """A function (i, levels dtype[rows, bn]) -> the weights in `dtype`, rows of group i or half of them of the next."""
+    """A function (i, levels dtype[rows, bn] of group i) -> the weights in `dtype`."""
     scale = block.scale
     if dtype == jnp.bfloat16 and block.groups_held is block.columns_held is None:  # by way of f32, whole registers
         scale = scale[...].astype(jnp.float32).astype(dtype)
     shift = None if block.zero_point is None else _shift(block, block.zero_point[...], group).astype(dtype)
 
-    def weight(i: int, levels: jax.Array, groups: int = 1) -> jax.Array:
-        def values(of_group: Any) -> jax.Array:
-            rows = [of_group(at).astype(dtype) for at in range(i, i + groups)]
-            return _halves(rows[0], rows[1], levels.shape) if groups == 2 else rows[0]
-
+    def weight(i: int, levels: jax.Array) -> jax.Array:
         if shift is not None:
-            levels = levels - values(functools.partial(row_of, shift))
-        levels = levels * values(functools.partial(held, block, scale))
+            levels = levels - row_of(shift, i)
+        levels = levels * held(block, scale, i).astype(dtype)
         if block.offset is not None:
-            levels = levels + values(functools.partial(held, block, block.offset))
+            levels = levels + held(block, block.offset, i).astype(dtype)
         return levels
 
     return weight
-
-
-def _halves(upper: jax.Array, lower: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """One row over the upper half of `shape`, the other over the lower one."""
-    place = lax.broadcasted_iota(jnp.int32, shape, 0)
-    return jnp.where(place < shape[0] // 2, upper, lower)
 
 
 def held(block: Block, part: Any, i: int) -> Any:

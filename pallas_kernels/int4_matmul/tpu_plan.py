@@ -7,7 +7,7 @@ from pallas_kernels.int4_matmul.tpu_forms import LANES
 
 SUBLANES = 8
 EXACT = ("direct", "magic", "integer")  # forms that round no weights
-ORDERED = ("magic", "shifted")  # forms that want the columns of x in an order of their own
+ORDERED = "magic"  # the form that wants the columns of x in an order of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Plan:
       form: "direct", "magic", "integer", "wscale" or "shifted" of tpu_forms.py.
       block_m, block_k, block_n: of a grid step. block_k is a multiple of LANES and of whole groups, or of a group an
         equal part.
-      resident: whether the rows of x stay in VMEM over the whole of K.
+      resident: whether the rows of x stay in VMEM over the whole of K and N.
+      once: whether resident rows are there once and not twice: to wait for the next ones costs less (v4: 7 of 900 us)
+        than larger blocks of codes save.
       chunk: rows of codes that are unpacked at a time.
       wide: whether wscale computes in f32, for want of bf16 vectors.
       vmem_limit: bytes that the compiler may use; None is its default, which the choice of blocks keeps to.
@@ -56,6 +58,7 @@ class Plan:
     chunk: int = 2**30
     vmem_limit: int | None = None
     wide: bool = False
+    once: bool = False
 
     @property
     def loops(self) -> bool:

@@ -48,7 +48,8 @@ def key_of(problem: Problem) -> str:
 def plan_of(entry: list[Any], rows: int, chip: Chip) -> Plan:
     form, block_m, block_k, block_n, resident, chunk = entry
     wide = form == "wscale" and not chip.bf16_vector
-    return Plan(form, min(block_m, rows), block_k, block_n, resident, chunk, wide=wide)
+    once = form == "shifted" and resident
+    return Plan(form, min(block_m, rows), block_k, block_n, resident, chunk, wide=wide, once=once)
 
 
 def entry_of(plan: Plan) -> list[Any]:
