@@ -87,12 +87,26 @@ def error_of(path: str, weight: Any, approximation: Any, statistics: Any = None,
     """The error of one leaf; arrays or QArrays. `axis` is the contracted one, negative."""
     if tuple(weight.shape) != tuple(approximation.shape):
         raise JQ4Error(f"{path}: shape {tuple(approximation.shape)}, but {tuple(weight.shape)} in the reference")
+    energies = energies_of(weight, approximation, statistics, axis=axis)
+    return error_from(path, energies, weight.shape, statistics, axis=axis)
+
+
+def energies_of(weight: Any, approximation: Any, statistics: Any = None, *, axis: int) -> dict[str, np.ndarray]:
+    """Sums over each slice, f64[*B]: of W**2 and D**2, and of the outputs they make where statistics fit the leaf."""
     statistics = statistics if fits_leaf(weight.shape, axis, statistics) else None
     shape = matrix_shape(weight.shape, axis, statistics)
-    weighting, moments = _moments(statistics)
-    energies = jax.device_get(_energies(weight, approximation, moments, shape=shape, axis=axis))
-    energies = {name: np.asarray(value, np.float64) for name, value in energies.items()}
-    leading = shape[:-2]
+    _, moments = _moments(statistics)
+    unit, energies = jax.device_get(_energies(weight, approximation, moments, shape=shape, axis=axis))
+    return {name: np.asarray(value, np.float64) * np.float64(unit) ** 2 for name, value in energies.items()}
+
+
+def error_from(
+    path: str, energies: Mapping[str, np.ndarray], shape: tuple[int, ...], statistics: Any = None, *, axis: int
+) -> LeafError:
+    """What the energies of a leaf of `shape`, of all of its slices, say."""
+    statistics = statistics if fits_leaf(shape, axis, statistics) else None
+    *leading, features, _ = matrix_shape(shape, axis, statistics)
+    weighting, _ = _moments(statistics)
     rows = None if statistics is None else np.asarray(statistics.count)
     slices = tuple(
         SliceError(index, *_ratios(energies, index), None if rows is None else int(rows[index]))
@@ -100,7 +114,7 @@ def error_of(path: str, weight: Any, approximation: Any, statistics: Any = None,
     )
     summed = {name: value.sum() for name, value in energies.items()}
     return LeafError(
-        path, *_ratios(summed, ()), weighting, None if statistics is None else shape[-2], slices if leading else ()
+        path, *_ratios(summed, ()), weighting, None if statistics is None else features, slices if leading else ()
     )
 
 
@@ -166,15 +180,15 @@ def _moments(statistics: Any) -> tuple[str | None, jax.Array | None]:
 @functools.partial(jax.jit, static_argnames=("shape", "axis"))
 def _energies(
     weight: Any, approximation: Any, moments: jax.Array | None, *, shape: tuple[int, ...], axis: int
-) -> dict[str, jax.Array]:
-    """Sums over each slice, f32[*B]: of W**2 and D**2, and of the outputs they make where `moments` are known."""
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(a unit f32[], the energies of weights in that unit, f32[*B]), so that no square overflows."""
     exact, near = (as_matrices(as_float32(leaf), shape, axis) for leaf in (weight, approximation))  # f32[*B, K, N]
     unit = common_unit(exact, near)
     exact, lost = exact / unit, (exact - near) / unit
     energies = {"signal": jnp.sum(exact**2, (-2, -1)), "noise": jnp.sum(lost**2, (-2, -1))}
     if moments is not None:
         energies |= {"output_signal": _output_energy(exact, moments), "output_noise": _output_energy(lost, moments)}
-    return energies
+    return unit, energies
 
 
 def as_matrices(weight: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:

@@ -268,6 +268,31 @@ def test_merging_says_what_it_lost():
     assert coarse.change_db < told.change_db - 20
 
 
+@pytest.mark.parametrize("to", ["dense", "rtn-w3g32", "hqq-w4g32-asym", "rtn-w4g32-a8", "nf4-dq"])
+def test_a_stack_is_merged_as_its_layers_are(to):
+    """Oracle: each layer merged by itself, as a tree of its own; of a double-quantized one, whose scales' blocks run on
+    through all layers, the sum in NumPy."""
+    kernels = [packed((64, 32), seed=i) for i in range(3)]
+    tree = {"kernel": jax.tree.map(lambda *parts: jnp.stack(parts), *kernels)}
+    adapters = drawn(jq4.lora(tree, 2))
+    whole, (told,) = jq4.merge_lora(tree, adapters, to)
+    exact = np.stack([kernel.dequantize() for kernel in kernels]) + np.asarray(adapters.by_path["kernel"].delta())
+    near = np.asarray(jq4.dequantize(whole)["kernel"])
+    lost = np.sum((exact - near) ** 2, (1, 2), dtype=np.float64)
+    if to != "dense":
+        wanted = 10 * np.log10(np.sum(exact**2, (1, 2)) / lost)
+        np.testing.assert_allclose([each.sqnr_db for each in told.error.slices], wanted, atol=1e-3)
+        assert told.error.sqnr_db == pytest.approx(10 * np.log10(np.sum(exact**2) / lost.sum()), abs=1e-3)
+        delta = np.sum(np.square(adapters.by_path["kernel"].delta()))
+        assert told.change_db == pytest.approx(10 * np.log10(delta / lost.sum()), abs=1e-3)
+    for i, kernel in enumerate(kernels):
+        of_layer = jq4.Adapters({"kernel": adapters.by_path["kernel"].layer(i)})
+        alone, _ = jq4.merge_lora({"kernel": kernel}, of_layer, to)
+        if to != "nf4-dq":
+            layer = jax.tree.map(lambda part, i=i: part[i], whole["kernel"])
+            jax.tree.map(np.testing.assert_array_equal, layer, alone["kernel"])
+
+
 def test_adapters_come_back_from_disk(tmp_path):
     m = model("nnx_attention")
     adapters = drawn(jq4.lora(m.qtree, 3, axes=jq4.contraction_axes(m.function, m.tree, m.x), alpha=5.0, rslora=True))

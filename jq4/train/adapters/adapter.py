@@ -75,6 +75,12 @@ class Adapter:
         sizes = dict(zip((*self.a_axes, *self.b_axes), (*self.a.shape, *self.b.shape), strict=True))
         return tuple(sizes[axis] for axis in range(1 - len(sizes), 0))
 
+    def layer(self, i: int) -> "Adapter":
+        """That of slice `i` along the first of the stacked axes."""
+        a, b = self.a[i], self.b[i]
+        keys = None if self.dropout_keys is None else self.dropout_keys[i]
+        return dataclasses.replace(self, a=a, b=b, dropout_keys=keys, stacked=self.stacked[1:])
+
     def delta(self) -> jax.Array:
         """scaling * A B with the axes of the leaf, f32: as large as the dense leaf."""
         axes = range(-len(self.shape), 0)

@@ -5,24 +5,30 @@
 
 Quantizing again costs what quantizing costs, and an adapter that was trained around a base's own rounding errors loses
 that: beside the packed base it loses nothing.
+
+A leaf that stacks layers is merged layer by layer: what is held in float32 is one of them, beside the result.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jq4.errors import JQ4Error
-from jq4.leaf_errors import LeafError, error_of
+from jq4.leaf_errors import LeafError, energies_of, error_from
+from jq4.methods import get_method
 from jq4.paths import find_path, flatten_with_paths, leaf_path
 from jq4.qarray import is_qarray
+from jq4.qarray_ops import index
 from jq4.quantize import quantize_planned, quantize_report
 from jq4.quantize_report import LeafReport
 from jq4.recipe import Recipe
 from jq4.rule import Rule
-from jq4.sqnr import sqnr
+from jq4.sqnr import common_unit
 from jq4.train.adapters.adapter import Adapter, Adapters
 from jq4.train.plan import aligned
 
@@ -79,7 +85,7 @@ def merge_lora(
             return leaf
         result, told = merging.merged(path, leaf)
         report.append(told)
-        return result
+        return jax.tree.map(jnp.asarray, result)
 
     tree = jax.tree_util.tree_map_with_path(merged, params, is_leaf=is_qarray)
     return tree, report
@@ -119,15 +125,50 @@ class Merging:
         return cls(found, {path: entry for path, entry in plan.items() if entry.is_planned}, stats)
 
     def merged(self, path: str, leaf: Any) -> tuple[Any, MergedLeaf]:
-        """(the leaf with its adapter in it, what that lost)."""
-        adapter, entry = self.adapters[path], self.plan.get(path)
-        exact = _exact(leaf, adapter)
+        """(the leaf with its adapter in it, what that lost). Of a leaf merged by slices the arrays are NumPy's."""
+        adapter = self.adapters[path]
+        if self._goes_by_slices(path, adapter):
+            result, energies = stacked(leaf.shape[0], lambda i: self._merged(path, _layer(leaf, i), adapter.layer(i)))
+        else:
+            result, energies = self._merged(path, leaf, adapter)
+        change = energies.pop("change")
+        error = error_from(path, energies, leaf.shape, find_path(self.stats or {}, path), axis=adapter.inputs[-1])
+        format = result.format if is_qarray(result) else DENSE
+        return result, MergedLeaf(path, format, error, _decibels(change.sum(), energies["noise"].sum()))
+
+    def _merged(self, path: str, leaf: Any, adapter: Adapter) -> tuple[Any, dict[str, np.ndarray]]:
+        """(the leaf, or a slice of it, merged; its energies and that of what was learned)."""
+        exact, entry = _exact(leaf, adapter), self.plan.get(path)
         if entry is None:
             result = exact.astype(leaf.dtype)
         else:
             result, _ = quantize_planned(exact, entry, self.stats)
             result = dataclasses.replace(result, dtype=jnp.dtype(leaf.dtype).name)
-        return result, _reported(path, exact, result, adapter, self.stats)
+        energies = energies_of(exact, result, find_path(self.stats or {}, path), axis=adapter.inputs[-1])
+        unit, learned = jax.device_get(_learned(adapter))
+        return result, energies | {"change": np.float64(learned) * np.float64(unit) ** 2}
+
+    def _goes_by_slices(self, path: str, adapter: Adapter) -> bool:
+        """Whether a leaf stacks layers of which each becomes the same alone as beside the others."""
+        if adapter.stacked[:1] != (-len(adapter.shape),) or find_path(self.stats or {}, path) is not None:
+            return False
+        entry = self.plan.get(path)
+        return entry is None or not (entry.rule.double_quant or get_method(entry.rule.method).needs_statistics)
+
+
+def stacked(count: int, made: Callable[[int], Any]) -> Any:
+    """The trees made(0), made(1), ... as one, of NumPy arrays with a leading axis."""
+    whole: Any = None
+    for i in range(count):
+        part = jax.tree.map(np.asarray, made(i))
+        if whole is None:
+            whole = jax.tree.map(lambda array: np.empty((count, *array.shape), array.dtype), part)
+        jax.tree.map(lambda array, values, i=i: array.__setitem__(i, values), whole, part)
+    return whole
+
+
+def _layer(leaf: Any, i: int) -> Any:
+    return index(leaf, i) if is_qarray(leaf) else leaf[i]
 
 
 def _plan(
@@ -150,14 +191,14 @@ def _exact(leaf: Any, adapter: Adapter) -> jax.Array:
     return weight + adapter.delta()
 
 
-def _reported(path: str, exact: jax.Array, result: Any, adapter: Adapter, stats: Any) -> MergedLeaf:
-    packed = is_qarray(result)
-    error = error_of(path, exact, result, find_path(stats or {}, path), axis=adapter.inputs[-1])
-    return MergedLeaf(path, result.format if packed else DENSE, error, float(_change_db(exact, result, adapter)))
-
-
 @jax.jit
-def _change_db(exact: jax.Array, result: Any, adapter: Adapter) -> jax.Array:
-    near = result.dequantize(jnp.float32) if is_qarray(result) else result.astype(jnp.float32)
+def _learned(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
+    """(a unit, the energy in it of scaling A B), f32[]."""
     delta = adapter.delta()
-    return sqnr(delta, delta + (near - exact))
+    unit = common_unit(delta, delta)
+    return unit, jnp.sum((delta / unit) ** 2)
+
+
+def _decibels(signal: float, noise: float) -> float:
+    with np.errstate(divide="ignore"):
+        return math.inf if noise == 0 else float(10 * np.log10(signal / noise))
