@@ -146,14 +146,14 @@ class Merging:
             result = dataclasses.replace(result, dtype=jnp.dtype(leaf.dtype).name)
         energies = energies_of(exact, result, find_path(self.stats or {}, path), axis=adapter.inputs[-1])
         unit, learned = jax.device_get(_learned(adapter))
-        return result, energies | {"change": np.float64(learned) * np.float64(unit) ** 2}
+        return result, {**energies, "change": np.asarray(learned, np.float64) * np.float64(unit) ** 2}
 
     def _goes_by_slices(self, path: str, adapter: Adapter) -> bool:
         """Whether a leaf stacks layers of which each becomes the same alone as beside the others."""
         if adapter.stacked[:1] != (-len(adapter.shape),) or find_path(self.stats or {}, path) is not None:
             return False
-        entry = self.plan.get(path)
-        return entry is None or not (entry.rule.double_quant or get_method(entry.rule.method).needs_statistics)
+        rule = self.plan[path].rule if path in self.plan else None
+        return rule is None or not (rule.double_quant or get_method(rule.method).needs_statistics)
 
 
 def stacked(count: int, made: Callable[[int], Any]) -> Any:
