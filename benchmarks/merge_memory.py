@@ -4,8 +4,8 @@
 
 The model has random weights (hidden 4096, inner 11008; 32,000 words), is packed by `jq4 quantize`, and its adapters, of
 every linear layer, are drawn. Each merge runs as a process of its own; the peak is its resident memory at most, mapped
-pages included. Layers are stacked, so that what must be held is a leaf: `largest_leaf_bytes` is the largest's, dense in
-float32, and `model_bytes` that of all of them.
+pages included. Layers are stacked, and merged one by one into the result's stack: `largest_leaf_bytes` is the largest
+stack's, dense in float32, and `model_bytes` that of all of them.
 """
 
 import argparse
