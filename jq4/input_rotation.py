@@ -26,7 +26,9 @@ HADAMARD = "hadamard"
 
 
 def block_of(length: int) -> int:
-    """The largest power of two that divides K."""
+    """The largest power of two that divides K; raises JQ4Error for an odd K."""
+    if length % 2:
+        raise JQ4Error(f"input_rotation: {length} inputs, wanted an even number: leave it out of the rule")
     return length & -length
 
 
@@ -47,8 +49,6 @@ def rotated(x: jax.Array, block: int, axis: int) -> jax.Array:
 def rotate_leaf(weight: jax.Array, statistics: Any, axis: int) -> tuple[int, jax.Array, Any]:
     """(b, R^T W, the statistics of x R) of a weight contracted along `axis`; what is not known of x R is left out."""
     block = block_of(weight.shape[axis])
-    if block < 2:
-        raise JQ4Error(f"input_rotation: {weight.shape[axis]} inputs, wanted an even number: leave it out of the rule")
     return block, rotated(weight, block, axis), None if statistics is None else _rotated_statistics(statistics, block)
 
 

@@ -199,6 +199,40 @@ def test_training_begins_at_the_codes_of_a_start(name):
             jq4.train.begin_at(params, recipe, start | wrong)
 
 
+ROTATING = {"targets": ["**"], "group_size": 16, "input_rotation": "hadamard", "input_activations": {"num_bits": 4}}
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_weights_of_rotated_inputs_are_rounded_as_they_are_packed(bits):
+    """The leaf that is trained is W; what is rounded, found anew or from a start, is R^T W."""
+    random = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(random.normal(size=(3, 48, 8)), jnp.float32)}
+    x = jnp.asarray(random.normal(size=(5, 48)), jnp.float32)
+    recipe = jq4.Recipe.from_dict({"rules": [ROTATING | {"num_bits": bits}]})
+    function = lambda tree, x: jax.lax.map(lambda kernel: x @ kernel, tree["kernel"])  # noqa: E731
+    forward = jq4.fake_quantized(function, recipe, strict=True)
+    start = jq4.quantize(params, recipe)
+    served = jit(jq4.quantized(function, strict=True))
+    np.testing.assert_allclose(jit(forward)(params, x), served(start, x), **CLOSE)
+    codes = jnp.asarray(random.integers(0, 256, start["kernel"].codes.shape), jnp.uint8)  # not those of rounding
+    start = {"kernel": dataclasses.replace(start["kernel"], codes=codes)}
+    pair = jq4.train.begin_at(params, recipe, start)
+    hard = jq4.harden(*pair, recipe)
+    jax.tree.map(np.testing.assert_array_equal, hard, start)
+    np.testing.assert_allclose(jit(forward)(pair, x), served(start, x), **CLOSE)
+    gradient = jit(jax.grad(lambda pair: jnp.sum(jnp.sin(forward(pair, x)))))(pair)
+    assert np.asarray(gradient[0]["kernel"]).all()
+    after = jax.tree.map(lambda leaf, slope: leaf - 0.05 * slope, pair, gradient)
+    hard = jq4.harden(*after, recipe)
+    np.testing.assert_allclose(jit(forward)(after, x), served(hard, x), **CLOSE)
+    with pytest.raises(jq4.JQ4Error, match="and inputs rotated in blocks of 16, int4-token, and the recipe wants"):
+        jq4.quantizers(params, dataclasses.replace(recipe.rules[0], input_rotation=None), start=start)
+    with pytest.raises(
+        jq4.JQ4Error, match="the start rotates inputs, and its codes are of rotated weights: wanted begin_at"
+    ):
+        jq4.move_to_codes(params, start)
+
+
 def test_a_start_is_held_to_the_recipe():
     params = {"kernel": jnp.ones((8, 2))}
     start = jq4.quantize(params, "rtn-w4g4")

@@ -25,7 +25,7 @@ from jq4.quantize import quantize
 from jq4.quantize_report import LeafReport
 from jq4.recipe import Recipe
 from jq4.rule import Rule
-from jq4.train.plan import activations_of, aligned, planned_leaves
+from jq4.train.plan import activations_of, aligned, planned_leaves, rotation_of
 from jq4.train.quantizer import MARGIN, Quantizer, Quantizers
 from jq4.tuning.learned import check, shift_to_codes
 
@@ -51,7 +51,7 @@ def begin_at(
 
     Returns:
       params: masters in float32 at least, where every weight rounds to its code of the start: at the edge of what does
-        with 2 bits, in its middle with more.
+        with 2 bits, in its middle with more, and where inputs are rotated (an edge would not survive the rotation).
       quantizers: with the start's steps.
 
     Raises:
@@ -66,7 +66,7 @@ def begin_at(
         _check_shape(path, leaf, weight)
         if not is_qarray(leaf):
             return as_master(leaf)
-        at_edge = path in learned.by_path and leaf.bits <= EDGE_BITS
+        at_edge = path in learned.by_path and leaf.bits <= EDGE_BITS and not leaf.input_rotation
         return move_to_codes(as_master(weight), leaf) if at_edge else leaf.dequantize(jnp.float32)
 
     return jax.tree_util.tree_map_with_path(master, params), learned
@@ -126,6 +126,8 @@ def move_to_codes(params: Any, start: Any) -> Any:
         if q is None:
             return leaf
         _check_plain(q, path)
+        if q.input_rotation:
+            raise JQ4Error(f"{path}: the start rotates inputs, and its codes are of rotated weights: wanted begin_at")
         _check_shape(path, q, leaf)
         return _moved(leaf, q)
 
@@ -153,10 +155,11 @@ def _from_packed(entry: LeafReport, q: QArray | None, margin: float) -> Quantize
     found_zeros = "zero points" if q.zero_point is not None else "offsets" if q.offset is not None else "no zero points"
     found = (q.format, min(q.group_size, q.shape[q.axis]), q.axis, found_zeros)
     wanted = (entry.format, entry.group_size, entry.axis, zeros)
-    if found != wanted or q.activations != activations_of(entry):
+    inputs, own = (activations_of(entry), rotation_of(entry)), (q.activations, q.input_rotation)
+    if found != wanted or own != inputs:
         raise JQ4Error(
-            f"{entry.path}: the start is {_told(found)}{_of_inputs(q.activations)}, and the recipe wants "
-            f"{_told(wanted)}{_of_inputs(activations_of(entry))}: quantize the start by the same recipe"
+            f"{entry.path}: the start is {_told(found)}{_of_inputs(*own)}, and the recipe wants "
+            f"{_told(wanted)}{_of_inputs(*inputs)}: quantize the start by the same recipe"
         )
 
     def begun(part: Any) -> Any:
@@ -169,6 +172,7 @@ def _from_packed(entry: LeafReport, q: QArray | None, margin: float) -> Quantize
         input_step=begun(q.activation_scale),
         encoding=encoding,
         activations=q.activations,
+        input_rotation=q.input_rotation,
         margin=margin,
     )
 
@@ -183,6 +187,7 @@ def _from_quantizer(entry: LeafReport, leaf: Any, before: Quantizer | None, marg
     length = leaf.shape[entry.axis]
     shared = ("axis", "group_size", "per_tensor", "symmetric", "has_offset")
     differs = [name for name in shared if getattr(encoding, name) != getattr(before.encoding, name)]
+    differs += ["input_rotation"] if before.input_rotation != rotation_of(entry) else []
     old, new = before.number_format, encoding.number_format
     if differs or not (old.is_integer and new.is_integer):
         what = ", ".join(differs) or "format"
@@ -208,6 +213,7 @@ def _from_quantizer(entry: LeafReport, leaf: Any, before: Quantizer | None, marg
         input_step=before.input_step if is_fixed(inputs) else None,
         encoding=encoding,
         activations=inputs,
+        input_rotation=before.input_rotation,
         margin=margin,
     )
 
@@ -221,12 +227,12 @@ def _check_shape(path: str, found: Any, leaf: Any) -> None:
 def _check_plain(q: QArray, path: str) -> None:
     """Raises JQ4Error for a packed leaf that training has no form for."""
     check(q, path)
-    held = [name for name in ("input_scale", "input_rotation") if getattr(q, name) not in (None, 0)]
+    held = ["input_scale"] if q.input_scale is not None else []
     held += ["packed scales"] if is_qarray(q.scale) or is_qarray(q.offset) else []
     if held:
         raise JQ4Error(
-            f"{path}: the start has {held[0]} (of AWQ, a rotation, or double_quant), which training does not carry: "
-            "start from a recipe without it"
+            f"{path}: the start has {held[0]} (of AWQ, or double_quant), which training does not carry: start from a "
+            "recipe without it"
         )
 
 
@@ -235,5 +241,7 @@ def _told(form: tuple[str | None, int | None, int | None, str]) -> str:
     return f"{name} in groups of {group} along axis {axis} with {zeros}"
 
 
-def _of_inputs(activations: str) -> str:
-    return f" and inputs {activations}" if activations else ""
+def _of_inputs(activations: str, rotation: int) -> str:
+    told = [f"rotated in blocks of {rotation}"] if rotation else []
+    told += [activations] if activations else []
+    return f" and inputs {', '.join(told)}" if told else ""

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jq4.formats import Format, get_format
+from jq4.input_rotation import rotated
 from jq4.qarray import QArray, levels_of, spread_groups
 from jq4.rounded.steps import slowed, stored_step
 from jq4.rounding import Parameters, find_parameters, map_groups, nearest_level, storable, storable_scale
@@ -44,19 +45,30 @@ from pallas_kernels import packing
 
 def rounded(weight: jax.Array, quantizer: Quantizer) -> jax.Array:
     """The dense weight [*B, K, N] that its codes stand for, in its own dtype; differentiable."""
-    scale, zero, offset = parameters_of(weight, quantizer)
+    met = rotated_first(weight, quantizer)
+    scale, zero, offset = parameters_of(met, quantizer)
     group = quantizer.group_size(weight.shape[quantizer.axis])
     form = (quantizer.encoding.format, group, quantizer.axis, quantizer.margin)
-    return jnp.asarray(_round(weight.astype(jnp.float32), scale, zero, offset, form), weight.dtype)
+    near = _round(met, scale, zero, offset, form)
+    if quantizer.input_rotation:  # the sums of a rotation are those of rounded products, as `dequantize` has them
+        near = rotated(lax.optimization_barrier(near), quantizer.input_rotation, quantizer.axis)
+    return jnp.asarray(near, weight.dtype)
+
+
+def rotated_first(weight: jax.Array, quantizer: Quantizer) -> jax.Array:
+    """f32[*B, K, N]: what is rounded, W itself or R^T W."""
+    wide, block = weight.astype(jnp.float32), quantizer.input_rotation
+    return rotated(wide, block, quantizer.axis) if block else wide
 
 
 def hardened(weight: jax.Array, quantizer: Quantizer) -> QArray:
     """The packed leaf that dequantizes to `rounded(weight, quantizer)`."""
     encoding, form, axis = quantizer.encoding, quantizer.number_format, quantizer.axis
-    scale, zero, offset = parameters_of(weight, quantizer)
+    met = rotated_first(weight, quantizer)
+    scale, zero, offset = parameters_of(met, quantizer)
     length, stored = weight.shape[axis], jnp.dtype(encoding.scale_dtype)
     group = quantizer.group_size(length)
-    ratio = _ratio(weight.astype(jnp.float32), scale, offset, group, axis)
+    ratio = _ratio(met, scale, offset, group, axis)
     if form.is_integer:
         levels = _levels(ratio, *_ends(zero, form, group, axis, length), form)
         codes = (levels + (form.center if zero is None else spread_groups(zero, group, axis, length))).astype(jnp.uint8)
@@ -74,11 +86,12 @@ def hardened(weight: jax.Array, quantizer: Quantizer) -> QArray:
         dtype=jnp.dtype(weight.dtype).name,
         activations=quantizer.activations,
         activation_scale=None if quantizer.input_step is None else stored_step(quantizer.input_step),
+        input_rotation=quantizer.input_rotation,
     )
 
 
 def parameters_of(weight: jax.Array, quantizer: Quantizer) -> Parameters:
-    """Scale, zero point and offset f32[*B, G, N], as they are stored."""
+    """Scale, zero point and offset f32[*B, G, N], as they are stored, of the weight that is rounded."""
     encoding = quantizer.encoding
     if quantizer.scale is None:
         fixed = lax.stop_gradient(weight.astype(jnp.float32))

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from jq4.errors import JQ4Error
+from jq4.input_rotation import block_of
 from jq4.paths import flatten_with_paths
 from jq4.quantize import quantize_report
 from jq4.quantize_report import LeafReport
@@ -91,7 +92,9 @@ def found_anew(entry: LeafReport) -> Quantizer:
             f"{entry.path}: input_activations with dynamic false have a step that is learned: give (params, "
             "quantizers), of jq4.quantizers with stats or start, or make them dynamic"
         )
-    return Quantizer(encoding=rule.encoding(entry.axis), activations=activations_of(entry))
+    return Quantizer(
+        encoding=rule.encoding(entry.axis), activations=activations_of(entry), input_rotation=rotation_of(entry)
+    )
 
 
 def activations_of(entry: LeafReport) -> str:
@@ -99,12 +102,16 @@ def activations_of(entry: LeafReport) -> str:
     return "" if entry.rule.input_activations is None else entry.rule.input_activations.name
 
 
+def rotation_of(entry: LeafReport) -> int:
+    """The block in which the inputs of a planned leaf are rotated; 0: they are not."""
+    assert entry.rule is not None and entry.axis is not None and entry.shape is not None
+    return block_of(entry.shape[entry.axis]) if entry.rule.input_rotation else 0
+
+
 def _check_trainable(entry: LeafReport) -> None:
     assert entry.rule is not None
     if entry.rule.double_quant:
         raise JQ4Error(f"{entry.path}: double_quant packs the scales, which training learns: leave it out of the rule")
-    if entry.rule.input_rotation:
-        raise JQ4Error(f"{entry.path}: input_rotation is not trained through: leave it out of the rule")
 
 
 def _check_shape(path: str, leaf: Any, quantizer: Quantizer) -> None:

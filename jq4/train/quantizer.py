@@ -16,7 +16,7 @@ from jq4.rounding import Encoding
 
 MARGIN = 0.5  # see jq4.train.lsq
 ARRAYS = ("scale", "zero_point", "offset", "input_step")
-_STATIC = ("encoding", "activations", "margin")
+_STATIC = ("encoding", "activations", "input_rotation", "margin")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=ARRAYS, meta_fields=_STATIC)
@@ -30,6 +30,8 @@ class Quantizer:
       zero_point, offset: learned too, f32[*B, G, N], where the encoding has one.
       input_step: the learned step of the inputs' own codes, f32[*B, 1, 1]; None where they come by the token or dense.
       activations: what products round their inputs to, a name of jq4.activations; "" leaves them as they are.
+      input_rotation: the block in which inputs are rotated first, and what is rounded is R^T W; 0: none (see
+        jq4.input_rotation). The leaf that is trained is W, whatever is rounded.
       margin: how far beyond the outermost levels, in steps, gradients still reach a weight; 0 as LSQ has it.
     """
 
@@ -39,6 +41,7 @@ class Quantizer:
     offset: Any = None
     input_step: Any = None
     activations: str = ""
+    input_rotation: int = 0
     margin: float = MARGIN
 
     @property

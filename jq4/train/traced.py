@@ -27,7 +27,9 @@ class Unrounded(ToRound):
     def round(self) -> Rounded:
         whole = Rounded.whole(rounded(self.weight, self.quantizer), self.path)
         q = self.quantizer
-        return dataclasses.replace(whole, step=q.input_step, activations=q.activations, grouped=q.axis)
+        return dataclasses.replace(
+            whole, step=q.input_step, activations=q.activations, grouped=q.axis, input_rotation=q.input_rotation
+        )
 
     def can_be_sliced(self) -> bool:
         encoding = self.quantizer.encoding
