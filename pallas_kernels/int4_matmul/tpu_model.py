@@ -59,6 +59,8 @@ CORRECTION = {
 STEP_BUNDLES = {"shifted": 400}  # of a step, whatever its size: 130, but for forms that were seen to have more
 SUMS_BUNDLES = 1.1 / 1024  # of a step, for each of the sums that it reads and writes
 LOOP_BUNDLES = 100  # of a turn of the loop over chunks, which drains the MXU
+# Bytes of stack of a weight of "shifted", by the least group's rows: without and with zero points or offsets.
+STACK_OF_SHIFTED = {0: (1.3, 3.0), 64: (0.9, 1.9), 128: (0.5, 1.2)}
 REWRITTEN = 1.5e-12  # seconds for a byte of scales that XLA rewrites in single rows
 
 
@@ -149,9 +151,8 @@ def _stack(problem: Problem, plan: Plan, bm: int, bn: int) -> int:
     chunk = min(plan.chunk, plan.block_k)
     corrected = problem.zero_points or problem.offsets
     if plan.form == "shifted":  # and all of x
-        short = problem.group_size < 64
-        of_a_weight = (3.0 if short else 1.2) if corrected else 1.3 if short else 0.5
-        return int(of_a_weight * chunk * bn) + 2 * bm * chunk
+        least = max(group for group in STACK_OF_SHIFTED if group <= problem.group_size)
+        return int(STACK_OF_SHIFTED[least][corrected] * chunk * bn) + 2 * bm * chunk
     of_a_weight = 1.75 if plan.form == "wscale" else 1.5 if corrected else 0.75
     if problem.number != "int4":
         of_a_weight = max(of_a_weight, 5.0)
