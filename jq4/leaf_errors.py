@@ -97,7 +97,13 @@ def energies_of(weight: Any, approximation: Any, statistics: Any = None, *, axis
     shape = matrix_shape(weight.shape, axis, statistics)
     _, moments = _moments(statistics)
     unit, energies = jax.device_get(_energies(weight, approximation, moments, shape=shape, axis=axis))
-    return {name: np.asarray(value, np.float64) * np.float64(unit) ** 2 for name, value in energies.items()}
+    return {name: in_ones(value, unit) for name, value in energies.items()}
+
+
+def in_ones(energy: Any, unit: Any) -> np.ndarray:
+    """f64: energies f32 of numbers in a unit; nan where that is infinite."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(energy, np.float64) * np.float64(unit) ** 2
 
 
 def error_from(

@@ -13,6 +13,7 @@ from zoo import RULE, WIDTH, arrays_of, jit, model, packed, rows
 import jq4
 from jq4.paths import leaf_path
 from jq4.qarray import is_qarray
+from jq4.train.adapters.merge_lora import Merging
 
 RANDOM = np.random.default_rng(3)
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
@@ -268,14 +269,23 @@ def test_merging_says_what_it_lost():
     assert coarse.change_db < told.change_db - 20
 
 
-@pytest.mark.parametrize("to", ["dense", "rtn-w3g32", "hqq-w4g32-asym", "rtn-w4g32-a8", "nf4-dq"])
-def test_a_stack_is_merged_as_its_layers_are(to):
-    """Oracle: each layer merged by itself, as a tree of its own; of a double-quantized one, whose scales' blocks run on
-    through all layers, the sum in NumPy."""
+BY_LAYERS = ["dense", "rtn-w3g32", "hqq-w4g32-asym", "rtn-w4g32-a8"]
+
+
+def stack_with_adapters():
+    """(three packed layers, their stack, its adapters)."""
     kernels = [packed((64, 32), seed=i) for i in range(3)]
     tree = {"kernel": jax.tree.map(lambda *parts: jnp.stack(parts), *kernels)}
-    adapters = drawn(jq4.lora(tree, 2))
+    return kernels, tree, drawn(jq4.lora(tree, 2))
+
+
+@pytest.mark.parametrize("to", BY_LAYERS)
+def test_a_stack_is_merged_as_its_layers_are(to, monkeypatch):
+    """Oracles: each layer merged by itself, as a tree of its own; of what is told, the sums in NumPy."""
+    kernels, tree, adapters = stack_with_adapters()
+    seen = shapes_merged(monkeypatch)
     whole, (told,) = jq4.merge_lora(tree, adapters, to)
+    assert seen == [(64, 32)] * 3
     exact = np.stack([kernel.dequantize() for kernel in kernels]) + np.asarray(adapters.by_path["kernel"].delta())
     near = np.asarray(jq4.dequantize(whole)["kernel"])
     lost = np.sum((exact - near) ** 2, (1, 2), dtype=np.float64)
@@ -288,9 +298,51 @@ def test_a_stack_is_merged_as_its_layers_are(to):
     for i, kernel in enumerate(kernels):
         of_layer = jq4.Adapters({"kernel": adapters.by_path["kernel"].layer(i)})
         alone, _ = jq4.merge_lora({"kernel": kernel}, of_layer, to)
-        if to != "nf4-dq":
-            layer = jax.tree.map(lambda part, i=i: part[i], whole["kernel"])
-            jax.tree.map(np.testing.assert_array_equal, layer, alone["kernel"])
+        layer = jax.tree.map(lambda part, i=i: part[i], whole["kernel"])
+        jax.tree.map(np.testing.assert_array_equal, layer, alone["kernel"])
+
+
+def shapes_merged(monkeypatch):
+    """The shapes that `Merging` makes in float32, as they come."""
+    seen, whole = [], Merging._merged
+    monkeypatch.setattr(Merging, "_merged", lambda *given: seen.append(given[2].shape) or whole(*given))
+    return seen
+
+
+def test_layers_that_depend_on_each_other_are_merged_together(monkeypatch):
+    """Scales that are packed as well, in blocks that run on through all layers; statistics; leaves on two devices."""
+    _, tree, adapters = stack_with_adapters()
+    dense, _ = jq4.merge_lora(tree, adapters)
+    seen = shapes_merged(monkeypatch)
+    double, _ = jq4.merge_lora(tree, adapters, "nf4-dq")
+    wanted = jq4.quantize(dense, "nf4-dq")
+    jax.tree.map(np.testing.assert_array_equal, double, wanted)
+    scanned = lambda tree, x: jax.lax.scan(lambda x, w: (x, x @ w), x, tree["kernel"])[1]  # noqa: E731
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(200, 64)), jnp.float32)
+    stats = jq4.observe(scanned, jax.tree.map(jnp.asarray, dense), [x], collect=("mean_square", "hessian"))
+    _, (told,) = jq4.merge_lora(tree, adapters, "gptq-w4g32", stats=stats)
+    assert len(told.error.slices) == 3 and 0 < told.error.output_error < 0.1
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("parts",))
+    sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(None, None, "parts"))
+    cut = {"kernel": jax.device_put(dense["kernel"], sharding)}
+    apart, _ = jq4.merge_lora(cut, adapters)
+    assert seen == [(3, 64, 32)] * 3 and len(apart["kernel"].devices()) == 2
+    second = jax.devices()[1]
+    moved, _ = jq4.merge_lora(jax.device_put(tree, second), jax.device_put(adapters, second))
+    assert moved["kernel"].devices() == {second}
+
+
+def test_what_cannot_be_merged_is_named():
+    _, tree, adapters = stack_with_adapters()
+    kernel = jq4.dequantize(tree)["kernel"].at[1, 2, 3].set(jnp.nan)
+    with pytest.raises(jq4.JQ4Error, match=r"kernel: .* not finite.*\(2, 3\).* \(in layer 1 of the stack\)"):
+        jq4.merge_lora({"kernel": kernel}, adapters, "rtn-w4g32")
+    nothing = {"kernel": jnp.zeros((0, 64, 32))}
+    with pytest.raises(jq4.JQ4Error, match=r"kernel: the leaf is empty, shape \(0, 64, 32\)"):
+        jq4.merge_lora(nothing, jax.tree.map(lambda part: part[:0], adapters))
+    infinite = jax.tree.map(lambda part: 1e30 * part, adapters)
+    _, (told,) = jq4.merge_lora({"kernel": kernel.astype(jnp.float16).at[1, 2, 3].set(65000)}, infinite)
+    assert np.isnan(told.error.sqnr_db)
 
 
 def test_adapters_come_back_from_disk(tmp_path):

@@ -129,6 +129,14 @@ def test_forms_match_float64(case, form):
         assert relative_error(out, x64 @ dense) < (1e-6 if form == "direct" else 1e-5)
 
 
+@pytest.mark.parametrize("chunk", [256, 128])
+def test_rows_may_be_held_once_and_a_block_unpacked_in_chunks(chunk):
+    w, spec, dense = weight(500, 200, 64, True, True)
+    x = rows_of_x(40, 500)
+    out = product(x, w, spec, plan=Plan("shifted", 16, 256, 128, True, chunk, once=True))
+    assert rounded_or_exact(out, np.asarray(x, np.float64), dense) < 1e-6
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_codes_may_be_int4_as_well(form):
     w, spec, _ = weight(300, 128, 64, zero_points=True)

@@ -23,14 +23,13 @@ hides that weights are unpacked twice as often: at 512 x 4096 x 14336 131.3 us i
 instead of 1845 (v4), of which the MXU needs 1749.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 
 from pallas_kernels.int4_matmul.tpu_chips import Chip
 from pallas_kernels.int4_matmul.tpu_forms import LANES
 from pallas_kernels.int4_matmul.tpu_model import counted, largest_block, seconds, vmem_of
-from pallas_kernels.int4_matmul.tpu_plan import EXACT, Plan, Problem
+from pallas_kernels.int4_matmul.tpu_plan import EXACT, Plan, Problem, in_rows_held_once
 from pallas_kernels.int4_matmul.tpu_tuned import tuned_plan
 
 BLOCKS_N = (2048, 1024, 512, 256, 128)
@@ -72,11 +71,6 @@ def fitting(problem: Problem, chip: Chip, exact: bool, integers: bool, resident:
     plans = plans if resident else [in_rows_held_once(plan) for plan in plans]
     plans = [plan for plan in plans if vmem_of(problem, plan) <= chip.vmem]
     return [plan for plan in plans if largest_block(problem, plan) <= chip.block] or plans
-
-
-def in_rows_held_once(plan: Plan) -> Plan:
-    """Of one product; rows of experts are sorted, and the next ones soon wanted."""
-    return dataclasses.replace(plan, once=plan.resident and plan.form == "shifted")
 
 
 def candidates(problem: Problem, chip: Chip, exact: bool, integers: bool) -> Iterator[Plan]:

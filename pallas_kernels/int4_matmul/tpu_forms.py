@@ -102,8 +102,14 @@ def accumulate(form: Any, block: Block, group: int, chunk: int, total: Any) -> N
 
 def form_of(name: str, wide: bool, interpret: bool) -> Callable[[Block, int], jax.Array]:
     """The form of a plan."""
-    options = {"direct": {"upcast": interpret}, "shifted": {"upcast": interpret}, "wscale": {"wide": wide}}
-    return functools.partial(globals()[name], **options.get(name, {}))
+    forms = {
+        "direct": functools.partial(direct, upcast=interpret),
+        "magic": magic,
+        "integer": integer,
+        "wscale": functools.partial(wscale, wide=wide),
+        "shifted": functools.partial(shifted, upcast=interpret),
+    }
+    return forms[name]
 
 
 def held_of(count: int, over: int, steps: int) -> jax.Array | None:
@@ -169,15 +175,17 @@ def shifted(block: Block, group: int, *, upcast: bool = False) -> jax.Array:
     """`wscale` in f32, with codes that shifts take out of words: each of the eight rows that a word's row is read into
     is shifted by places of its own, so that they come in the order of K.
 
-    For a chip whose compiler unpacks int4 through memory. `upcast` is for an interpreter that reads no row twice.
+    For a chip whose compiler unpacks int4 through memory. `upcast` is for an interpreter that reads no row twice, nor
+    int4 as words.
     """
-    in_words = block.codes.dtype == jnp.int32
-    words = block.codes if in_words else _words(block.codes[...])  # [bk / 8, bn]
+    words = block.codes  # [bk / 8, bn]
+    if words.dtype != jnp.int32:
+        words = _words(words[...]) if upcast else words.bitcast(jnp.int32)
     left = 28 - 4 * lax.broadcasted_iota(jnp.int32, (8, words.shape[1]), 0)
     affine, groups = _affine(block, group, jnp.float32), []
     for i in range(block.x.shape[1] // group):
         rows = range(i * group // 8, (i + 1) * group // 8)
-        eights = [_eight_times(words, row, upcast or not in_words) for row in rows]
+        eights = [_eight_times(words, row, upcast) for row in rows]
         fields = [lax.shift_right_arithmetic(lax.shift_left(eight, left), jnp.int32(28)) for eight in eights]
         groups.append(affine(i, jnp.concatenate(fields, 0).astype(jnp.float32)).astype(jnp.bfloat16))
     return product(block.x[...], jnp.concatenate(groups, 0))

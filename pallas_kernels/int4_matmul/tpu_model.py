@@ -1,9 +1,9 @@
 """The time and the memory of a plan on a TPU, without compiling it.
 
     step   max(bundles / clock, HBM bytes / bandwidth), with the bundles that a step has in any case
-    all    steps / cores * step + the first step's bytes, which nothing hides, + the copy of the codes out of a stack
-           of layers, which a kernel with a loop over chunks cannot read in place, + what XLA rewrites before the
-           kernel: x in another order, scales in single rows
+    all    steps / cores * step + the first step's bytes, which nothing hides, and those of rows of x that are there
+           once, + the copy of the codes out of a stack of layers, which a kernel with a loop over chunks cannot read in
+           place, + what XLA rewrites before the kernel: x in another order, scales in single rows
 
 The bundles (VLIW instructions, one a cycle) come from counting: COUNTED holds the schedules that the TPU compiler
 (libtpu 0.0.52) made of each form for one step of 1024 x 1024 codes (of 16 rows: a quarter of a step of 2048 x 2048), at
@@ -19,7 +19,7 @@ import numpy as np
 from pallas_kernels.int4_matmul import tpu_counted
 from pallas_kernels.int4_matmul.tpu_chips import Chip
 from pallas_kernels.int4_matmul.tpu_forms import LANES
-from pallas_kernels.int4_matmul.tpu_plan import EXACT, ORDERED, SUBLANES, Plan, Problem, reads_flat_scales
+from pallas_kernels.int4_matmul.tpu_plan import EXACT, SUBLANES, Plan, Problem, reads_flat_scales
 
 COUNTED_ROWS = (16, 64, 128, 512)
 # Bundles of a step of 1024 x 1024 codes at COUNTED_ROWS: (groups of 32, groups of 128).
@@ -56,12 +56,16 @@ AT_256_ROWS["v5p", "wscale"] = AT_256_ROWS["v5e", "wscale"]
 CORRECTION = {
     "direct": (1.7, 1.15), "magic": (1.25, 1.1), "integer": (1.8, 1.2), "wscale": (1.2, 1.1), "shifted": (1.1, 1.1),
 }  # fmt: skip
-STEP_BUNDLES = {"shifted": 400}  # of a step, whatever its size: 130, but for forms that were seen to have more
 SUMS_BUNDLES = 1.1 / 1024  # of a step, for each of the sums that it reads and writes
 LOOP_BUNDLES = 100  # of a turn of the loop over chunks, which drains the MXU
 # Bytes of stack of a weight of "shifted", by the least group's rows: without and with zero points or offsets.
 STACK_OF_SHIFTED = {0: (1.3, 3.0), 64: (0.9, 1.9), 128: (0.5, 1.2)}
 REWRITTEN = 1.5e-12  # seconds for a byte of scales that XLA rewrites in single rows
+
+
+def bundles_of_any_step(form: str) -> int:
+    """Bundles that a step has whatever its size."""
+    return 400 if form == "shifted" else 130
 
 
 def counted(chip: str, number: str) -> dict[str, Any]:
@@ -84,7 +88,7 @@ def seconds(problem: Problem, plan: Plan, chip: Chip) -> float:
 def _before(problem: Problem, plan: Plan, chip: Chip) -> float:
     """Seconds of what XLA does before the kernel."""
     copied = problem.k * problem.n * problem.bits / 4 if plan.loops else 0  # codes, read and written
-    copied += 6 * problem.m * problem.k if plan.form == ORDERED else 0
+    copied += 6 * problem.m * problem.k if plan.form == "magic" else 0
     flat = problem.groups == 1 or reads_flat_scales(problem.groups, problem.group_size, plan)
     rewritten = 0 if flat else problem.groups * problem.n * _bytes_of_a_scale(problem)
     return copied / chip.cores / chip.bandwidth + rewritten * REWRITTEN
@@ -99,16 +103,16 @@ def bundles_of_step(problem: Problem, plan: Plan, chip: Chip) -> float:
     if plan.block_n < chip.mxu_depth:  # half of a wide MXU
         count *= 2
     turns = plan.block_k // min(plan.chunk, plan.block_k)
-    return count + (turns - 1) * LOOP_BUNDLES + STEP_BUNDLES.get(plan.form, 130)
+    return count + (turns - 1) * LOOP_BUNDLES + bundles_of_any_step(plan.form)
 
 
 @functools.lru_cache(maxsize=4096)
 def bundles_of_tile(chip: str, number: str, form: str, rows: int, group: int) -> float:
-    """Of 1024 x 1024 codes, less STEP_BUNDLES and SUMS_BUNDLES: COUNTED, linear in rows and in groups between."""
+    """Of 1024 x 1024 codes, less those of any step and SUMS_BUNDLES: COUNTED, linear in rows and in groups between."""
     at, found = COUNTED_ROWS, counted(chip, number)[form]
     if number == "int4" and (between := AT_256_ROWS.get((chip, form))):
         at, found = (*at[:-1], 256, at[-1]), (*found[:-1], between, found[-1])
-    bundles = np.asarray(found, float) - STEP_BUNDLES.get(form, 130)  # [rows, group]
+    bundles = np.asarray(found, float) - bundles_of_any_step(form)  # [rows, group]
     bundles -= SUMS_BUNDLES * 1024 * np.asarray(at)[:, None]
     within = min(rows, at[-1])
     short, long = (float(np.interp(within, at, bundles[:, i])) * rows / within for i in (0, 1))
@@ -150,9 +154,9 @@ def largest_block(problem: Problem, plan: Plan) -> int:
 def _stack(problem: Problem, plan: Plan, bm: int, bn: int) -> int:
     chunk = min(plan.chunk, plan.block_k)
     corrected = problem.zero_points or problem.offsets
-    if plan.form == "shifted":  # and all of x
+    if plan.form == "shifted":  # and all of x, or of the sums
         least = max(group for group in STACK_OF_SHIFTED if group <= problem.group_size)
-        return int(STACK_OF_SHIFTED[least][corrected] * chunk * bn) + 2 * bm * chunk
+        return int(STACK_OF_SHIFTED[least][corrected] * chunk * bn) + max(2 * bm * chunk, 4 * bm * bn)
     of_a_weight = 1.75 if plan.form == "wscale" else 1.5 if corrected else 0.75
     if problem.number != "int4":
         of_a_weight = max(of_a_weight, 5.0)

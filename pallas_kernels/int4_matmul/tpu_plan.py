@@ -7,7 +7,6 @@ from pallas_kernels.int4_matmul.tpu_forms import LANES
 
 SUBLANES = 8
 EXACT = ("direct", "magic", "integer")  # forms that round no weights
-ORDERED = "magic"  # the form that wants the columns of x in an order of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +62,12 @@ class Plan:
     @property
     def loops(self) -> bool:
         return self.chunk < self.block_k
+
+
+def in_rows_held_once(plan: Plan) -> Plan:
+    """A plan of one product: resident rows are there once where that makes room. (Those of experts are sorted, and the
+    next ones soon wanted.)"""
+    return dataclasses.replace(plan, once=plan.resident and plan.form == "shifted")
 
 
 def reads_flat_scales(groups: int, group_size: int, plan: Plan) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pallas_kernels.int4_matmul.tpu_chips import Chip
 from pallas_kernels.int4_matmul.tpu_model import vmem_of
-from pallas_kernels.int4_matmul.tpu_plan import EXACT, Plan, Problem
+from pallas_kernels.int4_matmul.tpu_plan import EXACT, Plan, Problem, in_rows_held_once
 
 FILE = "tuned.json"
 BUCKETS = (16, 512, 2048)  # rows: up to 16, from 257 to 512, and from 1025 to 2048
@@ -48,8 +48,7 @@ def key_of(problem: Problem) -> str:
 def plan_of(entry: list[Any], rows: int, chip: Chip) -> Plan:
     form, block_m, block_k, block_n, resident, chunk = entry
     wide = form == "wscale" and not chip.bf16_vector
-    once = form == "shifted" and resident
-    return Plan(form, min(block_m, rows), block_k, block_n, resident, chunk, wide=wide, once=once)
+    return in_rows_held_once(Plan(form, min(block_m, rows), block_k, block_n, resident, chunk, wide=wide))
 
 
 def entry_of(plan: Plan) -> list[Any]:

@@ -6,7 +6,8 @@
 Quantizing again costs what quantizing costs, and an adapter that was trained around a base's own rounding errors loses
 that: beside the packed base it loses nothing.
 
-A leaf that stacks layers is merged layer by layer: what is held in float32 is one of them, beside the result.
+A leaf that stacks layers, on one device, is merged layer by layer: what is held in float32 is one of them, beside the
+result. It is merged whole where layers depend on each other (scales that are packed as well) or statistics are given.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jq4.errors import JQ4Error
-from jq4.leaf_errors import LeafError, energies_of, error_from
+from jq4.leaf_errors import LeafError, energies_of, error_from, in_ones
 from jq4.methods import get_method
 from jq4.paths import find_path, flatten_with_paths, leaf_path
 from jq4.qarray import is_qarray
@@ -85,7 +86,8 @@ def merge_lora(
             return leaf
         result, told = merging.merged(path, leaf)
         report.append(told)
-        return jax.tree.map(jnp.asarray, result)
+        own = _devices(leaf)
+        return jax.device_put(result, own.pop()) if len(own) == 1 else jax.tree.map(jnp.asarray, result)
 
     tree = jax.tree_util.tree_map_with_path(merged, params, is_leaf=is_qarray)
     return tree, report
@@ -127,14 +129,23 @@ class Merging:
     def merged(self, path: str, leaf: Any) -> tuple[Any, MergedLeaf]:
         """(the leaf with its adapter in it, what that lost). Of a leaf merged by slices the arrays are NumPy's."""
         adapter = self.adapters[path]
-        if self._goes_by_slices(path, adapter):
-            result, energies = stacked(leaf.shape[0], lambda i: self._merged(path, _layer(leaf, i), adapter.layer(i)))
+        if 0 in leaf.shape:
+            raise JQ4Error(f"{path}: the leaf is empty, shape {tuple(leaf.shape)}: wanted weights")
+        if self._goes_by_slices(path, leaf, adapter):
+            result, energies = stacked(leaf.shape[0], lambda i: self._merged_layer(path, leaf, adapter, i))
         else:
             result, energies = self._merged(path, leaf, adapter)
         change = energies.pop("change")
         error = error_from(path, energies, leaf.shape, find_path(self.stats or {}, path), axis=adapter.inputs[-1])
         format = result.format if is_qarray(result) else DENSE
         return result, MergedLeaf(path, format, error, _decibels(change.sum(), energies["noise"].sum()))
+
+    def _merged_layer(self, path: str, leaf: Any, adapter: Adapter, i: int) -> tuple[Any, dict[str, np.ndarray]]:
+        layer = index(leaf, i) if is_qarray(leaf) else leaf[i]
+        try:
+            return self._merged(path, layer, adapter.layer(i))
+        except JQ4Error as error:
+            raise JQ4Error(f"{error} (in layer {i} of the stack)") from None
 
     def _merged(self, path: str, leaf: Any, adapter: Adapter) -> tuple[Any, dict[str, np.ndarray]]:
         """(the leaf, or a slice of it, merged; its energies and that of what was learned)."""
@@ -146,11 +157,13 @@ class Merging:
             result = dataclasses.replace(result, dtype=jnp.dtype(leaf.dtype).name)
         energies = energies_of(exact, result, find_path(self.stats or {}, path), axis=adapter.inputs[-1])
         unit, learned = jax.device_get(_learned(adapter))
-        return result, {**energies, "change": np.asarray(learned, np.float64) * np.float64(unit) ** 2}
+        return result, {**energies, "change": in_ones(learned, unit)}
 
-    def _goes_by_slices(self, path: str, adapter: Adapter) -> bool:
-        """Whether a leaf stacks layers of which each becomes the same alone as beside the others."""
+    def _goes_by_slices(self, path: str, leaf: Any, adapter: Adapter) -> bool:
+        """Whether a leaf stacks layers of which each becomes the same alone as beside the others, on one device."""
         if adapter.stacked[:1] != (-len(adapter.shape),) or find_path(self.stats or {}, path) is not None:
+            return False
+        if len(_devices((leaf, adapter))) > 1:
             return False
         rule = self.plan[path].rule if path in self.plan else None
         return rule is None or not (rule.double_quant or get_method(rule.method).needs_statistics)
@@ -167,8 +180,9 @@ def stacked(count: int, made: Callable[[int], Any]) -> Any:
     return whole
 
 
-def _layer(leaf: Any, i: int) -> Any:
-    return index(leaf, i) if is_qarray(leaf) else leaf[i]
+def _devices(tree: Any) -> set[Any]:
+    """Those that hold a tree's JAX arrays."""
+    return {device for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) for device in leaf.devices()}
 
 
 def _plan(
