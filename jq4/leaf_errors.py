@@ -24,7 +24,7 @@ import numpy as np
 from jq4.errors import JQ4Error
 from jq4.paths import find_path, flatten_with_paths
 from jq4.qarray import is_qarray
-from jq4.sqnr import as_float32, common_unit
+from jq4.sqnr import as_float32, common_unit, decibels
 
 HESSIAN, MEAN_SQUARE = "hessian", "mean_square"
 HESSIAN_BYTES = 2**28  # of one leaf, above which its diagonal is collected instead
@@ -95,8 +95,7 @@ def energies_of(weight: Any, approximation: Any, statistics: Any = None, *, axis
     """Sums over each slice, f64[*B]: of W**2 and D**2, and of the outputs they make where statistics fit the leaf."""
     statistics = statistics if fits_leaf(weight.shape, axis, statistics) else None
     shape = matrix_shape(weight.shape, axis, statistics)
-    _, moments = _moments(statistics)
-    unit, energies = jax.device_get(_energies(weight, approximation, moments, shape=shape, axis=axis))
+    unit, energies = jax.device_get(_energies(weight, approximation, _moments(statistics), shape=shape, axis=axis))
     return {name: in_ones(value, unit) for name, value in energies.items()}
 
 
@@ -112,7 +111,6 @@ def error_from(
     """What the energies of a leaf of `shape`, of all of its slices, say."""
     statistics = statistics if fits_leaf(shape, axis, statistics) else None
     *leading, features, _ = matrix_shape(shape, axis, statistics)
-    weighting, _ = _moments(statistics)
     rows = None if statistics is None else np.asarray(statistics.count)
     slices = tuple(
         SliceError(index, *_ratios(energies, index), None if rows is None else int(rows[index]))
@@ -120,8 +118,9 @@ def error_from(
     )
     summed = {name: value.sum() for name, value in energies.items()}
     return LeafError(
-        path, *_ratios(summed, ()), weighting, None if statistics is None else features, slices if leading else ()
-    )
+        path, *_ratios(summed, ()), _weighting(statistics), None if statistics is None else features,
+        slices if leading else (),
+    )  # fmt: skip
 
 
 def collect_hessians(
@@ -174,13 +173,19 @@ def _features_span(shape: tuple[int, ...], axis: int, features: int) -> int | No
     return None
 
 
-def _moments(statistics: Any) -> tuple[str | None, jax.Array | None]:
-    """H f32[*B, K, K], or its diagonal f32[*B, K]."""
+def _weighting(statistics: Any) -> str | None:
+    """What is known of the inputs."""
     if statistics is None:
-        return None, None
+        return None
     if statistics.outer_total is not None:
-        return HESSIAN, statistics.hessian
-    return (None, None) if statistics.square_total is None else (MEAN_SQUARE, statistics.mean_square)
+        return HESSIAN
+    return None if statistics.square_total is None else MEAN_SQUARE
+
+
+def _moments(statistics: Any) -> jax.Array | None:
+    """H f32[*B, K, K], or its diagonal f32[*B, K]."""
+    known = _weighting(statistics)
+    return None if known is None else getattr(statistics, known)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "axis"))
@@ -216,8 +221,7 @@ def _output_energy(weight: jax.Array, moments: jax.Array) -> jax.Array:
 def _ratios(energies: Mapping[str, np.ndarray], index: tuple[int, ...]) -> tuple[float, float | None]:
     """(SQNR in dB, output error) of one slice; a weight whose inputs were all zero has no output error."""
     signal, noise = energies["signal"][index], energies["noise"][index]
-    with np.errstate(divide="ignore"):
-        sqnr_db = math.inf if noise == 0 else float(10 * np.log10(signal / noise))
+    sqnr_db = decibels(signal, noise)
     if "output_signal" not in energies or energies["output_signal"][index] == 0:
         return sqnr_db, None
     return sqnr_db, float(energies["output_noise"][index] / energies["output_signal"][index])

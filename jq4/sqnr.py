@@ -1,9 +1,11 @@
 """Signal to quantization noise ratio, the error of one leaf in decibels. Roughly six of them are one bit."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jq4.errors import JQ4Error
 from jq4.qarray import is_qarray
@@ -19,6 +21,12 @@ def sqnr(weight: Any, approximation: Any) -> jax.Array:
     signal, noise = jnp.sum(jnp.square(exact / unit)), jnp.sum(jnp.square((exact - near) / unit))
     lossless = noise == 0
     return jnp.where(lossless, jnp.inf, 10 * jnp.log10(signal / jnp.where(lossless, jnp.ones_like(noise), noise)))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Of two energies on the host; inf where there is no noise."""
+    with np.errstate(divide="ignore"):
+        return math.inf if noise == 0 else float(10 * np.log10(signal / noise))
 
 
 def common_unit(exact: jax.Array, near: jax.Array) -> jax.Array:

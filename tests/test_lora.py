@@ -269,9 +269,6 @@ def test_merging_says_what_it_lost():
     assert coarse.change_db < told.change_db - 20
 
 
-BY_LAYERS = ["dense", "rtn-w3g32", "hqq-w4g32-asym", "rtn-w4g32-a8"]
-
-
 def stack_with_adapters():
     """(three packed layers, their stack, its adapters)."""
     kernels = [packed((64, 32), seed=i) for i in range(3)]
@@ -279,7 +276,7 @@ def stack_with_adapters():
     return kernels, tree, drawn(jq4.lora(tree, 2))
 
 
-@pytest.mark.parametrize("to", BY_LAYERS)
+@pytest.mark.parametrize("to", ["dense", "rtn-w3g32", "hqq-w4g32-asym", "rtn-w4g32-a8"])
 def test_a_stack_is_merged_as_its_layers_are(to, monkeypatch):
     """Oracles: each layer merged by itself, as a tree of its own; of what is told, the sums in NumPy."""
     kernels, tree, adapters = stack_with_adapters()

@@ -231,6 +231,8 @@ def test_weights_of_rotated_inputs_are_rounded_as_they_are_packed(bits):
         jq4.JQ4Error, match="the start rotates inputs, and its codes are of rotated weights: wanted begin_at"
     ):
         jq4.move_to_codes(params, start)
+    with pytest.raises(jq4.JQ4Error, match="kernel: input_rotation: 15 inputs, wanted an even number"):
+        forward({"kernel": jnp.ones((3, 15, 8))}, x[:, :15])
 
 
 def test_a_start_is_held_to_the_recipe():

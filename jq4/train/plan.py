@@ -105,7 +105,10 @@ def activations_of(entry: LeafReport) -> str:
 def rotation_of(entry: LeafReport) -> int:
     """The block in which the inputs of a planned leaf are rotated; 0: they are not."""
     assert entry.rule is not None and entry.axis is not None and entry.shape is not None
-    return block_of(entry.shape[entry.axis]) if entry.rule.input_rotation else 0
+    try:
+        return block_of(entry.shape[entry.axis]) if entry.rule.input_rotation else 0
+    except JQ4Error as error:
+        raise JQ4Error(f"{entry.path}: {error}") from None
 
 
 def _check_trainable(entry: LeafReport) -> None:

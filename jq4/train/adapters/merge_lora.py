@@ -11,7 +11,6 @@ result. It is merged whole where layers depend on each other (scales that are pa
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,7 +28,7 @@ from jq4.quantize import quantize_planned, quantize_report
 from jq4.quantize_report import LeafReport
 from jq4.recipe import Recipe
 from jq4.rule import Rule
-from jq4.sqnr import common_unit
+from jq4.sqnr import common_unit, decibels
 from jq4.train.adapters.adapter import Adapter, Adapters
 from jq4.train.plan import aligned
 
@@ -132,13 +131,13 @@ class Merging:
         if 0 in leaf.shape:
             raise JQ4Error(f"{path}: the leaf is empty, shape {tuple(leaf.shape)}: wanted weights")
         if self._goes_by_slices(path, leaf, adapter):
-            result, energies = stacked(leaf.shape[0], lambda i: self._merged_layer(path, leaf, adapter, i))
+            result, energies = _stacked(leaf.shape[0], lambda i: self._merged_layer(path, leaf, adapter, i))
         else:
             result, energies = self._merged(path, leaf, adapter)
         change = energies.pop("change")
         error = error_from(path, energies, leaf.shape, find_path(self.stats or {}, path), axis=adapter.inputs[-1])
         format = result.format if is_qarray(result) else DENSE
-        return result, MergedLeaf(path, format, error, _decibels(change.sum(), energies["noise"].sum()))
+        return result, MergedLeaf(path, format, error, decibels(change.sum(), energies["noise"].sum()))
 
     def _merged_layer(self, path: str, leaf: Any, adapter: Adapter, i: int) -> tuple[Any, dict[str, np.ndarray]]:
         layer = index(leaf, i) if is_qarray(leaf) else leaf[i]
@@ -169,7 +168,7 @@ class Merging:
         return rule is None or not (rule.double_quant or get_method(rule.method).needs_statistics)
 
 
-def stacked(count: int, made: Callable[[int], Any]) -> Any:
+def _stacked(count: int, made: Callable[[int], Any]) -> Any:
     """The trees made(0), made(1), ... as one, of NumPy arrays with a leading axis."""
     whole: Any = None
     for i in range(count):
@@ -211,8 +210,3 @@ def _learned(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
     delta = adapter.delta()
     unit = common_unit(delta, delta)
     return unit, jnp.sum((delta / unit) ** 2)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    with np.errstate(divide="ignore"):
-        return math.inf if noise == 0 else float(10 * np.log10(signal / noise))
