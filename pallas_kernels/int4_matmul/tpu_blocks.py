@@ -5,8 +5,8 @@ one for these sizes (tpu_tuned.py). What follows, chip by chip (see tpu_forms.py
 
     v4      decode: magic, bound by its pushes of 1024 weights (others push 2048); prefill: shifted. Its compiler
             unpacks int4 through memory, 3 to 6 times slower than the MXU, so no other form is considered
-    v5e/v5p decode: direct where HBM hides it (v5e), else magic; of groups of 32 direct; prefill: wscale, whose
-            unpacking to f32 is then hidden by the MXU
+    v5e/v5p decode: direct where HBM hides it (v5e), else magic; of groups of 32 direct; 128 rows: direct, in blocks as
+            deep as they can be, which the MXU all but hides; prefill: wscale, whose unpacking to f32 it hides then
     v6e     decode: direct, one unpacking instruction and no slack, or wscale for groups of 32 and 64; prefill: wscale
     tpu7x   the same; bound by the vector unit at decode where groups are short, as 3.7 TB/s a core outrun it
 
@@ -37,8 +37,8 @@ LARGEST_WIDTH = 2048
 MOST_CODES = 2**22  # of a block: 2 MiB
 LEAST_CODES = 2**21  # of a block at decode, where there are so many: 1 MiB
 DECODE_ROWS = 64
-MANY_ROWS = 128
-UNROLLED_GROUPS = (64, 16)  # of a block, for fewer rows and from MANY_ROWS on: more of them compile slowly
+UNROLLED_GROUPS = (64, 16)  # of a block, for few rows and from MANY_ROWS on: more of them compile slowly, or spill
+MANY_ROWS = {"direct": 256, "magic": 128, "integer": 128}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -113,7 +113,7 @@ def chunks(problem: Problem, form: str, block_m: int, block_k: int, chip: Chip) 
     group = block_k if problem.groups == 1 else problem.group_size
     if form not in EXACT:
         most = [block_k, 2048 if chip.bf16_vector else 512]
-    elif block_m < MANY_ROWS:
+    elif block_m < MANY_ROWS[form]:
         most = [UNROLLED_GROUPS[0] * group]
     else:
         most = [UNROLLED_GROUPS[1] * group, problem.unit]

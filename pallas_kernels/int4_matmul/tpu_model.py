@@ -29,7 +29,7 @@ COUNTED = {
         "shifted": ((2862, 2861), (3319, 3320), (3991, 4029), (9091, 8993)),
     },
     "v5e": {
-        "direct": ((1200, 827), (4055, 1360), (8199, 3135), (31975, 9703)),
+        "direct": ((1200, 827), (4055, 1360), (8054, 2401), (31975, 8845)),
         "magic": ((1264, 688), (4400, 1351), (9229, 3178), (34191, 10133)),
         "integer": ((1217, 514), (2368, 834), (4492, 1434), (17500, 5431)),
         "wscale": ((1655, 1582), (2051, 1954), (2694, 2623), (8240, 8174)),
@@ -57,15 +57,23 @@ CORRECTION = {
     "direct": (1.7, 1.15), "magic": (1.25, 1.1), "integer": (1.8, 1.2), "wscale": (1.2, 1.1), "shifted": (1.1, 1.1),
 }  # fmt: skip
 SUMS_BUNDLES = 1.1 / 1024  # of a step, for each of the sums that it reads and writes
+SUMS_BUNDLES_OF_64_ROWS = {("v5e", "direct"): 3.3 / 1024}  # which the MXU hides less of
 LOOP_BUNDLES = 100  # of a turn of the loop over chunks, which drains the MXU
 # Bytes of stack of a weight of "shifted", by the least group's rows: without and with zero points or offsets.
 STACK_OF_SHIFTED = {0: (1.3, 3.0), 64: (0.9, 1.9), 128: (0.5, 1.2)}
-REWRITTEN = 1.5e-12  # seconds for a byte of scales that XLA rewrites in single rows
+REWRITTEN = 3e-12  # seconds for a scale or offset that XLA rewrites in single rows
+REWRITTEN_ZERO_POINT = 16  # bytes of HBM for one: registers hold 32 rows of bytes
 
 
 def bundles_of_any_step(form: str) -> int:
     """Bundles that a step has whatever its size."""
     return 400 if form == "shifted" else 130
+
+
+def bundles_of_sums(chip: str, form: str, rows: int, columns: int) -> float:
+    """Those of the sums of a step."""
+    at_64 = SUMS_BUNDLES_OF_64_ROWS.get((chip, form), SUMS_BUNDLES)
+    return float(np.interp(rows, (16, 64, 128), (SUMS_BUNDLES, at_64, SUMS_BUNDLES))) * rows * columns
 
 
 def counted(chip: str, number: str) -> dict[str, Any]:
@@ -90,14 +98,16 @@ def _before(problem: Problem, plan: Plan, chip: Chip) -> float:
     copied = problem.k * problem.n * problem.bits / 4 if plan.loops else 0  # codes, read and written
     copied += 6 * problem.m * problem.k if plan.form == "magic" else 0
     flat = problem.groups == 1 or reads_flat_scales(problem.groups, problem.group_size, plan)
-    rewritten = 0 if flat else problem.groups * problem.n * _bytes_of_a_scale(problem)
-    return copied / chip.cores / chip.bandwidth + rewritten * REWRITTEN
+    rewritten = 0 if flat else problem.groups * problem.n
+    of_one = REWRITTEN * (1 + problem.offsets) + problem.zero_points * REWRITTEN_ZERO_POINT / chip.bandwidth
+    return copied / chip.cores / chip.bandwidth + rewritten * of_one
 
 
 def bundles_of_step(problem: Problem, plan: Plan, chip: Chip) -> float:
     group = plan.block_k if problem.groups == 1 else problem.group_size
     tile = bundles_of_tile(chip.name, problem.number, plan.form, plan.block_m, group)
-    count = tile * plan.block_k * plan.block_n / 2**20 + SUMS_BUNDLES * plan.block_m * plan.block_n
+    count = tile * plan.block_k * plan.block_n / 2**20
+    count += bundles_of_sums(chip.name, plan.form, plan.block_m, plan.block_n)
     if problem.zero_points or problem.offsets:
         count *= CORRECTION[plan.form][group >= 128]
     if plan.block_n < chip.mxu_depth:  # half of a wide MXU
@@ -108,12 +118,12 @@ def bundles_of_step(problem: Problem, plan: Plan, chip: Chip) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def bundles_of_tile(chip: str, number: str, form: str, rows: int, group: int) -> float:
-    """Of 1024 x 1024 codes, less those of any step and SUMS_BUNDLES: COUNTED, linear in rows and in groups between."""
+    """Of 1024 x 1024 codes, less those of any step and its sums: COUNTED, linear in rows and in groups between."""
     at, found = COUNTED_ROWS, counted(chip, number)[form]
     if number == "int4" and (between := AT_256_ROWS.get((chip, form))):
         at, found = (*at[:-1], 256, at[-1]), (*found[:-1], between, found[-1])
     bundles = np.asarray(found, float) - bundles_of_any_step(form)  # [rows, group]
-    bundles -= SUMS_BUNDLES * 1024 * np.asarray(at)[:, None]
+    bundles -= np.asarray([bundles_of_sums(chip, form, rows, 1024) for rows in at])[:, None]
     within = min(rows, at[-1])
     short, long = (float(np.interp(within, at, bundles[:, i])) * rows / within for i in (0, 1))
     share = (1 / group - 1 / 128) / (1 / 32 - 1 / 128)
@@ -160,8 +170,7 @@ def _stack(problem: Problem, plan: Plan, bm: int, bn: int) -> int:
     of_a_weight = 1.75 if plan.form == "wscale" else 1.5 if corrected else 0.75
     if problem.number != "int4":
         of_a_weight = max(of_a_weight, 5.0)
-    sums = 0
-    if plan.form in EXACT:
-        groups = 1 if problem.groups == 1 else chunk // min(chunk, problem.group_size)
-        sums = 4 * bm * bn * (groups if plan.block_m > 16 else 1)
+    sums = 4 * bm * bn if plan.form in EXACT else 0  # of a group, before they are scaled
+    if plan.form == "magic" and 16 < plan.block_m < 128 and problem.groups > 1:  # of all, and slow where they are many
+        sums *= chunk // min(chunk, problem.group_size)
     return int(of_a_weight * chunk * bn) + sums + 2**20
