@@ -3,9 +3,11 @@
 The emulator itself is held to instructions worked out by hand from the PTX ISA, and must notice programs that race.
 """
 
+import itertools
 import re
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -195,6 +197,19 @@ def test_instructions_do_what_the_isa_says():
     assert run("selp.b32", (7, U32), (9, U32), (False, np.bool_)) == 9
     assert run("setp.eq.and.b32", (1, U32), (1, U32), (True, np.bool_)) == 1
     assert run("mad.lo.s32", (3, U32), (5, U32), (0xFFFFFFFF, U32)) == 14
+
+
+def test_whole_numbers_in_the_lowest_bits_of_bf16_become_levels_by_one_multiply_add():
+    """mosaic_gpu_registers.py: u * 2^-133, and 16 u for codes four bits higher, to (u - origin) * 2^-6."""
+    for code, origin in itertools.product((0, 1, 7, 8, 15), (0, 8, 15)):
+        level = int(np.float32((code - origin) / 64).astype(ml_dtypes.bfloat16).view(U16))
+        below = int(np.float32(-origin / 64).astype(ml_dtypes.bfloat16).view(U16))
+        assert run("fma.rn.bf16", (code, U16), (0x7F00, U16), (below, U16)) == level
+        assert run("fma.rn.bf16", (code << 4, U16), (0x7D00, U16), (below, U16)) == level
+    for code in range(256):  # those from 128 on are normal numbers
+        assert run("fma.rn.bf16", (code, U16), (0x7F00, U16), (0, U16)) == int(
+            np.float32(code / 64).astype(ml_dtypes.bfloat16).view(U16)
+        )
 
 
 def test_fragments_of_mma_lie_as_the_isa_draws_them():

@@ -89,12 +89,13 @@ class GpuPlan:
 
 
 SUMS_ROWS = 64
-# Of a thread, a weight, by strips of a warpgroup; of codes of 4 and 8 bits and, where x is int8, of either; by e4m3.
-INSTRUCTIONS = {"column": (2.25, 1.9), "sums": (2.4, 2.1), "weights": (2.9, 2.5)}
-INSTRUCTIONS_OF_WIDE = {"column": (2.8, 2.3), "sums": (3.1, 2.7), "weights": (3.7, 3.1)}
+# Of a thread, a weight, by strips of a warpgroup; of codes of 4 and 8 bits (for 4, f16 takes a quarter more than bf16)
+# and, where x is int8, of either; by e4m3.
+INSTRUCTIONS = {"column": (2.0, 1.65), "sums": (2.15, 1.85), "weights": (2.65, 2.25)}
+INSTRUCTIONS_OF_WIDE = {"column": (2.3, 1.8), "sums": (2.6, 2.15), "weights": (3.2, 2.6)}
 INSTRUCTIONS_OF_INTEGERS = {"column": (1.3, 1.0), "sums": (1.6, 1.2)}
 INSTRUCTIONS_OF_E4M3 = {"sums": (1.9, 1.65)}
-INSTRUCTIONS_OF_TRANSPOSED = {4: 4.0, 8: 4.6}  # by bits
+INSTRUCTIONS_OF_TRANSPOSED = {4: 3.4, 8: 3.3}  # by bits
 LEAST_ROWS_OF_TENSOR_CORE = 16  # fewer take as long
 TENSOR_SHARE = 0.7
 FILLING = 1.5e-6  # seconds before a block's first product

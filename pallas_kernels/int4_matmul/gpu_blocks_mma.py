@@ -23,7 +23,7 @@ from pallas_kernels.int4_matmul.gpu_chips import LANES, Gpu
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, padded_length
 
 RESIDENT = 2
-UNPACKING = {4: 1.6, 8: 2.7}  # instructions a weight, by bits
+UNPACKING = {4: 1.35, 8: 2.2}  # instructions a weight, by bits
 SCALING = 0.5  # of a weight that is scaled
 OF_A_STEP = 38  # for all weights of a thread
 OF_A_GROUP = 8  # a weight and zero point or scale, over the size of the group

@@ -44,7 +44,6 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
 from pallas_kernels.int4_matmul.mosaic_gpu_registers import (
-    AND_OR,
     AND_XOR,
     ROW,
     constant,
@@ -55,7 +54,7 @@ from pallas_kernels.int4_matmul.mosaic_gpu_registers import (
 
 CHAIN = 128  # rows of W of which products of e4m3 are summed before they are scaled
 _SIGNS = 0x80808080
-_OR_NOT_AND = 0xF2  # of lop3: a | (~b & c)
+_AND_OR, _OR_NOT_AND = 0xEA, 0xF2  # of lop3: (a & b) | c, a | (~b & c)
 _STEP = 1 / 512  # between e4m3's smallest numbers
 
 
@@ -130,7 +129,7 @@ def _signed(four: Any, origin: Any, positive: Any) -> Any:
 
 def _above_128(word: Any, h: int, zero: Any) -> Any:
     """128 + (u - z) in each byte."""
-    return arith.subi(lop3(_low(word, h), 0x0F0F0F0F, _SIGNS, AND_OR), zero)
+    return arith.subi(lop3(_low(word, h), 0x0F0F0F0F, _SIGNS, _AND_OR), zero)
 
 
 def _low(word: Any, h: int) -> Any:

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
 from pallas_kernels.int4_matmul.mosaic_gpu_bytes import CHAIN, bytes_of, factor_of, zero_bytes_of
-from pallas_kernels.int4_matmul.mosaic_gpu_registers import floats_of, words_layout, zero_points_of
+from pallas_kernels.int4_matmul.mosaic_gpu_registers import factor_of_floats, floats_of, words_layout
 from pallas_kernels.int4_matmul.mosaic_gpu_seams import load
 
 
@@ -50,8 +50,10 @@ class Shape:
 
     @property
     def factor(self) -> float:
-        """What products are multiplied by beside their scales."""
-        return factor_of(self.dtype, self.bits, self.zero_points) if self.in_bytes else 1.0
+        """What sums are multiplied by beside their scales."""
+        if self.in_bytes:
+            return factor_of(self.dtype, self.bits, self.zero_points)
+        return factor_of_floats(self.dtype)
 
     def chain(self, plan: GpuPlan) -> int:
         """Rows of W whose products are summed before they are scaled."""
@@ -83,7 +85,7 @@ def sums_step(shape: Shape, plan: GpuPlan, x: Any, codes: Sequence[Any], rows_of
 
         products = pl.run_scoped(chains, *_accumulators(shape, plan))
         for strip, (rows, product) in enumerate(zip(rows_of, products, strict=True)):
-            sums[strip] = sums[strip] + scaled(shape, product, rows.scale[group])
+            sums[strip] = sums[strip] + scaled(product, rows.scale[group])
     return tuple(sums)
 
 
@@ -101,11 +103,15 @@ def chain_step(shape: Shape, plan: GpuPlan, x: Any, codes: Sequence[Any], rows_o
     return totals
 
 
-def scaled(shape: Shape, product: jax.Array, scale: jax.Array) -> jax.Array:
+def scaled(product: jax.Array, scale: jax.Array) -> jax.Array:
     """f32[64, tile_m]: what a chain of levels gave, times its columns' scales."""
-    row = scale.astype(jnp.float32)
-    row = row if shape.factor == 1.0 else row * jnp.float32(shape.factor)
-    return product.astype(jnp.float32) * lax.broadcast_in_dim(row, product.shape, [0])
+    return product.astype(jnp.float32) * lax.broadcast_in_dim(scale.astype(jnp.float32), product.shape, [0])
+
+
+def finished(shape: Shape, total: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """f32[64, tile_m]: a block's sums, times their columns' one scale where it has not been in them, and the factor."""
+    total = total if scale is None else scaled(total, scale)
+    return total if shape.factor == 1.0 else total * jnp.float32(shape.factor)
 
 
 def _operand_of(shape: Shape, scales: int, zero_points: int) -> Callable[..., jax.Array]:
@@ -115,7 +121,7 @@ def _operand_of(shape: Shape, scales: int, zero_points: int) -> Callable[..., ja
 
 
 def _zero_of(shape: Shape, row: jax.Array) -> jax.Array:
-    return zero_bytes_of(row) if shape.in_bytes else zero_points_of(row, shape.dtype, shape.bits)
+    return zero_bytes_of(row) if shape.in_bytes else row.astype(jnp.int32)
 
 
 def _multiply(shape: Shape, convert: Any, x: Any, codes: Any, tile: int, parts: list[Any], total: Any) -> None:

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.int4_matmul.gpu_blocks import MOST_WARPGROUPS, GpuPlan
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
-from pallas_kernels.int4_matmul.mosaic_gpu_forms import FORMS, Rows, Shape, scaled
+from pallas_kernels.int4_matmul.mosaic_gpu_forms import FORMS, Rows, Shape, finished
 from pallas_kernels.int4_matmul.mosaic_gpu_registers import ROW, words_shape
 from pallas_kernels.int4_matmul.mosaic_gpu_seams import load, store
 
@@ -113,9 +113,8 @@ def _block(inputs: list[Any], out: Any, rows: Any, rows_out: Any, shape: Shape, 
         return multiply(shape, plan, x, [codes.at[strip] for strip, _ in strips], rows_of, sums)
 
     def write(sums: list[jax.Array]) -> None:
-        parts = sums
-        if plan.form == "column":
-            parts = [scaled(shape, total, own.scale[0]) for total, own in zip(sums, whole, strict=True)]
+        scales = [rows.scale[0] for rows in whole] if plan.form == "column" else [None] * len(sums)
+        parts = [finished(shape, total, scale) for total, scale in zip(sums, scales, strict=True)]
         where = out.at[split] if plan.splits > 1 else out
         write_tiles(parts, staged, where, rows_out, strips, shape.n // STRIP)
 

@@ -26,9 +26,9 @@ from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 
 from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
-from pallas_kernels.int4_matmul.mosaic_gpu_forms import Rows, Shape, of_tile, scaled
+from pallas_kernels.int4_matmul.mosaic_gpu_forms import Rows, Shape, finished, of_tile, scaled
 from pallas_kernels.int4_matmul.mosaic_gpu_kernel import result_type, transforms_of
-from pallas_kernels.int4_matmul.mosaic_gpu_registers import ROW, floats_of, zero_points_of
+from pallas_kernels.int4_matmul.mosaic_gpu_registers import ROW, floats_of
 from pallas_kernels.int4_matmul.mosaic_gpu_seams import left_layout, load, mma, right_layout, store
 
 LINE = 32  # words of a row of codes in shared memory: 128 bytes
@@ -101,7 +101,7 @@ def _block(x: Any, words: Any, *rest: Any, shape: Shape, plan: GpuPlan, staged: 
     sums, last = pipeline(x, *[words] * plan.strips)
     where = out.at[split] if plan.splits > 1 else out
     for strip, total, own in zip(strips, sums, last, strict=True):
-        part = scaled(shape, total, own.scale[0]) if plan.form == "column" else total
+        part = finished(shape, total, own.scale[0] if plan.form == "column" else None)
         _write(part, staged, where, rows, strip)
 
 
@@ -129,7 +129,7 @@ def _step(shape: Shape, plan: GpuPlan, x: Any, codes: list[Any], rows_of: list[R
                 before = _zeros(plan) if chain and row % chain == 0 else partial[i]
                 partial[i] = mma(before, left[i][:, part], right[part])
                 if chain and (row + piece) % chain == 0:
-                    totals[i] = totals[i] + scaled(shape, partial[i], rows.scale[row // chain])
+                    totals[i] = totals[i] + scaled(partial[i], rows.scale[row // chain])
     return totals if chain else partial
 
 
@@ -138,7 +138,7 @@ def _weights(shape: Shape, plan: GpuPlan, codes: Any, rows: Rows, tile: int) -> 
     tiles, lines = plan.tile_k // TILE_K, 2 * shape.bits * TILE_K // LINE
     scales_weights = plan.form == "weights"
     scales = [one.astype(shape.dtype) for one in of_tile(rows.scale, tile, tiles)] if scales_weights else []
-    zeros = [zero_points_of(one, shape.dtype, shape.bits) for one in of_tile(rows.zero_point or [], tile, tiles)]
+    zeros = [one.astype(jnp.int32) for one in of_tile(rows.zero_point or [], tile, tiles)]
     convert = floats_of(
         shape.dtype, shape.bits, len(scales), len(zeros), words_in=WORDS, result_in=left_layout(shape.dtype)
     )

@@ -1,20 +1,26 @@
 """Codes to floats in the registers of a warpgroup: what lies between words of codes and wgmma's left operand.
 
-A 16-bit float whose mantissa ends in the bits of a code u is 128 + u in bf16 (0x4300 | u, of 4 bits) and 1024 + u in
-f16 (0x6400 | u): no conversion, two codes at once, one lop3 on a shifted word. One subtraction makes the level exact,
+No code is converted: its bits are made those of a float, two codes at once, and one instruction makes a level of it.
 
-    level = (128 + u) - (128 + zero_point)          8 where there are no zero points
+bf16. The lowest eight bits, a mantissa and the last bit of an exponent, are a whole number v when no other is set:
+v * 2^-133, up to 127 as a subnormal number and from there on as the first normal ones. One multiply-add takes a level
+from it, and where codes have four bits, every second one is left where it is, four bits higher, as v = 16 u:
 
-so that zero points cost nothing beside symmetric weights. Three shifts, four lop3 and four subtractions unpack eight
-codes: 1.4 instructions each (Kim et al., 2022; Frantar et al., 2024, whose weights are symmetric). To scale the weights
-takes four multiplications more, and rounds them.
+    level * 2^-6 = v * 2^127 - origin * 2^-6                v = u           origin: 8 or 128, or the zero point
+                 = v * 2^123 - origin * 2^-6                v = 16 u
 
-Codes of 8 bits fit f16 likewise. The mantissa of bf16 has seven bits; the eighth chooses what is subtracted,
+(2^127 is the largest power of two; sums are multiplied by 2^6 at the end, `factor_of_floats`.) Every step is exact, and
+zero points cost nothing beside symmetric weights. Eight codes of 4 bits take one shift, four ands and four
+multiply-adds, 1.1 instructions each, where the usual bias (below) takes two shifts more; of 8 bits 1.25 each, where
+seven bits of mantissa are too few for a bias. Multiply-adds of bf16 do not flush subnormal numbers (PTX ISA, fma).
 
-    level = (128 + (u & 127)) - (u < 128 ? 256 : 128) = u - 128         256 and 128 differ in the bit that 128 is in u
+f16. A float whose mantissa ends in the bits of a code u is 1024 + u (0x6400 | u): one lop3 on a shifted word, and
 
-a second lop3 instead of the conversion to f32 and back that is usual: 1.75 instructions each. Zero points there are
-z - 128 in bf16, which is exact, and one more subtraction.
+    level = (1024 + u) - (1024 + origin)
+
+(Kim et al., 2022; Frantar et al., 2024.) A level times 2^-6 times its scale would lose bits there.
+
+To scale the weights takes a multiplication more for two codes, and rounds them.
 
 A thread's registers for a tile [64, 64] are sixteen pairs, register h + 2 j of step s at 4 s + 2 j + h in the order of
 Mosaic's array of them; those of one value a row are two, for the rows 16 w + g and 16 w + g + 8.
@@ -33,10 +39,12 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
 
-BIAS = {jnp.dtype(jnp.bfloat16): 0x4300, jnp.dtype(jnp.float16): 0x6400}  # 128 and 1024: the bits above a code's
+BIAS = 0x64006400  # 1024 twice in f16: the bits above a code's
+LEVELS_STEP = 2.0**-6  # of levels in bf16
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value for each of the 64 rows of a tile
 REGISTERS = 16  # of a thread, for a tile
-AND_XOR, AND_OR = 0x6A, 0xEA  # of lop3: (a & b) ^ c, (a & b) | c
+AND_XOR = 0x6A  # of lop3: (a & b) ^ c
+_MINUS = 0x8000  # a bf16's sign
 
 
 def words_shape(bits: int) -> tuple[int, int]:
@@ -57,12 +65,12 @@ def floats_of(
       dtype: bfloat16 or float16, of the result.
       bits: 4 or 8, of a code.
       scales: how many scales (of `dtype`) follow, for equal parts of the tile's rows; 0 leaves levels.
-      zero_points: how many zero points (see `zero_points_of`) follow the scales, likewise; 0 is a symmetric weight.
+      zero_points: how many zero points (i32) follow the scales, likewise; 0 is a symmetric weight.
       words_in: the layout of the words, in which a thread holds its own; None is that of i32[bits / 2, 256].
       result_in: the layout of the result, whose registers are those of wgmma's left operand, in their order.
     """
     dtype = jnp.dtype(dtype)
-    pair_of = _centered_pair if _is_wide(dtype, bits) else _biased_pair
+    pair_of, in_place = (_subnormal_pair, 8 // bits) if dtype == jnp.bfloat16 else (_biased_pair, 1)
 
     @plgpu.inline_mgpu(
         arg_types=(words_in or words_layout(bits), *[ROW] * (scales + zero_points)),
@@ -73,10 +81,10 @@ def floats_of(
         scale, zero = [[_by_half(part) for part in some] for some in (rows[:scales], rows[scales:])]
         layout = result_in.to_mgpu()
         registers = np.empty(REGISTERS, dtype=object)
-        for at, shifted in enumerate(shifted_words(words, bits)):
+        for at, word in enumerate(shifted_words(words, bits, in_place)):
             step, h = at // 4, at % 2
             below = zero[step * len(zero) // 4][h] if zero else None
-            pair = pair_of(shifted, below, dtype, bits)
+            pair = pair_of(word, bits, bits * (at % in_place), below)
             registers[at] = arith.mulf(pair, _twice(scale[step * len(scale) // 4][h])) if scale else pair
         shape = layout.registers_shape((STRIP, TILE_K))
         return mgpu.FragmentedArray(_registers=registers.reshape(shape), _layout=layout, _is_signed=None)
@@ -84,39 +92,54 @@ def floats_of(
     return convert
 
 
-def zero_points_of(row: jax.Array, dtype: Any, bits: int) -> jax.Array:
-    """u8[64] as the function of `floats_of` takes it: i32, or z - 128 in bf16 for codes wider than its mantissa."""
-    numbers = row.astype(jnp.int32)
-    return (numbers.astype(jnp.float32) - 128.0).astype(dtype) if _is_wide(jnp.dtype(dtype), bits) else numbers
+def factor_of_floats(dtype: Any) -> float:
+    """What products of the result of `floats_of` are to be multiplied by."""
+    return 1.0 / LEVELS_STEP if dtype == jnp.bfloat16 else 1.0
 
 
-def shifted_words(words: Any, bits: int) -> list[Any]:
-    """i32 of a thread's 16 registers, of register h + 2 j of step s that at 4 s + h + 2 j: codes in the low bits."""
+def shifted_words(words: Any, bits: int, in_place: int = 1) -> list[Any]:
+    """i32 of a thread's 16 registers, of register h + 2 j of step s that at 4 s + h + 2 j.
+
+    Codes are in the low bits; of register i they are `i % in_place` codes above them.
+    """
     held = [vector.extract(four, [], [i]) for four in words.registers.flat for i in range(4)]
     per_word = 16 // bits  # registers
-    return [
-        arith.shrui(held[at // per_word], constant(bits * (at % per_word))) if at % per_word else held[at // per_word]
-        for at in range(16)
-    ]
+
+    def of_register(at: int) -> Any:
+        word, place = held[at // per_word], at % per_word // in_place * in_place
+        return arith.shrui(word, constant(bits * place)) if place else word
+
+    return [of_register(at) for at in range(REGISTERS)]
 
 
-def _is_wide(dtype: Any, bits: int) -> bool:
-    return bits == 8 and dtype == jnp.bfloat16
+def _subnormal_pair(word: Any, bits: int, place: int, zero: Any) -> Any:
+    """Two levels in bf16, times LEVELS_STEP, of codes that begin at bit `place` of either half."""
+    kind = ir.BF16Type.get()
+    codes = arith.andi(word, constant(_twice_over((2**bits - 1) << place)))
+    below: Any = constant(_twice_over(_power_of_two(bits - 7) | _MINUS))
+    if zero is not None:
+        number = _as_floats(_multiply_add(zero, constant(_power_of_two(127) | _MINUS), constant(0)), kind)
+        below = mgpu.utils.bitcast(_twice(vector.extract(number, [], [0])), i32())
+    return _as_floats(_multiply_add(codes, constant(_twice_over(_power_of_two(127 - place))), below), kind)
 
 
-def _biased_pair(word: Any, zero: Any, dtype: Any, bits: int) -> Any:
-    """Two levels, by a bias: (bias + u) - (bias + zero)."""
-    bias, mask = BIAS[dtype] * 0x10001, (2**bits - 1) * 0x10001
-    below = constant(bias + 2 ** (bits - 1) * 0x10001) if zero is None else _biased_twice(zero, bias)
-    return arith.subf(_as_floats(lop3(word, mask, bias, AND_XOR), dtype), _as_floats(below, dtype))
+def _biased_pair(word: Any, bits: int, place: int, zero: Any) -> Any:
+    """Two levels in f16, of codes in the lowest bits: (1024 + u) - (1024 + origin)."""
+    del place
+    below: Any = constant(BIAS + _twice_over(2 ** (bits - 1)))
+    if zero is not None:
+        below = arith.ori(arith.ori(zero, arith.shli(zero, constant(16))), constant(BIAS))
+    above = lop3(word, _twice_over(2**bits - 1), BIAS, AND_XOR)
+    return arith.subf(_as_floats(above, ir.F16Type.get()), _as_floats(below, ir.F16Type.get()))
 
 
-def _centered_pair(word: Any, zero: Any, dtype: Any, bits: int) -> Any:
-    """Two levels of 8 bits in bf16: u - 128, from seven bits and the eighth; less z - 128."""
-    del bits
-    low, below = lop3(word, 0x007F007F, 0x43004300, AND_OR), lop3(word, 0x00800080, 0x43804380, AND_XOR)
-    pair = arith.subf(_as_floats(low, dtype), _as_floats(below, dtype))
-    return pair if zero is None else arith.subf(pair, _twice(zero))
+def _power_of_two(exponent: int) -> int:
+    """Its bits in bf16."""
+    return (127 + exponent) << 7
+
+
+def _twice_over(half: int) -> int:
+    return half * 0x10001
 
 
 def _by_half(part: Any) -> list[Any]:
@@ -128,9 +151,9 @@ def _twice(value: Any) -> Any:
     return vector.broadcast(ir.VectorType.get((2,), value.type), value)
 
 
-def _biased_twice(zero: Any, bias: int) -> Any:
-    """i32 that holds bias | zero twice."""
-    return arith.ori(arith.ori(zero, arith.shli(zero, constant(16))), constant(bias))
+def _multiply_add(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of two bf16 each, in i32: one instruction, and no compiler takes its subnormal numbers for zeros."""
+    return llvm.inline_asm(i32(), [a, b, c], "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r")
 
 
 def lop3(word: Any, mask: int, other: int, table: int) -> Any:
@@ -139,8 +162,7 @@ def lop3(word: Any, mask: int, other: int, table: int) -> Any:
     return llvm.inline_asm(i32(), [word], assembly, "=r,r")
 
 
-def _as_floats(word: Any, dtype: Any) -> Any:
-    kind = ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get()
+def _as_floats(word: Any, kind: Any) -> Any:
     return mgpu.utils.bitcast(word, ir.VectorType.get((2,), kind))
 
 

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.int4_matmul.gpu_blocks import GpuPlan
 from pallas_kernels.int4_matmul.gpu_fragments import STRIP, TILE_K
-from pallas_kernels.int4_matmul.mosaic_gpu_forms import Shape
+from pallas_kernels.int4_matmul.mosaic_gpu_forms import Shape, finished
 from pallas_kernels.int4_matmul.mosaic_gpu_kernel import (
     COPY_REGISTERS,
     of_weight,
@@ -39,7 +39,7 @@ from pallas_kernels.int4_matmul.mosaic_gpu_kernel import (
     transforms_of,
     write_tiles,
 )
-from pallas_kernels.int4_matmul.mosaic_gpu_registers import ROW, floats_of, words_layout, words_shape, zero_points_of
+from pallas_kernels.int4_matmul.mosaic_gpu_registers import ROW, floats_of, words_layout, words_shape
 from pallas_kernels.int4_matmul.mosaic_gpu_seams import load, store
 
 
@@ -105,7 +105,7 @@ def _block(
             pipeline((total,))
             where = out.at[split] if plan.splits > 1 else out
             tile = block * plan.warpgroups + own
-            write_tiles([total[...]], staged, where, rows_out, [(own, tile)], shape.k // TILE_K)
+            write_tiles([finished(shape, total[...])], staged, where, rows_out, [(own, tile)], shape.k // TILE_K)
 
         pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((TILE_K, plan.tile_m), jnp.float32))
 
@@ -129,7 +129,7 @@ def _weights(shape: Shape, codes: Any, by_group: list[Any], own: Any, strip: int
     columns = pl.ds(strip * STRIP, STRIP)
     scale, *zero = ([load(ref.at[first + i, columns], ROW) for i in range(count)] for ref in by_group)
     scales = [one.astype(shape.dtype) for one in scale]
-    zeros = [zero_points_of(one, shape.dtype, shape.bits) for some in zero for one in some]
+    zeros = [one.astype(jnp.int32) for some in zero for one in some]
     convert = floats_of(shape.dtype, shape.bits, len(scales), len(zeros))
     return convert(load(codes, words_layout(shape.bits)), *scales, *zeros)
 
