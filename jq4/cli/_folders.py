@@ -6,22 +6,12 @@ from pathlib import Path
 from jq4.errors import JQ4Error
 
 
-def overlapping(read: Path, out: Path) -> Path | None:
-    """Which of OUT and OUT.partial, the work on it, is the folder `read`, lies in it or holds it; None for neither."""
-    from jq4.checkpoint.atomic import overlap
-    from jq4.checkpoint.conversion.progress import folder_of
-
-    places = (out.absolute(), out.resolve())  # work on a link's target lies beside the target
-    written = (*places, *(folder_of(place) for place in places if place.name))
-    return next((each for each in written if overlap(read.resolve(), each.resolve())), None)
-
-
 def check_destination(read: Path, out: Path) -> None:
     """Refuses what would destroy something, before any work is done."""
     from jq4.checkpoint.atomic import check_ours
+    from jq4.checkpoint.conversion.destination import check_apart
 
-    if written := overlapping(read, out):
-        raise JQ4Error(f"{written}: is, lies in or holds {read}, which is read; choose another folder for the result")
+    check_apart(read, out)
     check_ours(out.resolve())
 
 

@@ -17,15 +17,25 @@ from jq4.errors import CheckpointError, JQ4Error
 REPORT = "jq4-conversion.json"  # software that opens folders of weights looks for files by name, and not for this one
 
 
+def overlapping(read: Path, out: Path) -> Path | None:
+    """Which of OUT and OUT.partial, the work on it, is the folder `read`, lies in it or holds it; None for neither."""
+    places = (out.absolute(), out.resolve())  # work on a link's target lies beside the target
+    written = (*places, *(folder_of(place) for place in places if place.name))
+    return next((each for each in written if overlap(read.resolve(), each.resolve())), None)
+
+
+def check_apart(read: Path, out: Path) -> None:
+    """Refuses to write into what is read, or around it."""
+    if written := overlapping(read, out):
+        raise JQ4Error(f"{written}: is, lies in or holds {read}, which is read; choose another folder for the result")
+
+
 def check_convertible(source: Path, destination: Path) -> None:
     """Refuses what would destroy something, before any work is done."""
-    here, there = source.resolve(), destination.resolve()
+    there = destination.resolve()
     if not there.name:
         raise JQ4Error(f"{destination}: is no folder to write to; give a name")
-    if overlap(here, there):
-        raise JQ4Error(f"{destination}: lies in, or is, the source {source}; choose another folder for the result")
-    if overlap(here, folder_of(there)):
-        raise JQ4Error(f"{source}: is the unfinished work for {destination}; choose another folder for the result")
+    check_apart(source, destination)
     if not os.path.lexists(destination):
         return
     if not destination.is_dir():

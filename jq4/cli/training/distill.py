@@ -75,7 +75,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises JQ4Error for numbers that cannot be, and for what does not go together; fills in what was left out."""
-    from jq4.cli import _folders
+    from jq4.checkpoint.conversion.destination import overlapping
     from jq4.errors import JQ4Error
 
     cached = arguments.teacher_cache is not None
@@ -96,7 +96,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise JQ4Error("--top-k is of a --teacher-cache, and there is none; give its folder too, or leave it out")
         return
     folder = arguments.teacher_cache
-    if written := _folders.overlapping(Path(folder), Path(arguments.out)):
+    if written := overlapping(Path(folder), Path(arguments.out)):
         raise JQ4Error(
             f"{folder}: --teacher-cache is, lies in or holds {written}, which --out is made in; choose another folder "
             "for one of them"
