@@ -28,6 +28,12 @@ def test_a_scan_reads_its_layers_in_place(device):
     assert result["gradient_temp_bytes"] < result["layer_codes_bytes"] / 2
 
 
+@pytest.mark.parametrize("device", ["v4:2x2x1", "v5e:2x2", "v6e:2x2"])
+def test_a_scan_of_large_layers_reads_them_in_place_for_128_rows(device):
+    (result,) = compiled(device, "--stacked", "--rows", "128", "--shape", "8192", "28672")
+    assert result["kernel"] and result["temp_bytes"] < result["layer_codes_bytes"] / 2
+
+
 @pytest.mark.parametrize("device", ["v4:2x2x1", "v6e:2x2"])
 def test_odd_sizes_and_many_rows_go_by_the_kernel(device):
     results = compiled(device, "--stacked", "--rows", "1", "300", "--shape", "4001", "1500", "--group-size", "64")

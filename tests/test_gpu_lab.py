@@ -3,7 +3,6 @@
 The emulator itself is held to instructions worked out by hand from the PTX ISA, and must notice programs that race.
 """
 
-import itertools
 import re
 from types import SimpleNamespace
 
@@ -199,17 +198,27 @@ def test_instructions_do_what_the_isa_says():
     assert run("mad.lo.s32", (3, U32), (5, U32), (0xFFFFFFFF, U32)) == 14
 
 
-def test_whole_numbers_in_the_lowest_bits_of_bf16_become_levels_by_one_multiply_add():
-    """mosaic_gpu_registers.py: u * 2^-133, and 16 u for codes four bits higher, to (u - origin) * 2^-6."""
-    for code, origin in itertools.product((0, 1, 7, 8, 15), (0, 8, 15)):
-        level = int(np.float32((code - origin) / 64).astype(ml_dtypes.bfloat16).view(U16))
-        below = int(np.float32(-origin / 64).astype(ml_dtypes.bfloat16).view(U16))
-        assert run("fma.rn.bf16", (code, U16), (0x7F00, U16), (below, U16)) == level
-        assert run("fma.rn.bf16", (code << 4, U16), (0x7D00, U16), (below, U16)) == level
-    for code in range(256):  # those from 128 on are normal numbers
-        assert run("fma.rn.bf16", (code, U16), (0x7F00, U16), (0, U16)) == int(
-            np.float32(code / 64).astype(ml_dtypes.bfloat16).view(U16)
-        )
+@pytest.mark.parametrize(("bits", "place"), [(4, 0), (4, 4), (8, 0)])
+def test_codes_in_the_lowest_bits_of_bf16_become_levels_by_one_multiply_add(bits, place):
+    """For all codes and zero points (u - z) * LEVELS_STEP, exactly, in both halves (mosaic_gpu_registers.py)."""
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    from pallas_kernels.int4_matmul.mosaic_gpu_registers import LEVELS_STEP, power_of_two
+
+    def of_pairs(name, *operands_of):
+        first, *rest = name.split(".")
+        return OPERATIONS[first](rest, [np.asarray(part, np.uint32) for part in operands_of])
+
+    twice, minus = 0x10001, 0x80008000
+    codes, zeros = (part.ravel() for part in np.meshgrid(np.arange(2**bits), np.arange(2**bits)))
+    largest = np.full(codes.shape, power_of_two(127) * twice | minus)
+    below = of_pairs("fma.rn.bf16x2", zeros * twice, largest, np.zeros(codes.shape))
+    factor = np.full(codes.shape, power_of_two(127 - place) * twice)
+    level = of_pairs("fma.rn.bf16x2", (codes << place) * twice, factor, below)
+    wanted = ((codes - zeros) * LEVELS_STEP).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(wanted.astype(np.float64), (codes - zeros) * LEVELS_STEP)
+    np.testing.assert_array_equal(level.view(ml_dtypes.bfloat16).reshape(-1, 2), np.stack([wanted, wanted], -1))
+    middle = power_of_two(bits - 7) | 0x8000  # of symmetric weights
+    assert np.array(middle, np.uint16).view(ml_dtypes.bfloat16) == -(2 ** (bits - 1)) * LEVELS_STEP
 
 
 def test_fragments_of_mma_lie_as_the_isa_draws_them():

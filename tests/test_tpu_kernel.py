@@ -270,7 +270,7 @@ def test_plans_fit_the_chip_and_read_enough_at_a_time(chip):
         problem = Problem(m, k, n, groups, min(group, k), zero)
         plan = find_plan(problem, chip)
         where = (chip.name, problem, plan)
-        assert vmem_of(problem, plan) <= chip.vmem, where
+        assert vmem_of(problem, plan, chip) <= chip.vmem, where
         assert plan.block_k % 128 == 0 and (plan.block_n % 128 == 0 or plan.block_n == n), where
         assert groups == 1 or plan.block_k % group == 0 or group % plan.block_k == 0, where
         assert plan.block_m == m or plan.block_m % 16 == 0, where

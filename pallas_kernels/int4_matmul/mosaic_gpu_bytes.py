@@ -9,13 +9,13 @@ The hopper layout (gpu_fragments.py) has in the same thread the codes of rows 8 
 which does not change a sum, if x is put in that order too (`in_order_of_bytes`): row 8 j + 2 c + e at 4 c + 2 e + j. So
 one layout serves every kind of x, and a register's four codes are found by one lop3. int8:
 
-    4 bits, symmetric       ((word << 4) & 0xF0F0F0F0) ^ 0x80808080 = 16 (u - 8), which the scales undo: 1.5 for four
+    4 bits, symmetric       ((word << 4) & 0xF0F0F0F0) ^ 0x80808080 = 16 (u - 8), undone at the end: 1.5 for four
     4 bits, zero points     ((word & 0x0F0F0F0F) | 0x80808080) - z ^ 0x80808080 = u - z: no borrow leaves a byte
     8 bits, symmetric       four bytes of two words, ^ 0x80808080 = u - 128
 
 a quarter of what floats take. e4m3 (a sign, four bits of exponent, three of mantissa) begins with equal steps: the
 bytes 0 to 16 are 0/512 to 16/512, subnormals and then the first normals. So a level of 4 bits needs no table and no
-exponent, only its size, by vabsdiff4, which takes four bytes, and its sign, by a lop3; the scales undo the 512. e4m3:
+exponent, only its size, by vabsdiff4, which takes four bytes, and its sign, by a lop3; 512 is undone at the end. e4m3:
 
     symmetric       |(word & 0x0F0F0F0F) - 8|   and the sign ~(word << 4) & 0x80808080: 4 for four
     zero points     |d - 128| of d = ((word & 0x0F0F0F0F) | 0x80808080) - z = 128 + (u - z), and ~d & 0x80808080: 4.5
@@ -92,7 +92,7 @@ def bytes_of(dtype: Any, bits: int, zero_points: int) -> Callable[..., jax.Array
 
 
 def factor_of(dtype: Any, bits: int, zero_points: bool) -> float:
-    """What products are to be multiplied by beside their scales."""
+    """What sums are to be multiplied by beside their scales."""
     if dtype == jnp.float8_e4m3fn:
         return 1 / _STEP
     return 1.0 / 16 if bits == 4 and not zero_points else 1.0

@@ -18,7 +18,8 @@ f16. A float whose mantissa ends in the bits of a code u is 1024 + u (0x6400 | u
 
     level = (1024 + u) - (1024 + origin)
 
-(Kim et al., 2022; Frantar et al., 2024.) A level times 2^-6 times its scale would lose bits there.
+(Kim et al., 2022; Frantar et al., 2024.) Times 2^-6 and a small scale, levels would be subnormal numbers of f16 and
+lose bits.
 
 To scale the weights takes a multiplication more for two codes, and rounds them.
 
@@ -93,7 +94,7 @@ def floats_of(
 
 
 def factor_of_floats(dtype: Any) -> float:
-    """What products of the result of `floats_of` are to be multiplied by."""
+    """What sums of products of the result of `floats_of` are to be multiplied by."""
     return 1.0 / LEVELS_STEP if dtype == jnp.bfloat16 else 1.0
 
 
@@ -116,11 +117,11 @@ def _subnormal_pair(word: Any, bits: int, place: int, zero: Any) -> Any:
     """Two levels in bf16, times LEVELS_STEP, of codes that begin at bit `place` of either half."""
     kind = ir.BF16Type.get()
     codes = arith.andi(word, constant(_twice_over((2**bits - 1) << place)))
-    below: Any = constant(_twice_over(_power_of_two(bits - 7) | _MINUS))
+    below: Any = constant(_twice_over(power_of_two(bits - 7) | _MINUS))
     if zero is not None:
-        number = _as_floats(_multiply_add(zero, constant(_power_of_two(127) | _MINUS), constant(0)), kind)
+        number = _as_floats(_multiply_add(zero, constant(power_of_two(127) | _MINUS), constant(0)), kind)
         below = mgpu.utils.bitcast(_twice(vector.extract(number, [], [0])), i32())
-    return _as_floats(_multiply_add(codes, constant(_twice_over(_power_of_two(127 - place))), below), kind)
+    return _as_floats(_multiply_add(codes, constant(_twice_over(power_of_two(127 - place))), below), kind)
 
 
 def _biased_pair(word: Any, bits: int, place: int, zero: Any) -> Any:
@@ -133,7 +134,7 @@ def _biased_pair(word: Any, bits: int, place: int, zero: Any) -> Any:
     return arith.subf(_as_floats(above, ir.F16Type.get()), _as_floats(below, ir.F16Type.get()))
 
 
-def _power_of_two(exponent: int) -> int:
+def power_of_two(exponent: int) -> int:
     """Its bits in bf16."""
     return (127 + exponent) << 7
 

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 
 from pallas_kernels.int4_matmul.tpu_chips import Chip
 from pallas_kernels.int4_matmul.tpu_forms import LANES
-from pallas_kernels.int4_matmul.tpu_model import counted, largest_block, seconds, vmem_of
+from pallas_kernels.int4_matmul.tpu_model import counted, reads_in_place, seconds, vmem_of
 from pallas_kernels.int4_matmul.tpu_plan import EXACT, Plan, Problem, in_rows_held_once
 from pallas_kernels.int4_matmul.tpu_tuned import tuned_plan
 
@@ -37,8 +37,9 @@ LARGEST_WIDTH = 2048
 MOST_CODES = 2**22  # of a block: 2 MiB
 LEAST_CODES = 2**21  # of a block at decode, where there are so many: 1 MiB
 DECODE_ROWS = 64
-UNROLLED_GROUPS = (64, 16)  # of a block, for few rows and from MANY_ROWS on: more of them compile slowly, or spill
-MANY_ROWS = {"direct": 256, "magic": 128, "integer": 128}
+UNROLLED_GROUPS = (64, 16)  # of a block, for few rows and for many: more of them compile slowly
+MANY_ROWS = {"direct": 256, "magic": 128, "integer": 128}  # from which on a form has many
+MANY_ROWS_OF_TABLES = 128
 
 
 @functools.lru_cache(maxsize=4096)
@@ -69,8 +70,8 @@ def fitting(problem: Problem, chip: Chip, exact: bool, integers: bool, resident:
     """The plans that fit the chip's memory, with small blocks where there are such."""
     plans = [plan for plan in candidates(problem, chip, exact, integers) if plan.resident or not resident]
     plans = plans if resident else [in_rows_held_once(plan) for plan in plans]
-    plans = [plan for plan in plans if vmem_of(problem, plan) <= chip.vmem]
-    return [plan for plan in plans if largest_block(problem, plan) <= chip.block] or plans
+    plans = [plan for plan in plans if vmem_of(problem, plan, chip) <= chip.vmem]
+    return [plan for plan in plans if reads_in_place(problem, plan, chip)] or plans
 
 
 def candidates(problem: Problem, chip: Chip, exact: bool, integers: bool) -> Iterator[Plan]:
@@ -113,7 +114,7 @@ def chunks(problem: Problem, form: str, block_m: int, block_k: int, chip: Chip) 
     group = block_k if problem.groups == 1 else problem.group_size
     if form not in EXACT:
         most = [block_k, 2048 if chip.bf16_vector else 512]
-    elif block_m < MANY_ROWS[form]:
+    elif block_m < (MANY_ROWS_OF_TABLES if problem.number == "table" else MANY_ROWS[form]):
         most = [UNROLLED_GROUPS[0] * group]
     else:
         most = [UNROLLED_GROUPS[1] * group, problem.unit]

@@ -26,6 +26,8 @@ class Chip:
         default does not get its layer read out of a stack in place (tpu.py).
       block: bytes of the largest block or sum with which a layer was seen to be read out of a stack in place, when
         kernels were compiled within a scan.
+      inputs: bytes of x and codes (two of every block, one of resident rows) with which layers of more than LARGE_LAYER
+        were seen to be read so; on v6e and TPU7x the limit was not found.
       bf16_vector: whether the vector unit multiplies bf16.
       integer_mxu: whether int8 by int8 products are native.
     """
@@ -38,17 +40,19 @@ class Chip:
     mxu_depth: int
     vmem: int
     block: int
+    inputs: int
     bf16_vector: bool
     integer_mxu: bool
 
 
 _MIB = 2**20
+LARGE_LAYER = 32 * _MIB  # of codes
 CHIPS = (
-    Chip("v4", ("TPU v4", "TPU v4 lite"), 2, 1.05e9, 0.615e12, 128, 15 * _MIB, 15 * _MIB, False, False),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 1, 1.5e9, 0.82e12, 128, 15 * _MIB, 15 * _MIB, False, True),
-    Chip("v5p", ("TPU v5", "TPU v5p"), 2, 1.75e9, 1.38e12, 128, 15 * _MIB, _MIB, False, True),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 1, 1.755e9, 1.64e12, 256, 30 * _MIB, 3 * _MIB, True, True),
-    Chip("tpu7x", ("TPU7x",), 1, 2.2e9, 3.7e12, 256, 30 * _MIB, 3 * _MIB, True, False),
+    Chip("v4", ("TPU v4", "TPU v4 lite"), 2, 1.05e9, 0.615e12, 128, 15 * _MIB, 15 * _MIB, 15 * _MIB, False, False),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 1, 1.5e9, 0.82e12, 128, 15 * _MIB, 15 * _MIB, 15 * _MIB, False, True),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 2, 1.75e9, 1.38e12, 128, 15 * _MIB, _MIB, 7 * _MIB // 2, False, True),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 1, 1.755e9, 1.64e12, 256, 30 * _MIB, 3 * _MIB, 30 * _MIB, True, True),
+    Chip("tpu7x", ("TPU7x",), 1, 2.2e9, 3.7e12, 256, 30 * _MIB, 3 * _MIB, 30 * _MIB, True, False),
 )
 
 # For a TPU program traced where no TPU is in sight (an export on a CPU machine): forms that every chip compiles, in

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels.int4_matmul import tpu_counted
-from pallas_kernels.int4_matmul.tpu_chips import Chip
+from pallas_kernels.int4_matmul.tpu_chips import LARGE_LAYER, Chip
 from pallas_kernels.int4_matmul.tpu_forms import LANES
 from pallas_kernels.int4_matmul.tpu_plan import EXACT, SUBLANES, Plan, Problem, reads_flat_scales
 
@@ -57,12 +57,18 @@ CORRECTION = {
     "direct": (1.7, 1.15), "magic": (1.25, 1.1), "integer": (1.8, 1.2), "wscale": (1.2, 1.1), "shifted": (1.1, 1.1),
 }  # fmt: skip
 SUMS_BUNDLES = 1.1 / 1024  # of a step, for each of the sums that it reads and writes
-SUMS_BUNDLES_OF_64_ROWS = {("v5e", "direct"): 3.3 / 1024}  # which the MXU hides less of
+SUMS_BUNDLES_OF_64_ROWS = {("v5e", "direct"): 3.3 / 1024}  # of int4; v5p's smaller blocks are cut worse by it
+# Of more rows, blocks as small as large layers ask for take 6 % longer wherever the layer is (v5p); its copy out of a
+# stack takes 8 to 16 %.
+MOST_ROWS_OF_SMALL_INPUTS = 128
 LOOP_BUNDLES = 100  # of a turn of the loop over chunks, which drains the MXU
 # Bytes of stack of a weight of "shifted", by the least group's rows: without and with zero points or offsets.
 STACK_OF_SHIFTED = {0: (1.3, 3.0), 64: (0.9, 1.9), 128: (0.5, 1.2)}
 REWRITTEN = 3e-12  # seconds for a scale or offset that XLA rewrites in single rows
-REWRITTEN_ZERO_POINT = 16  # bytes of HBM for one: registers hold 32 rows of bytes
+REWRITTEN_ZERO_POINT = 16  # bytes of HBM for one: a row fills a 32nd of its registers, and not all of it is waited for
+# Forms whose stack was seen to hold the sums of one group at a time. Others may too, but larger blocks of theirs were
+# copied out of stacks of layers, or did not fit (magic on v4, f32 rows by groups of 32).
+WITH_ONE_SUM = {("v5e", "direct"), ("v5p", "direct")}
 
 
 def bundles_of_any_step(form: str) -> int:
@@ -70,9 +76,9 @@ def bundles_of_any_step(form: str) -> int:
     return 400 if form == "shifted" else 130
 
 
-def bundles_of_sums(chip: str, form: str, rows: int, columns: int) -> float:
+def bundles_of_sums(chip: str, number: str, form: str, rows: int, columns: int) -> float:
     """Those of the sums of a step."""
-    at_64 = SUMS_BUNDLES_OF_64_ROWS.get((chip, form), SUMS_BUNDLES)
+    at_64 = SUMS_BUNDLES_OF_64_ROWS.get((chip, form), SUMS_BUNDLES) if number == "int4" else SUMS_BUNDLES
     return float(np.interp(rows, (16, 64, 128), (SUMS_BUNDLES, at_64, SUMS_BUNDLES))) * rows * columns
 
 
@@ -107,7 +113,7 @@ def bundles_of_step(problem: Problem, plan: Plan, chip: Chip) -> float:
     group = plan.block_k if problem.groups == 1 else problem.group_size
     tile = bundles_of_tile(chip.name, problem.number, plan.form, plan.block_m, group)
     count = tile * plan.block_k * plan.block_n / 2**20
-    count += bundles_of_sums(chip.name, plan.form, plan.block_m, plan.block_n)
+    count += bundles_of_sums(chip.name, problem.number, plan.form, plan.block_m, plan.block_n)
     if problem.zero_points or problem.offsets:
         count *= CORRECTION[plan.form][group >= 128]
     if plan.block_n < chip.mxu_depth:  # half of a wide MXU
@@ -123,7 +129,7 @@ def bundles_of_tile(chip: str, number: str, form: str, rows: int, group: int) ->
     if number == "int4" and (between := AT_256_ROWS.get((chip, form))):
         at, found = (*at[:-1], 256, at[-1]), (*found[:-1], between, found[-1])
     bundles = np.asarray(found, float) - bundles_of_any_step(form)  # [rows, group]
-    bundles -= np.asarray([bundles_of_sums(chip, form, rows, 1024) for rows in at])[:, None]
+    bundles -= np.asarray([bundles_of_sums(chip, number, form, counted_rows, 1024) for counted_rows in at])[:, None]
     within = min(rows, at[-1])
     short, long = (float(np.interp(within, at, bundles[:, i])) * rows / within for i in (0, 1))
     share = (1 / group - 1 / 128) / (1 / 32 - 1 / 128)
@@ -143,7 +149,7 @@ def bytes_of_step(problem: Problem, plan: Plan, steps_n: int, steps_k: int) -> f
     return weights + x + problem.out_bytes * plan.block_m * plan.block_n / steps_k
 
 
-def vmem_of(problem: Problem, plan: Plan) -> int:
+def vmem_of(problem: Problem, plan: Plan, chip: Chip) -> int:
     """Bytes of VMEM: two of every block (or one of x), the sum, and what the compiler was seen to keep on its stack."""
     bm, bk, bn = -(-plan.block_m // 16) * 16, plan.block_k, -(-plan.block_n // LANES) * LANES
     groups = 1 if problem.groups == 1 else max(1, bk // problem.group_size)
@@ -152,16 +158,19 @@ def vmem_of(problem: Problem, plan: Plan) -> int:
     in_place = not plan.loops and plan.form != "shifted"  # whose codes take as much again
     codes = bk * bn * problem.bits // 8 * (2 if in_place else 1)
     blocks = 2 * (codes + columns + problem.out_bytes * bm * bn) + (x if plan.once else 2 * x)
-    return blocks + 4 * bm * bn + _stack(problem, plan, bm, bn)
+    return blocks + 4 * bm * bn + _stack(problem, plan, chip, bm, bn)
 
 
-def largest_block(problem: Problem, plan: Plan) -> int:
-    """Bytes of the largest of the blocks that a step reads and of the sums."""
+def reads_in_place(problem: Problem, plan: Plan, chip: Chip) -> bool:
+    """Whether blocks are as small as those with which XLA was seen to let a kernel read a layer out of a stack."""
+    codes = plan.block_k * plan.block_n * problem.bits // 8
     x = 2 * plan.block_m * (problem.k if plan.resident else plan.block_k)
-    return max(plan.block_k * plan.block_n * problem.bits // 8, x, 4 * plan.block_m * plan.block_n)
+    inputs = 2 * codes + (x if plan.resident else 2 * x)
+    large = problem.k * problem.n * problem.bits // 8 > LARGE_LAYER and problem.m <= MOST_ROWS_OF_SMALL_INPUTS
+    return max(codes, x, 4 * plan.block_m * plan.block_n) <= chip.block and not (large and inputs > chip.inputs)
 
 
-def _stack(problem: Problem, plan: Plan, bm: int, bn: int) -> int:
+def _stack(problem: Problem, plan: Plan, chip: Chip, bm: int, bn: int) -> int:
     chunk = min(plan.chunk, plan.block_k)
     corrected = problem.zero_points or problem.offsets
     if plan.form == "shifted":  # and all of x, or of the sums
@@ -170,7 +179,8 @@ def _stack(problem: Problem, plan: Plan, bm: int, bn: int) -> int:
     of_a_weight = 1.75 if plan.form == "wscale" else 1.5 if corrected else 0.75
     if problem.number != "int4":
         of_a_weight = max(of_a_weight, 5.0)
-    sums = 4 * bm * bn if plan.form in EXACT else 0  # of a group, before they are scaled
-    if plan.form == "magic" and 16 < plan.block_m < 128 and problem.groups > 1:  # of all, and slow where they are many
-        sums *= chunk // min(chunk, problem.group_size)
+    sums = 0
+    if plan.form in EXACT:
+        held = problem.groups > 1 and plan.block_m > 16 and (chip.name, plan.form) not in WITH_ONE_SUM
+        sums = 4 * bm * bn * (chunk // min(chunk, problem.group_size) if held else 1)
     return int(of_a_weight * chunk * bn) + sums + 2**20

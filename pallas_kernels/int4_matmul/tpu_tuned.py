@@ -30,7 +30,7 @@ def tuned_plan(problem: Problem, chip: Chip, exact: bool) -> Plan | None:
     if entry is None:
         return None
     plan = plan_of(entry, problem.m, chip)
-    fits = vmem_of(problem, plan) <= chip.vmem
+    fits = vmem_of(problem, plan, chip) <= chip.vmem
     return plan if fits and (plan.form in EXACT or not exact) else None
 
 
