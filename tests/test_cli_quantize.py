@@ -10,9 +10,9 @@ from random_model import make_random_model
 
 import jq4
 from jq4.chain import TreeSource
+from jq4.checkpoint.conversion.destination import overlapping
 from jq4.cli import main
 from jq4.cli._calibration import choose_context
-from jq4.cli._folders import overlapping
 from models.chain import LAYERS, decoder_chain
 from models.hf import load_config, load_params
 
