@@ -37,7 +37,8 @@ def test_dense_weights_are_not_packed_unasked(tmp_path, capsys):
 def test_destinations_that_would_destroy_something_are_refused(tmp_path, capsys, gptq):
     before = contents(tmp_path)
     for place in (gptq, gptq / "inside", tmp_path):
-        assert "is, lies in or holds" in refused(capsys, gptq, place, "--to", "awq")
+        said = refused(capsys, gptq, place, "--to", "awq")
+        assert f"{place}: is, lies in or holds {gptq}, which is read; choose another folder" in said
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("precious")
     said = refused(capsys, gptq, tmp_path / "thesis", "--to", "awq")

@@ -13,12 +13,13 @@ one for these sizes (tpu_tuned.py). What follows, chip by chip (see tpu_forms.py
 Whole numbers (rounded activations) go by int8 on v5e, v5p and v6e where groups are long enough for it to be faster.
 Where forms are within a twentieth of each other, an exact one (direct, magic) goes before those that round weights.
 
-Blocks are large: a step costs some 200 bundles whatever it does, so that 4 Mi codes a step are 5 to 10 % faster than
-2 Mi (v5p, 16 rows, magic: 2339 bundles against twice 1302); and their scales fill registers. At prefill the block of
+Blocks are large: a step costs some 200 bundles whatever it does, so that 4 Mi codes a step are 5 to 10 % faster than 2
+Mi (v5p, 16 rows, magic: 2339 bundles against twice 1302); and their scales fill registers. At prefill the block of
 weights is unpacked once for 512 or 1024 rows of x, and is as deep as VMEM allows, for the f32 sums are read and written
 once a step. (On v5p, where a layer is read in place in small blocks alone, 256 rows allow twice the depth, and the MXU
 hides that weights are unpacked twice as often: at 512 x 4096 x 14336 131.3 us instead of 139.1, of which the MXU needs
-131.0.) Keeping the unpacked block in VMEM of its own changes nothing: the compiler schedules the same bundles.
+131.0; layers of more than LARGE_LAYER are copied out of their stack then.) Keeping the unpacked block in VMEM of its
+own changes nothing: the compiler schedules the same bundles.
 `shifted` holds rows that stay once and not twice, which makes room for twice the columns: 2048 x 4096 x 28672 1769 us
 instead of 1845 (v4), of which the MXU needs 1749.
 """

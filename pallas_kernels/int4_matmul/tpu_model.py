@@ -78,8 +78,10 @@ def bundles_of_any_step(form: str) -> int:
 
 def bundles_of_sums(chip: str, number: str, form: str, rows: int, columns: int) -> float:
     """Those of the sums of a step."""
-    at_64 = SUMS_BUNDLES_OF_64_ROWS.get((chip, form), SUMS_BUNDLES) if number == "int4" else SUMS_BUNDLES
-    return float(np.interp(rows, (16, 64, 128), (SUMS_BUNDLES, at_64, SUMS_BUNDLES))) * rows * columns
+    of_a_sum, at_64 = SUMS_BUNDLES, SUMS_BUNDLES_OF_64_ROWS.get((chip, form))
+    if at_64 is not None and number == "int4":
+        of_a_sum = float(np.interp(rows, (16, 64, 128), (SUMS_BUNDLES, at_64, SUMS_BUNDLES)))
+    return of_a_sum * rows * columns
 
 
 def counted(chip: str, number: str) -> dict[str, Any]:
