@@ -147,7 +147,7 @@ def _summarize(figures: dict[str, np.ndarray]) -> Evaluation:
             )
     rows, length = figures["nll"].shape
     nll, nll_error = _mean(figures["nll"])
-    perplexity = float(np.exp(nll))
+    perplexity = _perplexity(nll)
     evaluation = Evaluation(
         perplexity,
         nll,
@@ -166,11 +166,16 @@ def _summarize(figures: dict[str, np.ndarray]) -> Evaluation:
         found[name], found[f"{name}_standard_error"] = _mean(values)
     return dataclasses.replace(
         evaluation,
-        reference_perplexity=float(np.exp(_mean(figures["reference_nll"])[0])),
+        reference_perplexity=_perplexity(_mean(figures["reference_nll"])[0]),
         kld_max=float(kld.max()),
         kld=kld,
         **found,
     )
+
+
+def _perplexity(nll: float) -> float:
+    with np.errstate(over="ignore"):  # infinite, of a model that knows nothing any more
+        return float(np.exp(nll))
 
 
 def _mean(values: np.ndarray) -> tuple[float, float | None]:

@@ -127,8 +127,8 @@ def test_interrupted_it_goes_on_to_the_same_losses(capsys, monkeypatch, source, 
 
     keep, out = run_folder.RunFolder.keep, tmp_path / "out"
 
-    def interrupted(self, state, step):
-        keep(self, state, step)
+    def interrupted(self, state, step, lost=None):
+        keep(self, state, step, lost)
         os.kill(os.getpid(), signal.SIGTERM)
 
     argv = ["train", "distill", source, "--text", source / "text.txt", *QUICK, "--held-out", 0.25, "--out", out]

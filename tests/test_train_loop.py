@@ -69,6 +69,10 @@ class Kept:
         self.states[step] = jax.tree.map(np.array, state)
 
 
+def every(steps):
+    return lambda step: step % steps == 0
+
+
 @functools.cache
 def placing(mesh):
     """(shardings of the state, the step compiled for them, how batches are placed)."""
@@ -83,7 +87,7 @@ def losses_of(*, parts=1, mesh=None, keeper=None):
     state = jax.device_put(begin(pair(), OPTIMIZER), shardings)
     fixed = params(1) if mesh is None else placed_over(mesh, params(1))
     batches = ShuffledRows(ROWS, 8, parts, seed=3)
-    state = train(step, state, fixed, batches, steps=STEPS, keeper=keeper, keep_every=5, place=place)
+    state = train(step, state, fixed, batches, steps=STEPS, keeper=keeper, keep_when=every(5), place=place)
     return keeper.losses, state
 
 
@@ -130,7 +134,17 @@ def run_in(folder, *, stop_after=None, mesh=None, identity=0, restart=False, kee
         state = held.state(like, lambda: jax.device_put(begin(pair(), OPTIMIZER), shardings))
         assert int(state.step) == held.resumed
         fixed, batches = params(1) if mesh is None else placed_over(mesh, params(1)), ShuffledRows(ROWS, 8, seed=3)
-        train(step, state, fixed, batches, steps=STEPS, keeper=held, keep_every=keep_every, place=place, stop=stop)
+        train(
+            step,
+            state,
+            fixed,
+            batches,
+            steps=STEPS,
+            keeper=held,
+            keep_when=every(keep_every),
+            place=place,
+            stop=stop,
+        )
     return [row["loss"] for row in read_metrics(folder / METRICS)], held.resumed
 
 
@@ -201,7 +215,7 @@ def test_divergence_is_told_and_not_kept():
     with pytest.raises(JQ4Error, match="step 3: the loss is nan: the training diverged; lower the rate"):
         train(
             lambda state, *_: (state, {"loss": jnp.float32(next(losses))}),
-            begin(pair(), OPTIMIZER), None, ShuffledRows(ROWS, 8), steps=4, keeper=kept, keep_every=3,
+            begin(pair(), OPTIMIZER), None, ShuffledRows(ROWS, 8), steps=4, keeper=kept, keep_when=every(3),
         )  # fmt: skip
     assert kept.losses == [1.0, 2.0] and not kept.states
 
@@ -256,7 +270,15 @@ def test_a_grain_dataset_is_batches_too(undisturbed):
     ours = ShuffledRows(ROWS, 8, seed=3)
     batches = grain.MapDataset.range(STEPS).map(lambda step: ours[step])
     kept = Kept()
-    train(placing(None)[1], begin(pair(), OPTIMIZER), params(1), batches, steps=STEPS, keeper=kept, keep_every=9)
+    train(
+        placing(None)[1],
+        begin(pair(), OPTIMIZER),
+        params(1),
+        batches,
+        steps=STEPS,
+        keeper=kept,
+        keep_when=every(9),
+    )
     assert kept.losses == undisturbed[0]
 
 

@@ -153,8 +153,8 @@ def test_stopped_between_and_within_stages_it_goes_on_to_the_same_losses(capsys,
 
     keep, out = run_folder.RunFolder.keep, tmp_path / "out"
 
-    def interrupted(self, state, step):
-        keep(self, state, step)
+    def interrupted(self, state, step, lost=None):
+        keep(self, state, step, lost)
         os.kill(os.getpid(), signal.SIGTERM)
 
     argv = ("train", "qat", source, "--text", source / "text.txt", *QUICK, *STAGES, "--out", out)
@@ -227,8 +227,8 @@ def test_what_packing_lost_is_fitted_once(capsys, monkeypatch, source, tmp_path,
 
     fitted, of_difference, keep = [], lora.of_difference, run_folder.RunFolder.keep
 
-    def stopped(self, state, step):
-        keep(self, state, step)
+    def stopped(self, state, step, lost=None):
+        keep(self, state, step, lost)
         os.kill(os.getpid(), signal.SIGTERM)
 
     for module in (lora, loftq):

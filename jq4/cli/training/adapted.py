@@ -44,7 +44,8 @@ def open_task(arguments: argparse.Namespace) -> Task:
     check_targets(arguments, model.params)
     say_how_cut(arguments)
     arguments.start, arguments.dtype = None, options.dtype_of(arguments, model)
-    loss = losses.next_token(adapted_forward(model, arguments))
+    forward = adapted_forward(model, arguments)
+    loss = losses.next_token(forward)
     if arguments.dropout:
         loss = dropping(loss, arguments.dropout)
 
@@ -66,12 +67,19 @@ def open_task(arguments: argparse.Namespace) -> Task:
         text=text.read(model, arguments),
         recipe=recipe,
         given={"model": _models.origin(Path(arguments.model))},
-        phases=(Phase(arguments.steps, lambda adapters, packed, part: loss((packed, adapters), None, part)),),
+        phases=(
+            Phase(
+                arguments.steps,
+                lambda adapters, packed, part: loss((packed, adapters), None, part),
+                lambda adapters, packed, tokens: forward((packed, adapters), tokens),
+            ),
+        ),
         start=start,
         fixed=lambda begun: begun[0],
         begin=lambda begun: begun[1],
         served=served,
         before=lambda begun: served(begun[1], begun),
+        lost="nll",
         batch_size=arguments.batch_size,
         beside=write_peft,
     )

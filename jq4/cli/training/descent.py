@@ -7,13 +7,22 @@ import itertools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from jq4.cli.training.held_out import HeldOut
 from jq4.cli.training.task import Phase, Task
 
 
-def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any, Any]:
-    """(what was trained, what it started from); KeyboardInterrupt where it was asked to stop."""
+class Descended(NamedTuple):
+    """What was trained, what it started from, and after how many steps it was as it is."""
+
+    trained: Any
+    start: Any
+    kept: int
+
+
+def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> Descended:
+    """Takes the steps that are left of a run; KeyboardInterrupt where it was asked to stop."""
     import jax
 
     from jq4.cli import _terminal
@@ -26,17 +35,18 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any
     check_rows_fit(arguments, mesh.size)
     along = task.along()
     start = task.start(folder.start, task.text.rows)
-    rows = rows_over(mesh)
+    rows, fixed = rows_over(mesh), placed_over(mesh, task.fixed(start))
+    held_out = HeldOut.of(task, fixed, mesh, arguments)
     with _terminal.progress("training") as progress, stopping() as stop:
         progress(folder.resumed, arguments.steps)
         state = through_phases(
             task.phases,
             lambda: task.begin(start),
-            Reporting(folder, arguments, rate, task.tokens_a_step, progress),
+            Reporting(folder, arguments, rate, task, progress, held_out),
             mesh,
-            fixed=placed_over(mesh, task.fixed(start)),
+            fixed=fixed,
             batches=ShuffledRows(task.text.rows, arguments.batch_size, arguments.accumulate, arguments.seed, along),
-            keep_every=arguments.save_every,
+            keep_when=lambda step: step % arguments.save_every == 0 or held_out.is_due(step),
             place=lambda batch: jax.device_put(batch, rows),
             stop=stop,
         )
@@ -44,7 +54,12 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> tuple[Any
         folder.states.wait()
         _terminal.say(f"stopped after step {int(state.step)} of {arguments.steps}; the same command goes on from there")
         raise KeyboardInterrupt
-    return jax.device_put(state.trained, mesh.devices.flat[0]), start
+    folder.states.wait()
+    best = folder.states.best if arguments.keep_best else None
+    kept = arguments.steps if best is None else best
+    if kept < arguments.steps:
+        state = folder.states.restore(kept, state)
+    return Descended(jax.device_put(state.trained, mesh.devices.flat[0]), start, kept)
 
 
 def through_phases(
@@ -74,13 +89,16 @@ def through_phases(
     state, done = None, 0
     for number, (phase, shape) in enumerate(zip(phases, shapes[1:], strict=True), 1):
         if folder.resumed <= phase.stop:
+            keeper.enter(number, phase)
             optimizer = make_optimizer(options_of(arguments), arguments.steps, done)
             opening = Opening.of(shape, optimizer, mesh, done)
-            if state is None and folder.resumed:
+            if state is None and folder.begun:
                 state = folder.states.restore(folder.resumed, opening.like)
+            elif state is None:
+                state = opening.make(phase.enter(begin()))
+                keeper.start(state)
             else:
-                state = opening.make(phase.enter(begin() if state is None else state.trained))
-            keeper.stage = number if len(phases) > 1 else None
+                state = opening.make(phase.enter(state.trained))
             step = make_step(phase.loss, optimizer, opening.shardings)
             state = train(step, state, fixed, batches, steps=phase.stop, keeper=keeper, **run)
             if int(state.step) < phase.stop:
@@ -153,28 +171,49 @@ class Opening:
 
 @dataclasses.dataclass
 class Reporting:
-    """Tells every step to metrics.jsonl and to the reader, and keeps states."""
+    """Tells every step to metrics.jsonl and to the reader, measures, and keeps states."""
 
     folder: Any
     arguments: argparse.Namespace
     rate: Callable[[Any], Any]
-    tokens_a_step: int
+    task: Task
     progress: Callable[..., None]
-    stage: int | None = None  # of several
+    held_out: HeldOut
+
+    def enter(self, number: int, phase: Phase) -> None:
+        """What comes next is of this phase, counted from 1."""
+        self.stage = {"stage": number} if len(self.task.phases) > 1 else {}
+        self.measuring = self.held_out.measuring(phase)
+        self.may_keep = self.held_out.may_keep(phase)
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
-        more = {"rate": float(self.rate(step - 1)), "tokens_per_second": self.tokens_a_step / figures["seconds"]}
-        more |= {} if self.stage is None else {"stage": self.stage}
-        self.folder.figures(step, figures | more)
+        more = {"rate": float(self.rate(step - 1)), "tokens_per_second": self.task.tokens_a_step / figures["seconds"]}
+        self.folder.figures(step, figures | more | self.stage)
         self.progress(step, self.arguments.steps, description=f"training, loss {figures['loss']:.4f}")
         self.last = figures["loss"]
+
+    def start(self, state: Any) -> None:
+        """The state before the first step, which is kept where it is measured."""
+        if self.held_out.is_due(0):
+            self.kept(state, 0)
 
     def keep(self, state: Any, step: int) -> None:
         from jq4.cli import _terminal
 
-        self.folder.keep(state, step)
+        lost = self.kept(state, step)
         if not sys.stderr.isatty():
-            _terminal.say(f"step {step} of {self.arguments.steps}, loss {self.last:.4f}")
+            judged = "" if lost is None else f", held out {lost:.4f}"
+            _terminal.say(f"step {step} of {self.arguments.steps}, loss {self.last:.4f}{judged}")
+
+    def kept(self, state: Any, step: int) -> float | None:
+        """Keeps a state, and says what it loses where that is to be measured."""
+        lost = None
+        if self.held_out.is_due(step):
+            found = self.measuring(state.trained)
+            self.folder.measured(step, found | self.stage)
+            lost = found[self.task.lost]
+        self.folder.keep(state, step, lost if self.may_keep else None)
+        return lost
 
 
 @contextlib.contextmanager

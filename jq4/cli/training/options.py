@@ -70,6 +70,18 @@ def add_descent(parser: argparse.ArgumentParser, rate: float | None = None) -> N
     descent.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="default 0")
     descent.add_argument("--clip", type=float, default=1.0, metavar="X", help="a gradient's largest norm (default 1)")
     descent.add_argument("--seed", type=int, default=0, metavar="N", help="of the rows' order (default 0)")
+    judging = parser.add_argument_group("judging, by rows held out")
+    judging.add_argument(
+        "--measure-every",
+        type=int,
+        metavar="N",
+        help="measure on them before the first step and every N steps too (default: the start and the result)",
+    )
+    judging.add_argument(
+        "--keep-best",
+        action="store_true",
+        help="write the weights that lost least of those measured, the start's included (of --stages: of the last)",
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--dtype",
@@ -93,6 +105,13 @@ def check(arguments: argparse.Namespace) -> None:
     for name in ("steps", "batch_size", "accumulate", "fsdp", "save_every", "calibration_rows"):
         if getattr(arguments, name) < 1:
             raise JQ4Error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, wanted 1 or more")
+    if arguments.measure_every is not None:
+        if arguments.measure_every < 1:
+            raise JQ4Error(f"--measure-every is {arguments.measure_every}, wanted 1 or more")
+        if arguments.held_out is None:
+            raise JQ4Error("--measure-every wants rows to measure on: give --held-out too")
+    elif arguments.keep_best:
+        raise JQ4Error("--keep-best chooses of what was measured on the way: give --measure-every N too")
     if arguments.context is not None and arguments.context < 2:
         raise JQ4Error(
             f"--context is {arguments.context}, wanted 2 or more: a token is predicted from those before it in its row"

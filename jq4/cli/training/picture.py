@@ -1,15 +1,17 @@
-"""The picture of `jq4 train`: the loss of every step, and its running mean."""
+"""The picture of `jq4 train`: the loss of every step, its running mean, and what rows held out say on the way."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jq4.drawing import COLOURS, GREY, has_matplotlib, png_of, subplots
+from jq4.drawing import COLOURS, GREY, INK, has_matplotlib, png_of, subplots
 
 
-def draw(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> bytes | None:
-    """A PNG; None for want of matplotlib."""
+def draw(
+    rows: Sequence[Mapping[str, Any]], judged: Sequence[Mapping[str, Any]], lost: str, about: Mapping[str, Any]
+) -> bytes | None:
+    """A PNG; None for want of matplotlib. `lost` is the figure of `judged` that training makes small, in nats too."""
     if not has_matplotlib():
         return None
     steps = np.array([row["step"] for row in rows])
@@ -18,6 +20,11 @@ def draw(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> bytes |
         axes = panels[0, 0]
         axes.plot(steps, losses, color=GREY, linewidth=0.6, alpha=0.7, label="each step")
         axes.plot(steps, running_mean(losses), color=COLOURS[1], linewidth=1.8, label="running mean")
+        if judged:
+            at = {row["step"]: row[lost] for row in judged}
+            axes.plot(list(at), list(at.values()), color=COLOURS[2], marker="o", markersize=4, label="held out")
+            if (kept := about.get("kept")) is not None:
+                axes.plot(kept, at[kept], "o", markersize=11, markerfacecolor="none", color=INK, label="kept")
         if losses.min() > 0 and losses.max() > 4 * losses.min():
             axes.set_yscale("log")
         axes.set_xlabel("step")

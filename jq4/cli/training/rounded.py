@@ -50,8 +50,11 @@ def open_task(
     given = {name: _models.origin(path) for name, path in places.items()}
     needs_teacher = arguments.training == "distill" and asks is None
 
-    def loss_of(stage: Any) -> Any:
-        return losses(rounded_forward(model, stage.recipe, arguments.dtype, arguments.remat, sees), taught)
+    def phase_of(stage: Any, before: Any) -> Phase:
+        loss = losses(rounded_forward(model, stage.recipe, arguments.dtype, arguments.remat, sees), taught)
+        plainly = rounded_forward(model, stage.recipe, arguments.dtype, arguments.remat)
+        forward = lambda pair, fixed, tokens: plainly(pair, tokens)  # noqa: E731
+        return Phase(stage.stop, loss, forward, stages.entering(stage, before))
 
     return Task(
         model=model,
@@ -60,7 +63,7 @@ def open_task(
         recipe=recipe,
         given=given,
         phases=tuple(
-            Phase(stage.stop, loss_of(stage), stages.entering(stage, before))
+            phase_of(stage, before)
             for before, stage in zip((plain, *(each.recipe for each in planned)), planned, strict=False)
         ),
         start=lambda folder, rows: started(arguments, recipe, model, folder, rows),
@@ -68,6 +71,7 @@ def open_task(
         begin=lambda packed: begun(packed, model.params, recipe, at_codes=not arguments.stages),
         served=lambda trained, packed: served(model, trained, recipe),
         before=lambda packed: dataclasses.replace(model, params=packed),
+        lost="kld_mean" if arguments.training == "distill" else "nll",
         batch_size=arguments.batch_size,
         along=dict if asks is None else lambda: asks(teacher, taught, rows.rows),
     )

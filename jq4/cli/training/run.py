@@ -18,7 +18,7 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     from jq4.cli.training.descent import descend
     from jq4.inventory import bytes_on_disk, inventory, totals
     from jq4.train.running.metrics import read_metrics
-    from jq4.train.running.run_folder import METRICS, SUFFIX, clear, run_folder
+    from jq4.train.running.run_folder import HELD_OUT, METRICS, SUFFIX, clear, run_folder
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save that waits for the one before
     watch = _terminal.Stopwatch()
@@ -26,15 +26,17 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     partial = out.with_name(out.name + SUFFIX)
     identity = identity_of(task, arguments)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with run_folder(partial, identity, arguments.restart) as folder:
-        trained, start = descend(task, arguments, folder)
-        model = task.served(trained, start)
-        measured = measure(task, start, model, arguments.batch_size)
-        rows = read_metrics(partial / METRICS)
-        about = {**identity, **measured, **summary_of(rows)}
-        model.save(out, recipe=task.recipe, source=task.given["model"] | {"training": provenance_of(identity)})
+    with run_folder(partial, identity, arguments.restart, judged=arguments.keep_best) as folder:
+        done = descend(task, arguments, folder)
+        model = task.served(done.trained, done.start)
+        measured = measure(task, done.start, model, arguments.batch_size)
+        rows, judged = (read_metrics(partial / name) for name in (METRICS, HELD_OUT))
+        kept = {"kept": done.kept} if arguments.keep_best else {}
+        about = {**identity, **measured, **summary_of(rows), **kept}
+        told = provenance_of(identity) | kept
+        model.save(out, recipe=task.recipe, source=task.given["model"] | {"training": told})
         remove_older(out)
-        files = task.beside(out, model) | write_figures(out, about, rows, partial / METRICS)
+        files = task.beside(out, model) | write_figures(out, about, rows, judged, task.lost)
     clear(partial)
     with contextlib.suppress(OSError):
         partial.rmdir()
@@ -58,10 +60,10 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
 def remove_older(out: Path) -> None:
     """Removes what an earlier training left beside the weights in OUT: PEFT's files and figures, of weights no more."""
     from jq4.cli.training.adapted import PEFT
-    from jq4.train.running.run_folder import METRICS, RUN
+    from jq4.train.running.run_folder import HELD_OUT, METRICS, RUN
     from models.peft import CONFIG, WEIGHTS
 
-    for folder, names in ((out / PEFT, (CONFIG, WEIGHTS)), (out / TRAINING, (METRICS, RUN, PICTURE))):
+    for folder, names in ((out / PEFT, (CONFIG, WEIGHTS)), (out / TRAINING, (METRICS, HELD_OUT, RUN, PICTURE))):
         for name in names:
             (folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -114,19 +116,24 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def write_figures(out: Path, about: dict[str, Any], rows: list[dict[str, Any]], metrics: Path) -> dict[str, str]:
+def write_figures(
+    out: Path, about: dict[str, Any], rows: list[dict[str, Any]], judged: list[dict[str, Any]], lost: str
+) -> dict[str, str]:
     """Writes OUT/training; its files by kind."""
     from jq4.checkpoint.atomic import replace_file
     from jq4.cli.training import picture
-    from jq4.train.running.run_folder import RUN
+    from jq4.train.running.metrics import lines_of
+    from jq4.train.running.run_folder import HELD_OUT, METRICS, RUN
 
+    contents = {
+        "metrics": (METRICS, lines_of(rows)),
+        "held_out": (HELD_OUT, lines_of(judged) if judged else None),
+        "run": (RUN, (json.dumps(about, indent=2) + "\n").encode()),
+        "picture": (PICTURE, picture.draw(rows, judged, lost, about)),
+    }
     folder = out / TRAINING
     folder.mkdir(exist_ok=True)
-    files = {"metrics": folder / metrics.name, "run": folder / RUN}
-    contents = {"metrics": metrics.read_bytes(), "run": (json.dumps(about, indent=2) + "\n").encode()}
-    drawn = picture.draw(rows, about)
-    if drawn is not None:
-        files["picture"], contents["picture"] = folder / PICTURE, drawn
-    for kind, file in files.items():
-        replace_file(file, contents[kind])
-    return {kind: str(file) for kind, file in files.items()}
+    written = {kind: (folder / name, content) for kind, (name, content) in contents.items() if content is not None}
+    for file, content in written.values():
+        replace_file(file, content)
+    return {kind: str(file) for kind, (file, _) in written.items()}

@@ -95,7 +95,7 @@ def train(
     *,
     steps: int,
     keeper: Keeper,
-    keep_every: int,
+    keep_when: Callable[[int], bool],
     place: Callable[[Any], Any] = lambda batch: batch,
     stop: Callable[[], bool] = lambda: False,
 ) -> TrainState:
@@ -104,8 +104,8 @@ def train(
     Args:
       step: of `make_step`. The state is taken over: use the one returned.
       steps: in all, those included that were done before.
-      keeper: is told every step's loss, gradient norm and seconds, and keeps a state every `keep_every` steps, at the
-        end and at a stop.
+      keeper: is told every step's loss, gradient norm and seconds, and keeps the states after some steps.
+      keep_when: (steps done) -> whether that state is kept, beside the last one and that of a stop.
       place: puts a batch on the devices.
 
     Raises:
@@ -117,7 +117,7 @@ def train(
         state, found = step(state, fixed, place(batches[done]))
         done += 1
         told.after(done, found)
-        if done % keep_every == 0 or done == steps:
+        if keep_when(done) or done == steps:
             told.rest()
             keeper.keep(state, done)
             kept = done

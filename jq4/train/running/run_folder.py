@@ -3,7 +3,8 @@
     OUT.partial/run.json         the identity: everything that the result depends on
     OUT.partial/start/           the calibrated solution that training begins at (a folder of jq4's own)
     OUT.partial/metrics.jsonl    a line a step
-    OUT.partial/states/          Orbax; the last two
+    OUT.partial/held_out.jsonl   a line a measuring of rows that nothing is learned from, the start's first
+    OUT.partial/states/          Orbax; the last two, and the best of those that are judged
 
 One process works there at a time. A run goes on from the states of one with the same identity, and of no other. When it
 is done, what is worth keeping lies beside the model in OUT, and the folder goes.
@@ -24,19 +25,26 @@ from jq4.train.running.metrics import Metrics
 from jq4.train.running.states import States
 
 SUFFIX = ".partial"
-RUN, START, METRICS, STATES = "run.json", "start", "metrics.jsonl", "states"
+RUN, START, METRICS, HELD_OUT, STATES = "run.json", "start", "metrics.jsonl", "held_out.jsonl", "states"
 _UNFINISHED = unfinished(Path(RUN)).name
-_OURS = (RUN, START, START + SUFFIX, METRICS, METRICS + ".new", STATES)
+_OURS = (RUN, START, START + SUFFIX, METRICS, METRICS + ".new", HELD_OUT, HELD_OUT + ".new", STATES)
 
 
 class RunFolder:
-    """A run's folder, which this process alone holds; `keeper` of jq4.train.running.loop.train."""
+    """A run's folder, which this process alone holds; `keeper` of jq4.train.running.loop.train.
 
-    def __init__(self, folder: Path) -> None:
+    Attributes:
+      begun: whether there is a state to go on from; it may be the one before the first step.
+      resumed: steps done in it.
+    """
+
+    def __init__(self, folder: Path, *, judged: bool = False) -> None:
         self.folder = folder
-        self.states = States(folder / STATES)
+        self.states = States(folder / STATES, judged=judged)
+        self.begun = self.states.last is not None
         self.resumed = self.states.last or 0
         self.metrics = Metrics(folder / METRICS, self.resumed)
+        self.held_out = Metrics(folder / HELD_OUT, self.resumed if self.begun else -1)
 
     @property
     def start(self) -> Path:
@@ -49,18 +57,29 @@ class RunFolder:
     def figures(self, step: int, figures: dict[str, float]) -> None:
         self.metrics.add({"step": step, **figures})
 
-    def keep(self, state: TrainState, step: int) -> None:
+    def measured(self, step: int, figures: Mapping[str, float]) -> None:
+        """What rows held out say of the state after `step`, which is kept next."""
+        self.held_out.add({"step": step, **figures})
+
+    def keep(self, state: TrainState, step: int, lost: float | None = None) -> None:
         self.metrics.sync()
-        self.states.save(step, state)
+        self.held_out.sync()
+        self.states.save(step, state, lost)
 
     def close(self) -> None:
         self.metrics.close()
+        self.held_out.close()
         self.states.close()
 
 
 @contextlib.contextmanager
-def run_folder(folder: Path, identity: Mapping[str, Any], restart: bool) -> Iterator[RunFolder]:
+def run_folder(
+    folder: Path, identity: Mapping[str, Any], restart: bool, *, judged: bool = False
+) -> Iterator[RunFolder]:
     """The folder of a run, made if need be. It stays whatever happens; `clear` it when its run is done.
+
+    Args:
+      judged: whether the best of the states that are kept with what they lose stays, beside the last.
 
     Raises:
       JQ4Error: another process is at work there, it holds something else, or another run (unless `restart` says to
@@ -72,7 +91,7 @@ def run_folder(folder: Path, identity: Mapping[str, Any], restart: bool) -> Iter
         if restart or not _goes_on(folder, identity):
             clear(folder)
             replace_file(folder / RUN, json.dumps(identity, indent=2).encode())
-        held = RunFolder(folder)
+        held = RunFolder(folder, judged=judged)
         try:
             yield held
         finally:

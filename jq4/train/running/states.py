@@ -14,16 +14,20 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jq4.errors import CheckpointError
 
+_LOST = "lost"
+
 
 class States:
-    """The states in a folder; the last `keep` are kept."""
+    """The states in a folder; the last `keep` are kept, and where they are judged the one that lost least."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int = 2, *, judged: bool = False) -> None:
         waiting = ocp.AsyncOptions(create_directories_asynchronously=False)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, async_options=waiting)
+        kept: dict[str, Any] = _last_and_best(keep) if judged else {"max_to_keep": keep}
+        options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, async_options=waiting, **kept)
         self.folder = folder
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -32,10 +36,16 @@ class States:
         """The step of the newest state; None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any) -> None:
-        """Begins to write a state; waits for the one before."""
+    @property
+    def best(self) -> int | None:
+        """The step of the state that lost least of those that were judged; None where none was."""
+        return self._manager.best_step()
+
+    def save(self, step: int, state: Any, lost: float | None = None) -> None:
+        """Begins to write a state, and what it loses where that was judged; waits for the one before."""
         with _told(self.folder):
-            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            judged = None if lost is None else {_LOST: lost}
+            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=judged, force=True)
 
     def restore(self, step: int, like: Any) -> Any:
         """The state after `step`, in the tree of `like` (arrays or their shapes) and where that lies."""
@@ -50,6 +60,15 @@ class States:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _last_and_best(keep: int) -> dict[str, Any]:
+    def lost(metrics: Any) -> float:
+        return metrics[_LOST]
+
+    best = BestN(get_metric_fn=lost, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+    policy = AnyPreservationPolicy([LatestN(n=keep), best])
+    return {"preservation_policy": policy, "best_fn": lost, "best_mode": "min"}
 
 
 @contextlib.contextmanager
