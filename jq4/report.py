@@ -243,7 +243,7 @@ def drift_table(data: Mapping[str, Any]) -> Table:
 def training_table(data: Mapping[str, Any]) -> Table:
     """A training's loss, and what held-out rows say of its start and of its result."""
     more = [f"{data['resumed']} of them before"] if data["resumed"] else []
-    more += [f"kept as of {data['kept']}"] if "kept" in data else []
+    more += [f"kept as of {data['kept']}"] if data.get("kept", data["steps"]) < data["steps"] else []
     steps = f"{data['steps']}" + (f" ({', '.join(more)})" if more else "")
     rows = [
         ["loss (nats a token)", format_figure(data["loss_first"]), format_figure(data["loss_last"])],

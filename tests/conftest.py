@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import shutil
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -27,6 +28,11 @@ gc.set_threshold(50_000, 10, 5)
 
 # A third of a small program's compiling is filling a new context with MLIR's operations: all programs share one.
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+
+# Checkpoints wait for a disk many times over: the tests' folders lie in memory where there is room.
+_MEMORY, _ROOM = Path("/dev/shm"), 2**30
+if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

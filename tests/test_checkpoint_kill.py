@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,17 +94,6 @@ class Victim:
         assert self._process.wait(timeout=30) == 0
 
 
-@pytest.fixture
-def folder(tmp_path) -> Iterator[Path]:
-    """A folder in memory where there is one, since a save waits for a disk many times over."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as name:
-        yield Path(name)
-
-
 @pytest.fixture(scope="module")
 def victim() -> Iterator[Victim]:
     process = Victim()
@@ -137,8 +125,8 @@ def killed_saves(victim: Victim, paths: Iterator[Path], kills: int, seed: int) -
     pytest.fail(f"{kills} of the kills came too late")
 
 
-def test_a_replacing_save_killed_at_random_leaves_the_old_or_the_new_checkpoint(folder, victim):
-    path, current, found_old = folder / "model", 1, 0
+def test_a_replacing_save_killed_at_random_leaves_the_old_or_the_new_checkpoint(tmp_path, victim):
+    path, current, found_old = tmp_path / "model", 1, 0
     for _, generation, killed in killed_saves(victim, itertools.repeat(path), RANDOM_KILLS - FIRST_SAVES, seed=0):
         found = generation_in(path)
         assert found in (current, generation), f"found generation {found} of {current} and {generation}"
@@ -151,8 +139,8 @@ def test_a_replacing_save_killed_at_random_leaves_the_old_or_the_new_checkpoint(
     assert leftovers_of(path) == []
 
 
-def test_a_first_save_killed_at_random_leaves_nothing_readable_or_the_checkpoint(folder, victim):
-    paths = (folder / f"model{number}" for number in itertools.count())
+def test_a_first_save_killed_at_random_leaves_nothing_readable_or_the_checkpoint(tmp_path, victim):
+    paths = (tmp_path / f"model{number}" for number in itertools.count())
     found_none = 0
     for path, generation, killed in killed_saves(victim, paths, FIRST_SAVES, seed=1):
         found = generation_in(path)
@@ -167,13 +155,13 @@ def test_a_first_save_killed_at_random_leaves_nothing_readable_or_the_checkpoint
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_save_killed_before_each_of_its_system_calls_leaves_the_old_or_the_new_checkpoint(folder, victim, replaced):
-    path, old = folder / "model", 1 if replaced else None
-    save(folder / "old", tree_of(1), extra_files=extra_of(1))
+def test_a_save_killed_before_each_of_its_system_calls_leaves_the_old_or_the_new_checkpoint(tmp_path, victim, replaced):
+    path, old = tmp_path / "model", 1 if replaced else None
+    save(tmp_path / "old", tree_of(1), extra_files=extra_of(1))
     outcomes = []
     for call in range(500):
         if replaced:
-            shutil.copytree(folder / "old", path)
+            shutil.copytree(tmp_path / "old", path)
         reply = victim.save(path, 2, call=call)
         found = generation_in(path)
         assert found in (old, 2), f"killed before call {call}: found generation {found}"
@@ -188,8 +176,8 @@ def test_a_save_killed_before_each_of_its_system_calls_leaves_the_old_or_the_new
     assert leftovers_of(path) == []
 
 
-def test_a_reader_meets_whole_checkpoints_while_another_process_replaces_them(folder, victim):
-    path = folder / "model"
+def test_a_reader_meets_whole_checkpoints_while_another_process_replaces_them(tmp_path, victim):
+    path = tmp_path / "model"
     save(path, tree_of(0), extra_files=extra_of(0))
     victim.start(path, 1, repeat=12, pause=0.05)
     found = [generation_in(path, replaced_meanwhile=True) for _ in range(40)]

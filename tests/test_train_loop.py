@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -218,6 +219,21 @@ def test_divergence_is_told_and_not_kept():
             begin(pair(), OPTIMIZER), None, ShuffledRows(ROWS, 8), steps=4, keeper=kept, keep_when=every(3),
         )  # fmt: skip
     assert kept.losses == [1.0, 2.0] and not kept.states
+
+
+def test_looking_and_keeping_are_no_part_of_a_steps_seconds(monkeypatch):
+    """A clock that goes on by a second whenever it is asked, and by a thousand where somebody looks or keeps."""
+    now, told, looked = itertools.count(), [], []
+    monkeypatch.setattr("jq4.train.running.loop.time.perf_counter", lambda: float(next(now) + 1000 * len(looked)))
+    kept = Kept()
+    kept.figures = lambda step, figures: told.append(figures["seconds"])
+    kept.keep = lambda state, step: looked.append(step)
+    train(
+        lambda state, *_: (state, {"loss": jnp.float32(1)}),
+        begin(pair(), OPTIMIZER), None, ShuffledRows(ROWS, 8), steps=6, keeper=kept, keep_when=every(4),
+        look_when=every(2), look=lambda state, step: looked.append(step),
+    )  # fmt: skip
+    assert looked == [2, 4, 4, 6, 6] and len(told) == 6 and max(told) < 10
 
 
 def test_rows_come_once_an_epoch_in_an_order_that_the_step_tells():

@@ -1,13 +1,13 @@
 """What verbs print with: results to stdout (tables, or one JSON object), progress and warnings to stderr."""
 
 import contextlib
-import json
-import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from jq4 import finite_json
 
 Step = Callable[..., None]  # (done, of all, description=None)
 
@@ -20,16 +20,8 @@ def console() -> Any:
 
 
 def print_json(data: Any) -> None:
-    """One JSON object on stdout; infinities and NaN, which JSON lacks, become null."""
-    sys.stdout.write(json.dumps(_finite(data), indent=2) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """One JSON object on stdout."""
+    sys.stdout.write(finite_json.dumps(data, indent=2) + "\n")
 
 
 @contextlib.contextmanager

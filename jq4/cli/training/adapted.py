@@ -79,7 +79,7 @@ def open_task(arguments: argparse.Namespace) -> Task:
         begin=lambda begun: begun[1],
         served=served,
         before=lambda begun: served(begun[1], begun),
-        lost="nll",
+        judged_by="nll",
         batch_size=arguments.batch_size,
         beside=write_peft,
     )

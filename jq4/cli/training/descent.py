@@ -36,17 +36,15 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> Descended
     along = task.along()
     start = task.start(folder.start, task.text.rows)
     rows, fixed = rows_over(mesh), placed_over(mesh, task.fixed(start))
-    held_out = HeldOut.of(task, fixed, mesh, arguments)
     with _terminal.progress("training") as progress, stopping() as stop:
         progress(folder.resumed, arguments.steps)
         state = through_phases(
             task.phases,
             lambda: task.begin(start),
-            Reporting(folder, arguments, rate, task, progress, held_out),
+            Reporting(folder, arguments, rate, task, HeldOut.of(task, fixed, mesh, arguments), progress),
             mesh,
             fixed=fixed,
             batches=ShuffledRows(task.text.rows, arguments.batch_size, arguments.accumulate, arguments.seed, along),
-            keep_when=lambda step: step % arguments.save_every == 0 or held_out.is_due(step),
             place=lambda batch: jax.device_put(batch, rows),
             stop=stop,
         )
@@ -55,10 +53,11 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> Descended
         _terminal.say(f"stopped after step {int(state.step)} of {arguments.steps}; the same command goes on from there")
         raise KeyboardInterrupt
     folder.states.wait()
-    best = folder.states.best if arguments.keep_best else None
-    kept = arguments.steps if best is None else best
+    kept = folder.states.best if arguments.keep_best else arguments.steps
     if kept < arguments.steps:
-        state = folder.states.restore(kept, state)
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+        del state  # two of them might not fit
+        state = folder.states.restore(kept, like)
     return Descended(jax.device_put(state.trained, mesh.devices.flat[0]), start, kept)
 
 
@@ -82,6 +81,7 @@ def through_phases(
     from jq4.train.running.loop import make_step, train
     from jq4.train.running.optimizer import make_optimizer
 
+    looking = {"keep_when": keeper.keeps, "look_when": keeper.held_out.is_due, "look": keeper.look}
     enters = (phase.enter for phase in phases)
     begun = jax.eval_shape(begin)
     shapes = list(itertools.accumulate(enters, lambda shape, enter: jax.eval_shape(enter, shape), initial=begun))
@@ -100,7 +100,7 @@ def through_phases(
             else:
                 state = opening.make(phase.enter(state.trained))
             step = make_step(phase.loss, optimizer, opening.shardings)
-            state = train(step, state, fixed, batches, steps=phase.stop, keeper=keeper, **run)
+            state = train(step, state, fixed, batches, steps=phase.stop, keeper=keeper, **looking, **run)
             if int(state.step) < phase.stop:
                 break
         done = phase.stop
@@ -177,14 +177,23 @@ class Reporting:
     arguments: argparse.Namespace
     rate: Callable[[Any], Any]
     task: Task
-    progress: Callable[..., None]
     held_out: HeldOut
+    progress: Callable[..., None]
+    stage: dict[str, int] = dataclasses.field(default_factory=dict)
+    last: float = float("nan")  # loss
+
+    def __post_init__(self) -> None:
+        self.lost: dict[int, float] = {}  # by step, of those that may be the best
+        self.least = self.folder.states.least if self.arguments.keep_best else None
 
     def enter(self, number: int, phase: Phase) -> None:
-        """What comes next is of this phase, counted from 1."""
+        """What comes next is of this phase, counted from 1.
+
+        The best is of the last phase: others round to other levels than the recipe's.
+        """
         self.stage = {"stage": number} if len(self.task.phases) > 1 else {}
-        self.measuring = self.held_out.measuring(phase)
-        self.may_keep = self.held_out.may_keep(phase)
+        self.measure = self.held_out.measuring(phase)
+        self.judges = self.arguments.keep_best and number == len(self.task.phases)
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
         more = {"rate": float(self.rate(step - 1)), "tokens_per_second": self.task.tokens_a_step / figures["seconds"]}
@@ -193,27 +202,38 @@ class Reporting:
         self.last = figures["loss"]
 
     def start(self, state: Any) -> None:
-        """The state before the first step, which is kept where it is measured."""
+        """Looks at the state before the first step, and keeps it where it might be the best."""
         if self.held_out.is_due(0):
-            self.kept(state, 0)
+            self.look(state, 0)
+        if self.is_best(0):
+            self.folder.keep(state, 0, self.lost.get(0))
+
+    def look(self, state: Any, step: int) -> None:
+        """Measures a state."""
+        from jq4.cli import _terminal
+
+        found = self.measure(state.trained, step)
+        self.folder.measured(step, found | self.stage)
+        lost = found[self.task.judged_by]
+        if self.judges:
+            self.lost = {step: lost}
+            self.least = lost if self.least is None else min(self.least, lost)
+        if not sys.stderr.isatty():
+            _terminal.say(f"step {step} of {self.arguments.steps}, held out: {self.task.judged_by} {lost:.4f}")
+
+    def is_best(self, step: int) -> bool:
+        """Whether nothing lost less than the state after this step."""
+        return step in self.lost and self.lost[step] == self.least
+
+    def keeps(self, step: int) -> bool:
+        return step % self.arguments.save_every == 0 or self.is_best(step)
 
     def keep(self, state: Any, step: int) -> None:
         from jq4.cli import _terminal
 
-        lost = self.kept(state, step)
+        self.folder.keep(state, step, self.lost.get(step))
         if not sys.stderr.isatty():
-            judged = "" if lost is None else f", held out {lost:.4f}"
-            _terminal.say(f"step {step} of {self.arguments.steps}, loss {self.last:.4f}{judged}")
-
-    def kept(self, state: Any, step: int) -> float | None:
-        """Keeps a state, and says what it loses where that is to be measured."""
-        lost = None
-        if self.held_out.is_due(step):
-            found = self.measuring(state.trained)
-            self.folder.measured(step, found | self.stage)
-            lost = found[self.task.lost]
-        self.folder.keep(state, step, lost if self.may_keep else None)
-        return lost
+            _terminal.say(f"step {step} of {self.arguments.steps}, loss {self.last:.4f}")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """What rows that nothing is learned from say of a training on its way.
 
-A state is measured as it will be served, by `jq4.evaluate`, in the dtype that is trained in; what the loss draws at
-random (tokens, adapters dropped) and what it weighs beside are left out.
+A state is measured by `jq4.evaluate`, rounded as it will be served, in the dtype that is trained in (what is written is
+measured in the dtype of its model); what the loss draws at random (tokens, adapters dropped) and what it weighs beside
+are left out. The reference runs again each time.
 """
 
 import argparse
@@ -21,8 +22,9 @@ class HeldOut:
     Attributes:
       task: whose rows and reference.
       fixed: what the losses look at beside what is trained, on the devices.
+      mesh: these.
+      batch_size: rows at a time, as many as a part of a step's.
       every: steps; None for never.
-      keep_best: whether the best state is chosen by what is measured.
     """
 
     task: Task
@@ -30,34 +32,36 @@ class HeldOut:
     mesh: Any
     batch_size: int
     every: int | None
-    keep_best: bool
 
     @classmethod
     def of(cls, task: Task, fixed: Any, mesh: Any, arguments: argparse.Namespace) -> "HeldOut":
-        return cls(task, fixed, mesh, arguments.batch_size, arguments.measure_every, arguments.keep_best)
+        return cls(task, fixed, mesh, arguments.batch_size // arguments.accumulate, arguments.measure_every)
 
     def is_due(self, step: int) -> bool:
         """Whether the state after `step` is measured; the one before the first step is, and the last of the run."""
         return self.every is not None and (step % self.every == 0 or step == self.task.phases[-1].stop)
 
-    def may_keep(self, phase: Phase) -> bool:
-        """Whether a state of the phase may be the best: it is rounded as the recipe says, not by an earlier stage's."""
-        return self.keep_best and phase is self.task.phases[-1]
-
-    def measuring(self, phase: Phase) -> Callable[[Any], dict[str, float]]:
-        """What is trained -> its figures; compiled once for a phase."""
+    def measuring(self, phase: Phase) -> Callable[[Any, int], dict[str, float]]:
+        """(what is trained, steps done) -> its figures; compiled once for a phase."""
         import jax
 
+        from jq4.errors import JQ4Error
         from jq4.evaluate import evaluate
 
         forward, first = jax.jit(phase.forward), self.mesh.devices.flat[0]
         reference = None if self.task.reference is None else self.task.reference.logits
 
-        def measure(trained: Any) -> dict[str, float]:
+        def measure(trained: Any, step: int) -> dict[str, float]:
             def logits(tokens: Any) -> Any:
                 return jax.device_put(forward(trained, self.fixed, self._placed(tokens)), first)
 
-            found = evaluate(logits, self.task.text.held_out, reference=reference, batch_size=self.batch_size).as_dict()
+            rows = self.task.text.held_out
+            try:
+                found = evaluate(logits, rows, reference=reference, batch_size=self.batch_size).as_dict()
+            except JQ4Error as error:
+                raise JQ4Error(
+                    f"step {step}, rows held out: {error} If training diverged: lower the rate, or clip gradients"
+                ) from error
             return {name: found[name] for name in FIGURES if name in found}
 
         return measure

@@ -75,12 +75,14 @@ def add_descent(parser: argparse.ArgumentParser, rate: float | None = None) -> N
         "--measure-every",
         type=int,
         metavar="N",
-        help="measure on them before the first step and every N steps too (default: the start and the result)",
+        help="measure what is trained on them before the first step, every N steps and at the end (default: the start "
+        "and the result alone)",
     )
     judging.add_argument(
         "--keep-best",
         action="store_true",
-        help="write the weights that lost least of those measured, the start's included (of --stages: of the last)",
+        help="of those measured write the weights with the least KLD (distill) or loss, the latest of equals; with "
+        "--stages of the last stage alone. Where a loss becomes infinite nothing is written",
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(

@@ -9,9 +9,9 @@ from jq4.drawing import COLOURS, GREY, INK, has_matplotlib, png_of, subplots
 
 
 def draw(
-    rows: Sequence[Mapping[str, Any]], judged: Sequence[Mapping[str, Any]], lost: str, about: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]], judged: Sequence[Mapping[str, Any]], judged_by: str, about: Mapping[str, Any]
 ) -> bytes | None:
-    """A PNG; None for want of matplotlib. `lost` is the figure of `judged` that training makes small, in nats too."""
+    """A PNG; None for want of matplotlib. `judged_by` is the figure of `judged` that is drawn, in nats too."""
     if not has_matplotlib():
         return None
     steps = np.array([row["step"] for row in rows])
@@ -21,8 +21,9 @@ def draw(
         axes.plot(steps, losses, color=GREY, linewidth=0.6, alpha=0.7, label="each step")
         axes.plot(steps, running_mean(losses), color=COLOURS[1], linewidth=1.8, label="running mean")
         if judged:
-            at = {row["step"]: row[lost] for row in judged}
-            axes.plot(list(at), list(at.values()), color=COLOURS[2], marker="o", markersize=4, label="held out")
+            at = {row["step"]: row[judged_by] for row in judged}
+            label = f"held out, {judged_by}"
+            axes.plot(list(at), list(at.values()), color=COLOURS[2], marker="o", markersize=4, label=label)
             if (kept := about.get("kept")) is not None:
                 axes.plot(kept, at[kept], "o", markersize=11, markerfacecolor="none", color=INK, label="kept")
         if losses.min() > 0 and losses.max() > 4 * losses.min():

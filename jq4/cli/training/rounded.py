@@ -53,8 +53,8 @@ def open_task(
     def phase_of(stage: Any, before: Any) -> Phase:
         loss = losses(rounded_forward(model, stage.recipe, arguments.dtype, arguments.remat, sees), taught)
         plainly = rounded_forward(model, stage.recipe, arguments.dtype, arguments.remat)
-        forward = lambda pair, fixed, tokens: plainly(pair, tokens)  # noqa: E731
-        return Phase(stage.stop, loss, forward, stages.entering(stage, before))
+        entering = stages.entering(stage, before)
+        return Phase(stage.stop, loss, lambda pair, fixed, tokens: plainly(pair, tokens), entering)
 
     return Task(
         model=model,
@@ -71,7 +71,7 @@ def open_task(
         begin=lambda packed: begun(packed, model.params, recipe, at_codes=not arguments.stages),
         served=lambda trained, packed: served(model, trained, recipe),
         before=lambda packed: dataclasses.replace(model, params=packed),
-        lost="kld_mean" if arguments.training == "distill" else "nll",
+        judged_by="kld_mean" if arguments.training == "distill" else "nll",
         batch_size=arguments.batch_size,
         along=dict if asks is None else lambda: asks(teacher, taught, rows.rows),
     )

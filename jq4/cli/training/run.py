@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
         told = provenance_of(identity) | kept
         model.save(out, recipe=task.recipe, source=task.given["model"] | {"training": told})
         remove_older(out)
-        files = task.beside(out, model) | write_figures(out, about, rows, judged, task.lost)
+        files = task.beside(out, model) | write_figures(out, about, rows, judged, task.judged_by)
     clear(partial)
     with contextlib.suppress(OSError):
         partial.rmdir()
@@ -117,9 +116,10 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_figures(
-    out: Path, about: dict[str, Any], rows: list[dict[str, Any]], judged: list[dict[str, Any]], lost: str
+    out: Path, about: dict[str, Any], rows: list[dict[str, Any]], judged: list[dict[str, Any]], judged_by: str
 ) -> dict[str, str]:
     """Writes OUT/training; its files by kind."""
+    from jq4 import finite_json
     from jq4.checkpoint.atomic import replace_file
     from jq4.cli.training import picture
     from jq4.train.running.metrics import lines_of
@@ -128,8 +128,8 @@ def write_figures(
     contents = {
         "metrics": (METRICS, lines_of(rows)),
         "held_out": (HELD_OUT, lines_of(judged) if judged else None),
-        "run": (RUN, (json.dumps(about, indent=2) + "\n").encode()),
-        "picture": (PICTURE, picture.draw(rows, judged, lost, about)),
+        "run": (RUN, (finite_json.dumps(about, indent=2) + "\n").encode()),
+        "picture": (PICTURE, picture.draw(rows, judged, judged_by, about)),
     }
     folder = out / TRAINING
     folder.mkdir(exist_ok=True)

@@ -40,7 +40,7 @@ class Task:
       begin: that -> what is trained.
       served: (what was trained, that) -> the model that is written.
       before: that -> the model that held-out rows are measured by before training.
-      lost: the figure of `jq4.evaluate` that training means to make small.
+      judged_by: the figure of `jq4.evaluate` that training means to make small.
       batch_size: rows a step.
       along: what a batch holds of its rows beside their tokens (jq4.train.running.rows); made before the first step.
       beside: (OUT, the model) -> further files that were written there, by kind.
@@ -57,7 +57,7 @@ class Task:
     begin: Callable[[Any], Any]
     served: Callable[[Any, Any], Any]
     before: Callable[[Any], Any]
-    lost: str
+    judged_by: str
     batch_size: int
     along: Callable[[], dict[str, Any]] = dict
     beside: Callable[[Path, Any], dict[str, str]] = lambda out, model: {}

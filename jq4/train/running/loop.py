@@ -96,6 +96,8 @@ def train(
     steps: int,
     keeper: Keeper,
     keep_when: Callable[[int], bool],
+    look_when: Callable[[int], bool] = lambda step: False,
+    look: Callable[[TrainState, int], None] = lambda state, step: None,
     place: Callable[[Any], Any] = lambda batch: batch,
     stop: Callable[[], bool] = lambda: False,
 ) -> TrainState:
@@ -106,6 +108,7 @@ def train(
       steps: in all, those included that were done before.
       keeper: is told every step's loss, gradient norm and seconds, and keeps the states after some steps.
       keep_when: (steps done) -> whether that state is kept, beside the last one and that of a stop.
+      look_when, look: at some states somebody looks, before they are kept.
       place: puts a batch on the devices.
 
     Raises:
@@ -117,9 +120,14 @@ def train(
         state, found = step(state, fixed, place(batches[done]))
         done += 1
         told.after(done, found)
+        if look_when(done):
+            told.rest()
+            look(state, done)
+            told.go_on()
         if keep_when(done) or done == steps:
             told.rest()
             keeper.keep(state, done)
+            told.go_on()
             kept = done
     if kept < done:
         told.rest()
@@ -141,6 +149,10 @@ class _Told:
     def after(self, step: int, found: dict[str, jax.Array]) -> None:
         self.rest()
         self.waiting = (step, found)
+
+    def go_on(self) -> None:
+        """What was done since the last step's figures is not a part of the next step."""
+        self.since = time.perf_counter()
 
     def rest(self) -> None:
         if self.waiting is None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jq4 import finite_json
 from jq4.checkpoint.atomic import replace_file
 
 
@@ -23,7 +24,7 @@ class Metrics:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Writes a line, for other processes to see."""
-        self._stream.write(json.dumps(row) + "\n")
+        self._stream.write(finite_json.dumps(row) + "\n")
         self._stream.flush()
 
     def sync(self) -> None:
@@ -41,7 +42,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 def lines_of(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """The file of these figures."""
-    return _joined(json.dumps(row) for row in rows)
+    return _joined(finite_json.dumps(row) for row in rows)
 
 
 def _joined(lines: Iterable[str]) -> bytes:

@@ -3,7 +3,7 @@
     OUT.partial/run.json         the identity: everything that the result depends on
     OUT.partial/start/           the calibrated solution that training begins at (a folder of jq4's own)
     OUT.partial/metrics.jsonl    a line a step
-    OUT.partial/held_out.jsonl   a line a measuring of rows that nothing is learned from, the start's first
+    OUT.partial/held_out.jsonl   a line for each state that was measured on rows that nothing is learned from
     OUT.partial/states/          Orbax; the last two, and the best of those that are judged
 
 One process works there at a time. A run goes on from the states of one with the same identity, and of no other. When it
@@ -58,7 +58,7 @@ class RunFolder:
         self.metrics.add({"step": step, **figures})
 
     def measured(self, step: int, figures: Mapping[str, float]) -> None:
-        """What rows held out say of the state after `step`, which is kept next."""
+        """What rows held out say of the state after `step`."""
         self.held_out.add({"step": step, **figures})
 
     def keep(self, state: TrainState, step: int, lost: float | None = None) -> None:
@@ -126,7 +126,7 @@ def _goes_on(folder: Path, identity: Mapping[str, Any]) -> bool:
         raise JQ4Error(f"{file}: not of a training of jq4 ({error}); remove {folder}, or --restart") from error
     if not differing:
         return True
-    if not any((folder / STATES).glob("[0-9]*")):  # nothing that could be lost
+    if not any((folder / STATES).glob("[1-9]*")):  # no step that could be lost
         return False
     raise JQ4Error(
         f"{folder}: holds the unfinished work of another run, whose {', '.join(differing)} differ: give the same "

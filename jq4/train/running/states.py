@@ -41,6 +41,12 @@ class States:
         """The step of the state that lost least of those that were judged; None where none was."""
         return self._manager.best_step()
 
+    @property
+    def least(self) -> float | None:
+        """What the best state loses."""
+        metrics = None if self.best is None else self._manager.metrics(self.best)
+        return None if metrics is None else metrics[_LOST]
+
     def save(self, step: int, state: Any, lost: float | None = None) -> None:
         """Begins to write a state, and what it loses where that was judged; waits for the one before."""
         with _told(self.folder):
@@ -63,6 +69,8 @@ class States:
 
 
 def _last_and_best(keep: int) -> dict[str, Any]:
+    """The best for Orbax twice: what stays, and what it calls the best. Of equals both times the latest."""
+
     def lost(metrics: Any) -> float:
         return metrics[_LOST]
 
