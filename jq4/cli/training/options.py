@@ -61,7 +61,8 @@ def add_descent(parser: argparse.ArgumentParser, rate: float | None = None) -> N
         type=float,
         default=rate,
         metavar="X",
-        help="Adam's, as a share of a leaf (default: .005 for 2 and 3 bits, .0007 for 4, and less for more)"
+        help="Adam's, as a share of a leaf (default: .005 for 2 and 3 bits, .0007 for 4, and less for more, or from a "
+        "start of best-*)"
         if rate is None
         else "Adam's (default %(default)s)",
     )

@@ -40,7 +40,7 @@ def open_task(
     _folders.check_without_adapters(Path(arguments.out))
     recipe = recipe_of(arguments)
     plain = without_steps(recipe)
-    arguments.rate = rate_for(plain) if arguments.rate is None else arguments.rate
+    arguments.rate = rate_for(recipe) if arguments.rate is None else arguments.rate
     planned = stages.planned(arguments, plain)
     model = dense_model(arguments.model)
     teacher = model if teacher_path is None else _teacher(teacher_path, model)
