@@ -14,7 +14,8 @@ instead, which it does not learn from then.
     loss       KL(dense || trained) at every position, no temperature
     batches    of 8 rows: four of text, four with six tokens in ten drawn anew by the dense model (jq4.tuning.perturb)
     start      jq4.train.begin_at
-    optimizer  that of `jq4 train`: Adam relative to its leaves, a rate for the bits, warmed up, falling along a cosine
+    optimizer  that of `jq4 train`: Adam relative to its leaves, a rate for the bits and the start, warmed up, falling
+               along a cosine
     margin     0.5 (jq4.train.lsq)
 
 What was tried at 2 bits, w2g32, KLD 0.496 as calibrated, by plain Adam at 3e-3, which is much the same there (the
@@ -33,6 +34,8 @@ By the optimizer of `jq4 train`, from best-w2g32 (light, 0.378), evaluation (but
 not kept):
 
     steps                 0.317 in 200, 0.257 in 3,200 (their loss at the end 0.279 and 0.201)
+    rate                  400 steps: 0.288 at 5e-3 (their loss at the end 0.242), 0.299 at 2e-2 (0.236): the 97 rows are
+                          learned better, and others worse
     zero points           from 0.344: 0.293 in 200, 0.296 in 800
     rounded by degrees    w + a (Q(w) - w) of the dense weights, a from 0 to 1: over the first half of 200 steps 0.334,
                           over four fifths 0.372, as 1 - (1 - t)^3 0.331, and at 2e-3 0.404
