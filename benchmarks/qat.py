@@ -176,7 +176,7 @@ def quality(bench: Bench, form: str, options: argparse.Namespace) -> Iterator[di
         packed, seconds = bench.calibrated(f"best-{form}", options.best)
         yield {"method": "best", "effort": options.best, **of_form, "seconds": seconds, **bench.measure(packed)}
         start = packed if options.from_best else start
-    rate = options.rate or rate_for(jq4.Recipe.preset(f"best-{form}") if options.from_best else recipe)
+    rate = options.rate or rate_for(recipe, learned=options.from_best)
     for steps in options.steps:
         batches = bench.batches(steps, options.batch)
         settings = {"steps": steps, "batch": options.batch}

@@ -87,6 +87,13 @@ def test_a_uniform_model_has_the_vocabulary_for_its_perplexity(tokens):
     assert "kld_mean" not in found.as_dict()
 
 
+def test_a_model_that_knows_nothing_has_no_finite_perplexity(tokens):
+    """A likelihood of exp(-1000) at every place: nll is finite, its exponential is not."""
+    never = jnp.zeros((*tokens.shape, 2)).at[..., 0].set(1000.0)
+    found = evaluate(lambda ids: never[: len(ids)], np.ones_like(tokens))
+    assert found.nll == pytest.approx(1000) and found.perplexity == float("inf")
+
+
 def test_the_reference_may_rule_tokens_out(tokens):
     _, model = table_model(1)
     found = evaluate(model, tokens * 0 + 1, reference=lambda t: model(t).at[..., 0].set(-jnp.inf))

@@ -236,8 +236,9 @@ def test_adapters_of_a_teacher_teach_and_others_are_refused(capsys, source, tmp_
 
 
 def test_what_an_older_training_left_goes(tmp_path):
-    for folder, name in (("peft", "adapter_config.json"), ("training", "run.json")):
-        (tmp_path / folder).mkdir()
+    left = (("peft", "adapter_config.json"), ("training", "run.json"), ("training", "held_out.jsonl"))
+    for folder, name in left:
+        (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / name).write_text("{}")
     (tmp_path / "training" / "notes.txt").write_text("the user's own")
     remove_older(tmp_path)

@@ -1,6 +1,7 @@
 """What `jq4 train` measures on its way, and the best that it keeps. Oracles: `jq4.evaluate` of what was written, a run
 that nobody stopped, and the start itself."""
 
+import argparse
 import io
 import json
 import os
@@ -14,10 +15,13 @@ from random_model import make_random_model
 from rich.console import Console
 from train_runs import QUICK, compiled_once, printed, run, run_error
 
+import jq4
 from jq4.cli import main
+from jq4.cli.training.rounded import starts_learned
 from jq4.report import training_table
 from jq4.train.running.metrics import Metrics, read_metrics
 from jq4.train.running.states import States
+from models.language_model import LanguageModel
 
 RECIPE = ("--recipe", "rtn-w3g32-asym")
 JUDGED = ("--held-out", 0.25, "--measure-every", 2, "--keep-best", *RECIPE)
@@ -71,6 +75,14 @@ def test_the_state_that_lost_least_is_written(distilled):
     assert "6 (kept as of 2)" in console.file.getvalue()
 
 
+def test_training_on_text_is_judged_by_the_text(capsys, source, tmp_path):
+    """The dense model knows little of it, so that what learns it leaves the dense model behind."""
+    data = run(capsys, "qat", source, *JUDGED, "--out", tmp_path / "out")
+    rows = measured(data)
+    assert data["kept"] == min(rows, key=lambda step: rows[step]["nll"]) > 0
+    assert rows[data["kept"]]["kld_mean"] > rows[0]["kld_mean"]
+
+
 def test_where_training_only_harms_the_start_is_written(capsys, source, tmp_path):
     argv = ("--measure-every", 4, "--rate", 0.3, "--out", tmp_path / "out")
     data = run(capsys, "distill", source, *JUDGED, *argv)
@@ -104,6 +116,9 @@ def test_stopped_again_and_again_it_keeps_the_same(capsys, monkeypatch, source, 
         assert main(argv) == 130
         assert f"stopped after step {step} of 6" in capsys.readouterr().err
         assert sorted(path.name for path in (tmp_path / "out.partial" / "states").iterdir()) == states
+        if step == 0:  # no step is lost where another run is begun here
+            assert main([*argv, "--seed", "1"]) == 130 and main(argv) == 130
+            capsys.readouterr()
     monkeypatch.setattr(run_folder.RunFolder, "keep", keep)
     assert main([*argv, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -146,6 +161,30 @@ def test_figures_that_json_has_no_word_for_are_null(tmp_path):
     metrics.add({"step": 0, "nll": 800.0, "perplexity": float("inf")})
     metrics.close()
     assert (tmp_path / "held_out.jsonl").read_text() == '{"step": 0, "nll": 800.0, "perplexity": null}\n'
+
+
+def test_of_equals_the_latest_is_written(capsys, source, tmp_path):
+    """Steps too short to change a weight."""
+    data = run(capsys, "distill", source, *JUDGED, "--rate", 1e-30, "--save-every", 4, "--out", tmp_path / "out")
+    assert len({row["kld_mean"] for row in measured(data).values()}) == 1 and data["kept"] == 6
+
+
+@pytest.mark.parametrize(
+    ("recipe", "start", "stages", "learned"),
+    [
+        ("rtn-w4g32", None, [], False),
+        ("best-w4g32", None, [], True),
+        ("best-w4g32", None, [8], False),
+        ("gptq-w4g32", "best-w4g32", [], True),
+        ("best-w4g32", "rtn-w4g32", [], False),
+    ],
+)
+def test_whether_a_start_was_learned_is_what_the_start_says(source, tmp_path, recipe, start, stages, learned):
+    arguments = argparse.Namespace(start=start and str(tmp_path), stages=stages)
+    if start is not None:
+        packed = jq4.quantize(LanguageModel.from_folder(source).params, "rtn-w4g32")
+        jq4.save(tmp_path, packed, recipe=jq4.Recipe.preset(start))
+    assert starts_learned(arguments, jq4.Recipe.preset(recipe)) == learned
 
 
 def test_of_stages_the_last_ones_states_may_be_kept(capsys, source, tmp_path):

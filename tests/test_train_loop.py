@@ -321,9 +321,11 @@ def test_the_rate_is_for_the_fewest_bits():
     np.testing.assert_allclose(rate_for(eight), 5e-3 / 127)
     mixed = dataclasses.replace(eight, rules=(*eight.rules, *four.rules))
     assert rate_for(mixed) == rate_for(four)
-    best, best_two = (jq4.Recipe.preset(f"best-w{bits}g32") for bits in (4, 2))
-    np.testing.assert_allclose(rate_for(best), 5e-3 / 7 * 0.3)
-    assert rate_for(best_two) == 5e-3
+    np.testing.assert_allclose(rate_for(four, learned=True), 5e-3 / 7 * 0.3)
+    of_inputs = {bits: jq4.Recipe.preset(f"gptq-w4g32-a{bits}") for bits in (8, 4)}
+    assert rate_for(of_inputs[8], learned=True) == rate_for(four, learned=True)
+    assert rate_for(of_inputs[4], learned=True) == rate_for(four)
+    assert rate_for(two, learned=True) == 5e-3
 
 
 @pytest.mark.parametrize(

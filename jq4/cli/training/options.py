@@ -61,8 +61,8 @@ def add_descent(parser: argparse.ArgumentParser, rate: float | None = None) -> N
         type=float,
         default=rate,
         metavar="X",
-        help="Adam's, as a share of a leaf (default: .005 for 2 and 3 bits, .0007 for 4, and less for more, or from a "
-        "start of best-*)"
+        help="Adam's, as a share of a leaf (default: .005 for 2 and 3 bits, .0007 for 4, and less for more; .3 of "
+        "that from 4 bits on where a start was learned, by best-* say, unless inputs have fewer than 8)"
         if rate is None
         else "Adam's (default %(default)s)",
     )

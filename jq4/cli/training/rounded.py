@@ -40,7 +40,8 @@ def open_task(
     _folders.check_without_adapters(Path(arguments.out))
     recipe = recipe_of(arguments)
     plain = without_steps(recipe)
-    arguments.rate = rate_for(recipe) if arguments.rate is None else arguments.rate
+    if arguments.rate is None:
+        arguments.rate = rate_for(plain, learned=starts_learned(arguments, recipe))
     planned = stages.planned(arguments, plain)
     model = dense_model(arguments.model)
     teacher = model if teacher_path is None else _teacher(teacher_path, model)
@@ -103,6 +104,14 @@ def recipe_of(arguments: argparse.Namespace) -> Any:
     for each in filter(None, (recipe, made_by)):
         _check_begins_plainly(each)
     return recipe
+
+
+def starts_learned(arguments: argparse.Namespace, recipe: Any) -> bool:
+    """Whether training starts at codes that steps after the rules (of `best-*`, say) have learned."""
+    from jq4.cli import drift
+
+    made_by = recipe if arguments.start is None else drift.recipe_of(arguments.start)
+    return made_by is not None and bool(made_by.after) and not arguments.stages
 
 
 def _check_begins_plainly(recipe: Any) -> None:

@@ -11,7 +11,8 @@ How fast is best hangs on how much there is to learn. On TinyStories-656K (`benc
 KLD, one seed) 3 bits come from .0982 to .0887 in 100 steps at 5e-3 and to .0941 at 1.7e-3; 4 bits with inputs of 8 from
 .0249 to .0241, .0235 and .0247 in 60 steps at 2e-4, 7e-4 and 2e-3, where steps are shorter and little is lost. More
 bits follow the same rule, which was not measured. Where a start has been learned already (`best-*`), still less is
-left: on the evaluation rows these 4 bits come from .0225 to .0230, .0220 and .0221 in 200 steps at 7e-4, 2e-4 and 7e-5.
+left: on the evaluation rows these 4 bits come from .0225 to .0230 in 200 steps at 7e-4, and to .0221 at 2e-4. With
+inputs of 4 bits as much is left as before: .269 to .266 at 7e-4, .271 to .270 at 2e-4.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from jq4.recipe import Recipe
 from jq4.rule import DENSE_BITS
 
 RATE = 5e-3  # of 2 and 3 bits
-LEARNED = 0.3  # of the rate, from 4 bits on, where the start was learned
+LEARNED = 0.3  # of the rate, where little is left to learn
 FLOOR = 1e-3  # of a leaf's rms: biases that are zero have to be able to move
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -62,15 +63,19 @@ class OptimizerOptions:
                 raise JQ4Error(f"{name} is {value}, wanted a number {'above 0' if name == 'rate' else 'of 0 or more'}")
 
 
-def rate_for(recipe: Recipe) -> float:
+def rate_for(recipe: Recipe, *, learned: bool = False) -> float:
     """The relative rate for the fewest bits of a recipe's weights: RATE, from 4 on divided by their largest level.
 
-    From 4 bits on it is LEARNED of that where steps of the recipe, which follow its rules, learn (`best-*`).
+    Args:
+      learned: whether training starts at codes that were learned; from 4 bits on, unless inputs have fewer than 8, it
+        is LEARNED of that then.
     """
-    bits = min((rule.num_bits for rule in recipe.rules if not rule.is_dense), default=DENSE_BITS)
+    rules = [rule for rule in recipe.rules if not rule.is_dense]
+    bits = min((rule.num_bits for rule in rules), default=DENSE_BITS)
     if bits <= 3:
         return RATE
-    return RATE / (2 ** (bits - 1) - 1) * (LEARNED if recipe.after else 1)
+    inputs = min((rule.input_activations.num_bits for rule in rules if rule.input_activations), default=DENSE_BITS)
+    return RATE / (2 ** (bits - 1) - 1) * (LEARNED if learned and inputs >= 8 else 1)
 
 
 def rate_schedule(options: OptimizerOptions, steps: int) -> Schedule:
