@@ -34,9 +34,9 @@ By the optimizer of `jq4 train`, from best-w2g32 (light, 0.378), evaluation (but
 not kept):
 
     steps                 0.317 in 200, 0.257 in 3,200 (their loss at the end 0.279 and 0.201)
+    zero points           from 0.344: 0.293 in 200, 0.296 in 800
     rate                  400 steps: 0.288 at 5e-3 (their loss at the end 0.242), 0.299 at 2e-2 (0.236): the 97 rows are
                           learned better, and others worse
-    zero points           from 0.344: 0.293 in 200, 0.296 in 800
     rounded by degrees    w + a (Q(w) - w) of the dense weights, a from 0 to 1: over the first half of 200 steps 0.334,
                           over four fifths 0.372, as 1 - (1 - t)^3 0.331, and at 2e-3 0.404
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jq4 import finite_json
+from jq4 import plain_json
 
 Step = Callable[..., None]  # (done, of all, description=None)
 
@@ -21,7 +21,7 @@ def console() -> Any:
 
 def print_json(data: Any) -> None:
     """One JSON object on stdout."""
-    sys.stdout.write(finite_json.dumps(data, indent=2) + "\n")
+    sys.stdout.write(plain_json.dumps(data, indent=2) + "\n")
 
 
 @contextlib.contextmanager

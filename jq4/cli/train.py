@@ -8,9 +8,9 @@ from jq4.cli.training import distill, qat, qlora
 HELP = "train with few bits: quantization-aware training, distillation, adapters"
 DESCRIPTION = (
     "Trains MODEL as it will be served, in few bits, and writes OUT: packed weights, config and tokenizer, a "
-    "model that jq4 eval, generate and inspect take, and OUT/training: metrics.jsonl, run.json and "
-    "a picture of the losses. The same command goes on where a killed or interrupted one stopped, to the same losses "
-    "(OUT.partial holds its work)."
+    "model that jq4 eval, generate and inspect take, and OUT/training: metrics.jsonl, run.json and a picture of the "
+    "losses. The same command goes on where a killed or interrupted one stopped, to the same losses (OUT.partial holds "
+    "its work)."
 )
 _VERBS = {"qat": qat, "distill": distill, "qlora": qlora}
 

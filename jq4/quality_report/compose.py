@@ -25,6 +25,7 @@ from jq4.drawing import count_klds, kld_edges
 from jq4.evaluate import Evaluation
 from jq4.inventory import Leaf
 from jq4.leaf_errors import LeafError
+from jq4.plain_json import plain
 from jq4.quantize_report import LeafReport, QuantizeReport
 
 FORMAT, VERSION = "jq4-quality-report", 1
@@ -73,7 +74,7 @@ def compose_report(
         "versions": versions,
     }
     given = {key: value for key, value in parts.items() if value not in (None, [], {})}
-    return _plain({"format": FORMAT, "version": VERSION, "model": model, **given})
+    return plain({"format": FORMAT, "version": VERSION, "model": model, **given})
 
 
 def leaf_rows(leaves: Iterable[Leaf] | QuantizeReport, errors: Iterable[LeafError] = ()) -> list[dict[str, Any]]:
@@ -144,14 +145,3 @@ def _evaluation(found: Evaluation | Mapping[str, Any] | None, text: Mapping[str,
         edges = kld_edges([found.kld])
         figures["kld_histogram"] = {"edges": edges.tolist(), "counts": count_klds(found.kld, edges).tolist()}
     return figures | ({} if text is None else {"text": dict(text)})
-
-
-def _plain(value: Any) -> Any:
-    """Plain JSON: tuples as lists, numpy's numbers as Python's, infinities and NaN (which JSON lacks) as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jq4 import finite_json
 from jq4.errors import JQ4Error
 from jq4.quality_report.compose import FORMAT, VERSION
 from jq4.quality_report.markdown import markdown_of
@@ -19,7 +18,7 @@ def write_report(data: Mapping[str, Any], folder: str | Path) -> dict[str, str]:
     """Writes the three files into `folder`, made if need be; returns their paths by kind."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {JSON: finite_json.dumps(data, indent=2) + "\n", MARKDOWN: markdown_of(data), PAGE: page_of(data)}
+    texts = {JSON: json.dumps(data, indent=2) + "\n", MARKDOWN: markdown_of(data), PAGE: page_of(data)}
     for name, text in texts.items():
         unfinished = folder / f"{name}.part"
         unfinished.write_text(text, encoding="utf-8")

@@ -52,8 +52,10 @@ def descend(task: Task, arguments: argparse.Namespace, folder: Any) -> Descended
         folder.states.wait()
         _terminal.say(f"stopped after step {int(state.step)} of {arguments.steps}; the same command goes on from there")
         raise KeyboardInterrupt
-    folder.states.wait()
-    kept = folder.states.best if arguments.keep_best else arguments.steps
+    kept = arguments.steps
+    if arguments.keep_best:
+        folder.states.wait()
+        kept = folder.states.best
     if kept < arguments.steps:
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
         del state  # two of them might not fit
@@ -81,7 +83,6 @@ def through_phases(
     from jq4.train.running.loop import make_step, train
     from jq4.train.running.optimizer import make_optimizer
 
-    looking = {"keep_when": keeper.keeps, "look_when": keeper.held_out.is_due, "look": keeper.look}
     enters = (phase.enter for phase in phases)
     begun = jax.eval_shape(begin)
     shapes = list(itertools.accumulate(enters, lambda shape, enter: jax.eval_shape(enter, shape), initial=begun))
@@ -100,7 +101,18 @@ def through_phases(
             else:
                 state = opening.make(phase.enter(state.trained))
             step = make_step(phase.loss, optimizer, opening.shardings)
-            state = train(step, state, fixed, batches, steps=phase.stop, keeper=keeper, **looking, **run)
+            state = train(
+                step,
+                state,
+                fixed,
+                batches,
+                steps=phase.stop,
+                keeper=keeper,
+                keep_when=keeper.keeps,
+                look_when=keeper.held_out.is_due,
+                look=keeper.look,
+                **run,
+            )
             if int(state.step) < phase.stop:
                 break
         done = phase.stop

@@ -17,7 +17,7 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     from jq4.cli.training.descent import descend
     from jq4.inventory import bytes_on_disk, inventory, totals
     from jq4.train.running.metrics import read_metrics
-    from jq4.train.running.run_folder import HELD_OUT, METRICS, SUFFIX, clear, run_folder
+    from jq4.train.running.run_folder import METRICS, SUFFIX, clear, run_folder
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save that waits for the one before
     watch = _terminal.Stopwatch()
@@ -29,13 +29,13 @@ def carry_out(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
         done = descend(task, arguments, folder)
         model = task.served(done.trained, done.start)
         measured = measure(task, done.start, model, arguments.batch_size)
-        rows, judged = (read_metrics(partial / name) for name in (METRICS, HELD_OUT))
+        rows = read_metrics(partial / METRICS)
         kept = {"kept": done.kept} if arguments.keep_best else {}
         about = {**identity, **measured, **summary_of(rows), **kept}
         told = provenance_of(identity) | kept
         model.save(out, recipe=task.recipe, source=task.given["model"] | {"training": told})
         remove_older(out)
-        files = task.beside(out, model) | write_figures(out, about, rows, judged, task.judged_by)
+        files = task.beside(out, model) | write_figures(out, about, partial, task.judged_by)
     clear(partial)
     with contextlib.suppress(OSError):
         partial.rmdir()
@@ -115,20 +115,19 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def write_figures(
-    out: Path, about: dict[str, Any], rows: list[dict[str, Any]], judged: list[dict[str, Any]], judged_by: str
-) -> dict[str, str]:
-    """Writes OUT/training; its files by kind."""
-    from jq4 import finite_json
+def write_figures(out: Path, about: dict[str, Any], run: Path, judged_by: str) -> dict[str, str]:
+    """Writes OUT/training of what the folder of a run holds; its files by kind."""
+    from jq4 import plain_json
     from jq4.checkpoint.atomic import replace_file
     from jq4.cli.training import picture
-    from jq4.train.running.metrics import lines_of
+    from jq4.train.running.metrics import read_metrics
     from jq4.train.running.run_folder import HELD_OUT, METRICS, RUN
 
+    rows, judged = (read_metrics(run / name) for name in (METRICS, HELD_OUT))
     contents = {
-        "metrics": (METRICS, lines_of(rows)),
-        "held_out": (HELD_OUT, lines_of(judged) if judged else None),
-        "run": (RUN, (finite_json.dumps(about, indent=2) + "\n").encode()),
+        "metrics": (METRICS, (run / METRICS).read_bytes()),
+        "held_out": (HELD_OUT, (run / HELD_OUT).read_bytes() if judged else None),
+        "run": (RUN, (plain_json.dumps(about, indent=2) + "\n").encode()),
         "picture": (PICTURE, picture.draw(rows, judged, judged_by, about)),
     }
     folder = out / TRAINING

@@ -6,11 +6,11 @@ last line that the kill cut short.
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jq4 import finite_json
+from jq4 import plain_json
 from jq4.checkpoint.atomic import replace_file
 
 
@@ -19,12 +19,12 @@ class Metrics:
 
     def __init__(self, file: Path, done: int = 0) -> None:
         kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= done]
-        replace_file(file, _joined(kept))
+        replace_file(file, "".join(f"{line}\n" for line in kept).encode())
         self._stream = file.open("a", encoding="utf-8")
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Writes a line, for other processes to see."""
-        self._stream.write(finite_json.dumps(row) + "\n")
+        self._stream.write(plain_json.dumps(row) + "\n")
         self._stream.flush()
 
     def sync(self) -> None:
@@ -38,15 +38,6 @@ class Metrics:
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a file of figures; without a last one that was cut short."""
     return [json.loads(line) for line in _whole_lines(file)]
-
-
-def lines_of(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """The file of these figures."""
-    return _joined(finite_json.dumps(row) for row in rows)
-
-
-def _joined(lines: Iterable[str]) -> bytes:
-    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def _whole_lines(file: Path) -> list[str]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jq4 import finite_json
+from jq4 import plain_json
 from jq4.checkpoint.atomic import lock_folder, replace_file, unfinished
 from jq4.errors import JQ4Error
 from jq4.train.running.loop import TrainState
@@ -91,7 +91,7 @@ def run_folder(
         _check_ours(folder)
         if restart or not _goes_on(folder, identity):
             clear(folder)
-            replace_file(folder / RUN, finite_json.dumps(identity, indent=2).encode())
+            replace_file(folder / RUN, plain_json.dumps(identity, indent=2).encode())
         held = RunFolder(folder, judged=judged)
         try:
             yield held
